@@ -1,0 +1,174 @@
+"""The compiled kernels for matrices in blocks, made on this machine, for this machine, by its own C compiler.
+
+PyTorch's kernels for 4 and 8 bit weights (``_weight_int4pack_mm_for_cpu``, ``_weight_int8pack_mm``) are fast with
+bfloat16 rows only, and round each product to bfloat16: a stage that replays a session's rows as one chunk would get
+other numbers than the lost one had. These compute in float32 throughout, as fast, and read GGUF's blocks as they
+are. A machine without a compiler expands blocks with torch: the same numbers to within float32 rounding, but slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
+from swarm.cache import cache_folder
+from swarm.errors import Internal
+
+logger = logging.getLogger(__name__)
+
+SOURCE: Final = Path(__file__).with_name("block_kernels.c")
+COMPILERS: Final = ("cc", "gcc", "clang")
+FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+COMPILE_S: Final = 60.0
+
+
+_FOUR: Final = ctypes.c_int64 * 4
+Matrix = ctypes.Array[ctypes.c_int64]
+"""Kind, address, outputs and blocks: valid as long as the matrix is."""
+Product = Callable[[torch.Tensor, torch.Tensor, int, int], None]
+"""``(rows, out, first, stop)``: columns ``first`` to ``stop`` of ``out``, both of contiguous float32."""
+
+
+class BlockKernels:
+    """The functions of ``block_kernels.c``. May be called from several threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises :class:`OSError` or :class:`AttributeError` for a library that is not ours."""
+        library = ctypes.CDLL(str(path))
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._product = library.product
+        self._product.argtypes = [ctypes.c_int, pointer, number, number, pointer, number, pointer, number]
+        self._product.restype = ctypes.c_int
+        self._project = library.project
+        self._project.argtypes = [
+            _FOUR, pointer, number, pointer, ctypes.c_float, pointer, pointer, number, number, pointer,
+        ]  # fmt: skip
+        self._project.restype = ctypes.c_int
+        self._finish = library.finish
+        self._finish.argtypes = [_FOUR, _FOUR, _FOUR, pointer, number, pointer, ctypes.c_float, pointer]
+        self._finish.restype = ctypes.c_int
+        self._expand = library.expand
+        self._expand.argtypes = [ctypes.c_int, pointer, number, number, pointer]
+        self._expand.restype = ctypes.c_int
+
+    def bind(self, matrix: Blocks) -> Product:
+        """The function that multiplies with ``matrix``: what never changes is looked up once."""
+        kind, data, row_bytes = matrix.kind.value, matrix.data.data_ptr(), matrix.data.shape[1]
+        outputs, blocks, run = matrix.rows, matrix.columns // BLOCK, self._product
+
+        def product(rows: torch.Tensor, out: torch.Tensor, first: int, stop: int) -> None:
+            start, place = data + first * row_bytes, out.data_ptr() + 4 * first
+            if run(kind, start, stop - first, blocks, rows.data_ptr(), rows.shape[0], place, outputs):
+                raise Internal("no memory for a product")
+
+        return product
+
+    def project(
+        self, matrix: Matrix, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, cos: torch.Tensor,
+        signed_sin: torch.Tensor, rotated: int, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """See ``block_kernels.c``; all tensors are contiguous float32."""
+        if self._project(
+            matrix, hidden.data_ptr(), hidden.shape[0], weight.data_ptr(), epsilon, cos.data_ptr(),
+            signed_sin.data_ptr(), rotated, out.shape[2], out.data_ptr(),
+        ):  # fmt: skip
+            raise Internal("no memory for a product")
+
+    def finish(
+        self, output: Matrix, gate_up: Matrix, down: Matrix, attended: torch.Tensor, weight: torch.Tensor,
+        epsilon: float, hidden: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Changes ``hidden``; see ``block_kernels.c``; all tensors are contiguous float32."""
+        if self._finish(
+            output, gate_up, down, attended.data_ptr(), hidden.shape[0], weight.data_ptr(), epsilon, hidden.data_ptr()
+        ):
+            raise Internal("no memory for a product")
+
+    def expand(self, matrix: Blocks, first: int, stop: int, out: torch.Tensor) -> None:
+        """Rows ``first`` to ``stop`` of the matrix, into the contiguous float32 ``out``."""
+        row_bytes = matrix.data.shape[1]
+        start, blocks = matrix.data.data_ptr() + first * row_bytes, matrix.columns // BLOCK
+        if self._expand(matrix.kind.value, start, stop - first, blocks, out.data_ptr()):
+            raise Internal("no memory to expand a matrix")
+
+
+def described(matrix: Blocks) -> Matrix:
+    return _FOUR(matrix.kind.value, matrix.data.data_ptr(), matrix.rows, matrix.columns // BLOCK)
+
+
+@cache
+def block_kernels() -> BlockKernels | None:
+    """None where there is no compiler, or what it made does not work; said once in the log."""
+    try:
+        kernels = BlockKernels(_library())
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        logger.warning("no kernels for quantised weights, products will be slow: %s", _reason(error))
+        return None
+    if not _right(kernels):
+        logger.warning("the kernels that the compiler made for quantised weights give wrong results; not used")
+        return None
+    return kernels
+
+
+def _library() -> Path:
+    """The compiled library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
+    source = SOURCE.read_bytes()
+    facts = [source, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
+    place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
+    if place.is_file():
+        return place
+    compiler = next(
+        (path for name in (os.environ.get("CC", ""), *COMPILERS) if name and (path := shutil.which(name))), None
+    )
+    if compiler is None:
+        raise OSError("no C compiler (cc, gcc or clang)")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Several peers of one machine may compile at once: each into a folder of its own, then an atomic rename.
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
+        made.replace(place)
+    return place
+
+
+def _cpu() -> bytes:
+    """What the CPU can do: homes are shared between machines, and code for one may not run on another."""
+    try:
+        found = re.search(rb"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
+    except OSError:
+        return platform.processor().encode()
+    return found[2] if found else b""
+
+
+def _right(kernels: BlockKernels) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weights, rows = torch.randn(9, 96, generator=generator), torch.randn(5, 96, generator=generator)
+    for kind in BlockKind:
+        matrix = to_blocks(weights, kind)
+        product, expanded, wanted = torch.empty(5, 9), torch.empty(9, 96), matrix.expand()
+        kernels.bind(matrix)(rows, product, 0, 9)
+        kernels.expand(matrix, 0, 9, expanded)
+        if not torch.allclose(expanded, wanted, atol=1e-6) or not torch.allclose(product, rows @ wanted.T, atol=1e-4):
+            return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"the compiler failed: {error.stderr.decode(errors='replace')[-500:]}"
+    return str(error)

@@ -1,0 +1,56 @@
+"""The checkpoint log: what a stage has put out, kept so that a new successor can be replayed.
+
+Rows are bytes in the model's dtype, so a replay is lossless and the log needs no torch. The rows of a
+session lie in one buffer that is reserved when the session opens; its pages are only touched when they
+are written.
+"""
+
+from __future__ import annotations
+
+from swarm.errors import Internal
+
+
+class CheckpointLog:
+    """Rows ``start .. end - 1``, one for each position, each of ``row_bytes`` bytes."""
+
+    def __init__(self, row_bytes: int, capacity: int) -> None:
+        self.row_bytes = row_bytes
+        self.capacity = capacity
+        self.start = 0
+        self.end = 0
+        self._buffer = bytearray(row_bytes * capacity)
+
+    @staticmethod
+    def bytes_needed(row_bytes: int, capacity: int) -> int:
+        return row_bytes * capacity
+
+    def append(self, position: int, rows: bytes) -> None:
+        """Add whole rows at ``position``, which must be the end of the log."""
+        count, rest = divmod(len(rows), self.row_bytes)
+        if position != self.end or rest or self.end + count > self.capacity:
+            raise Internal(f"{len(rows)} bytes at {position} don't continue a log of {self.start}:{self.end}")
+        self._buffer[position * self.row_bytes : (position + count) * self.row_bytes] = rows
+        self.end += count
+
+    def read(self, start: int, end: int) -> bytes:
+        """Rows ``start .. end - 1``, which must be in the log."""
+        if not self.start <= start <= end <= self.end:
+            raise Internal(f"rows {start}:{end} are not in a log of {self.start}:{self.end}")
+        return bytes(memoryview(self._buffer)[start * self.row_bytes : end * self.row_bytes])
+
+    def copy(self, end: int, capacity: int) -> CheckpointLog:
+        """A log with room for ``capacity`` rows that has this one's before ``end``, as far as they are here."""
+        copied = CheckpointLog(self.row_bytes, capacity)
+        copied.start, copied.end = min(self.start, end), end
+        span = slice(copied.start * self.row_bytes, end * self.row_bytes)
+        copied._buffer[span] = memoryview(self._buffer)[span]
+        return copied
+
+    def truncate(self, end: int) -> None:
+        """Forget rows at ``end`` and after."""
+        self.end = min(self.end, end)
+        self.start = min(self.start, self.end)
+
+    def forget_before(self, start: int) -> None:
+        """Without checkpoints: rows that every target has are not kept."""
+        self.start = max(self.start, min(start, self.end))

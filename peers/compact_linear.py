@@ -1,0 +1,144 @@
+"""A large matrix that stays as small as the checkpoint stores it, and is multiplied as if it were float32.
+
+Products with few rows wait for memory, so reading a byte per weight and expanding blocks of it within the cache is
+faster than reading four bytes. A block is expanded into a scratch matrix in the very layout that oneDNN's kernel
+reads (see :mod:`peers.linear`), by a kernel whose every output depends on its own row of weights alone: results are
+equal to those of the whole matrix in float32, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from peers.linear import OneDnnLinear
+from peers.weights.compact import CompactRows
+
+ReadRows = Callable[[int, int], CompactRows | None]
+"""Rows ``start`` to ``stop`` of a matrix, or None if the checkpoint has no exact compact form of it."""
+
+SCRATCH_BYTES: Final = 4 * 2**20
+"""Of an expanded block: small enough for a cache, large enough that the calls for each cost nothing."""
+_BLOCKS: Final = (64, 48, 32, 16, 8)
+"""Sizes of oneDNN's blocks of outputs, by kind of CPU."""
+_STEP: Final = 192
+"""Rows of a scratch matrix are a multiple of this: of all of ``_BLOCKS``."""
+
+_ops: Any = torch.ops.mkldnn
+
+
+class CompactLinear(nn.Module):
+    """Stands in for an ``nn.Linear`` without bias, in float32 on a CPU. Not for two threads at once: they would
+    share the scratch matrix."""
+
+    def __init__(self, out_features: int, in_features: int, scratch_rows: int, block: int) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.size_bytes = 0
+        self._block = block
+        self._rows = scratch_rows
+        self._scratch = _ops._reorder_linear_weight(torch.zeros(scratch_rows, in_features))
+        self._values = _memory_of(self._scratch).view(scratch_rows // block, 1, in_features, block)
+        self._codes: list[torch.Tensor] = []
+        self._scales: list[torch.Tensor] = []
+        self._tail: OneDnnLinear | None = None
+        """The last rows, if they don't fill the scratch matrix."""
+
+    @classmethod
+    def read(cls, out_features: int, in_features: int, read_rows: ReadRows) -> CompactLinear | None:
+        """None where there is no compact form, no kernel, or a layout that is not known; then nothing was lost."""
+        rows = _scratch_rows(out_features, in_features)
+        if rows is None or read_rows(0, 1) is None:
+            return None
+        block = _block_of(rows, in_features)
+        if block is None or not _exact(block):
+            return None
+        linear = cls(out_features, in_features, rows, block)
+        for start in range(0, out_features, rows):
+            part = read_rows(start, min(start + rows, out_features))
+            if part is None:
+                return None
+            linear._append(part)
+        return linear
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        result = rows.new_empty(*rows.shape[:-1], self.out_features)
+        end = 0
+        for index, codes in enumerate(self._codes):
+            values = self._values.view(codes.shape)
+            values.copy_(codes)
+            if self._scales:
+                values.mul_(self._scales[index])
+            start, end = end, end + self._rows
+            result[..., start:end] = _ops._linear_pointwise(rows, self._scratch, None, "none", [], "")
+        if self._tail is not None:
+            result[..., end:] = self._tail(rows)
+        return result
+
+    def _append(self, part: CompactRows) -> None:
+        rows, columns = part.codes.shape
+        if rows < self._rows:
+            self._tail = OneDnnLinear(part.expand(), None, packed=True)
+            self.size_bytes += rows * columns * 4
+            return
+        groups = 1 if part.scales is None else part.scales.shape[1]
+        codes = part.codes.view(rows // self._block, self._block, groups, columns // groups)
+        self._codes.append(codes.permute(0, 2, 3, 1).contiguous())
+        self.size_bytes += self._codes[-1].nbytes
+        if part.scales is not None:
+            scales = part.scales.view(rows // self._block, self._block, groups, 1)
+            self._scales.append(scales.permute(0, 2, 3, 1).contiguous())
+            self.size_bytes += self._scales[-1].nbytes
+
+
+def _scratch_rows(out_features: int, in_features: int) -> int | None:
+    """At best a divisor of the matrix's rows."""
+    most = min(SCRATCH_BYTES // (4 * in_features), out_features) // _STEP * _STEP
+    fitting = (rows for rows in range(most, most // 2, -_STEP) if out_features % rows == 0)
+    return next(fitting, most) or None
+
+
+def _memory_of(packed: torch.Tensor) -> torch.Tensor:
+    """The numbers of a packed matrix in the order in which they lie. Valid as long as ``packed`` is."""
+    size = _ops._nbytes(packed)
+    return torch.frombuffer((ctypes.c_char * size).from_address(_ops.data_ptr(packed)), dtype=torch.float32)
+
+
+def _block_of(rows: int, columns: int) -> int | None:
+    """Finds oneDNN's layout: the size of blocks of outputs, if the matrix lies as ``[rows/block, columns, block]``."""
+    numbers = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)  # below 2**24: exact
+    try:
+        packed = _ops._reorder_linear_weight(numbers)
+        found = _memory_of(packed)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return None
+    if found.numel() != rows * columns:
+        return None
+    for block in _BLOCKS:
+        if torch.equal(found, numbers.view(rows // block, block, columns).transpose(1, 2).reshape(-1)):
+            return block
+    return None
+
+
+@cache
+def _exact(block: int) -> bool:
+    """Whether results really are those of the whole matrix: tried once, on a small one."""
+    generator = torch.Generator().manual_seed(0)
+    part = CompactRows(
+        torch.randint(-128, 128, (2 * _STEP, 256), generator=generator, dtype=torch.int8),
+        torch.rand(2 * _STEP, 8, generator=generator),
+    )
+    if _block_of(_STEP, 256) != block:
+        return False
+    linear = CompactLinear(2 * _STEP, 256, _STEP, block)
+    for start in (0, _STEP):
+        linear._append(part.slice(start, start + _STEP))
+    whole = OneDnnLinear(part.expand(), None, packed=True)
+    inputs = [torch.randn(rows, 256, generator=generator) for rows in (1, 3, 40)]
+    with torch.inference_mode():
+        return all(torch.equal(linear(rows), whole(rows)) for rows in inputs)

@@ -1,0 +1,203 @@
+"""Control streams: an owner opens a stage, steers it, and hears its heartbeats and outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from peers.frame_router import FrameRouter
+from peers.runner import StageRunner
+from peers.stage import OpenRequest, Target, Work
+from peers.stage_table import StageKey, StageTable
+from peers.step_answers import step_from_wire
+from swarm import protocol_pb2 as pb
+from swarm.errors import BadRequest, Busy, Evicted, NotAllowed, ProtocolError, SwarmError, TooLong, WrongRange
+from swarm.protocol import address_from_wire, decode, error_to_wire
+from swarm.sampling import SamplingParams
+from swarm.transport import Stream
+from swarm.types import LayerRange, PeerId, PeerState, SessionId
+
+logger = logging.getLogger(__name__)
+
+MAX_TARGETS = 4
+MAX_PREVIOUS = 8
+
+Tell = Callable[[pb.ControlReply], Awaitable[None]]
+
+
+class ControlHandler:
+    """``handle`` runs once for each control stream; ``state`` says whether newcomers are taken."""
+
+    def __init__(self, table: StageTable, router: FrameRouter, state: Callable[[], PeerState]) -> None:
+        self._table = table
+        self._router = router
+        self._state = state
+        self._timeouts = table.settings.timeouts
+
+    async def handle(self, stream: Stream) -> None:
+        key: StageKey | None = None
+        clean, prefix = False, b""
+
+        async def tell(reply: pb.ControlReply) -> None:
+            await stream.send(reply.SerializeToString())
+
+        try:
+            async with asyncio.timeout(self._timeouts.open_s):
+                first = await stream.receive()
+            if first is None:
+                return
+            message = decode(pb.ControlRequest, first)
+            if message.WhichOneof("kind") != "open":
+                raise ProtocolError("a control stream begins with open")
+            while True:
+                kind = message.WhichOneof("kind")
+                if kind == "open":
+                    key = await self._open(stream.remote, message.open, tell)
+                    # The stage is this stream's by now, so that it is let go of if the owner can't hear this.
+                    await tell(pb.ControlReply(opened=self._opened(self._table.runners[key])))
+                elif key is None or key not in self._table.runners:
+                    raise Evicted("this stage is gone")
+                elif kind == "start":
+                    self._start(self._table.runners[key], message.start)
+                elif kind == "input":
+                    self._input(self._table.runners[key], message.input)
+                elif kind == "finish":
+                    prefix = message.finish.prefix
+                elif kind == "ping":
+                    await tell(pb.ControlReply(status=self._status(self._table.runners[key])))
+                else:
+                    clean = True
+                    return
+                frame = await self._next(stream, key, tell)
+                if frame is None:
+                    clean = True
+                    return
+                message = decode(pb.ControlRequest, frame)
+        except TimeoutError:
+            logger.info("owner %s opened a control stream and said nothing", stream.remote[-6:])
+        except SwarmError as error:
+            logger.info("control stream of %s: %s", stream.remote[-6:], error)
+            await self._last_words(stream, error)
+        finally:
+            self._detach(key, tell, clean=clean, prefix=prefix)
+
+    async def _next(self, stream: Stream, key: StageKey, tell: Tell) -> bytes | None:
+        """The owner's next frame; meanwhile it hears a heartbeat every ``heartbeat_s``."""
+        receiving = asyncio.ensure_future(stream.receive())
+        try:
+            while True:
+                done, _ = await asyncio.wait((receiving,), timeout=self._timeouts.heartbeat_s)
+                if done:
+                    return receiving.result()
+                runner = self._table.runners.get(key)
+                if runner is None or runner.to_owner is not tell:
+                    raise Evicted("this stage gave its memory to another session, or was opened again elsewhere")
+                reply = pb.ControlReply(status=self._status(runner))
+                await stream.send(reply.SerializeToString())
+        finally:
+            receiving.cancel()
+
+    async def _last_words(self, stream: Stream, error: SwarmError) -> None:
+        try:
+            await stream.send(pb.ControlReply(error=error_to_wire(error)).SerializeToString())
+        except SwarmError as lost:
+            logger.debug("owner %s was gone already: %s", stream.remote[-6:], lost)
+
+    def _detach(self, key: StageKey | None, tell: Tell, *, clean: bool, prefix: bytes) -> None:
+        """The control stream ended. A clean end frees the stage; else it lingers for the owner's return."""
+        runner = self._table.runners.get(key) if key is not None else None
+        if key is None or runner is None or runner.to_owner is not tell:
+            return
+        runner.to_owner = None
+        if clean:
+            self._table.free(key, prefix)
+        else:
+            self._table.linger(key)
+
+    async def _open(self, owner: PeerId, message: pb.Open, tell: Tell) -> StageKey:
+        request = self._checked(message)
+        key = (request.session, request.layers.start)
+        runner = self._table.runners.get(key)
+        if runner is not None and runner.stage.owner != owner:
+            raise NotAllowed("this session has another owner")
+        if runner is None:
+            if self._state() is not PeerState.SERVING:
+                raise Busy(f"this peer is {self._state()} and takes no new sessions")
+            runner = self._table.admit(owner, request, self._router)
+        else:
+            await runner.reopen(request)
+            if self._table.runners.get(key) is not runner:
+                raise Evicted("this stage is gone")
+        self._table.attach(key)
+        runner.to_owner = tell
+        return key
+
+    def _opened(self, runner: StageRunner) -> pb.Opened:
+        stage = runner.stage
+        return pb.Opened(
+            epoch=stage.epoch,
+            have=stage.have,
+            log_start=stage.log_start,
+            computed=stage.computed,
+            heartbeat_s=self._timeouts.heartbeat_s,
+        )
+
+    def _checked(self, message: pb.Open) -> OpenRequest:
+        profile = self._table.executor.profile
+        if message.model != profile.model_id:
+            raise BadRequest(f"this peer serves {profile.model_id}, not {message.model[:80]}")
+        layers = LayerRange(message.start, message.end)
+        if not self._table.executor.layers.covers(layers):
+            raise WrongRange(f"this peer serves layers {self._table.executor.layers}, not {layers}")
+        limit = min(profile.max_positions, self._table.settings.peer.max_cache_tokens_per_session)
+        if not 0 < message.max_positions <= limit:
+            raise TooLong(f"{message.max_positions} tokens asked for; this peer's limit for a session is {limit}")
+        self._check_vocabulary(message.token_ids)
+        return OpenRequest(
+            session=SessionId(message.session),
+            epoch=message.epoch,
+            layers=layers,
+            max_positions=message.max_positions,
+            keep=message.keep,
+            previous=frozenset(PeerId(peer) for peer in message.previous[:MAX_PREVIOUS]),
+            step_mode=message.step_mode,
+            no_kv_cache=message.no_kv_cache,
+            sampling=SamplingParams.from_wire(message.sampling),
+            token_ids=tuple(message.token_ids),
+            end_ids=frozenset(message.end_ids),
+            stop_at=message.stop_at,
+            prompt_length=message.prompt_length,
+            speculate=message.speculate,
+            prefix=message.prefix,
+        )
+
+    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+        size = self._table.executor.profile.vocab_size
+        if max(token_ids, default=0) >= size:
+            raise BadRequest(f"a token id is not in the vocabulary of {size}")
+
+    def _start(self, runner: StageRunner, message: pb.Start) -> None:
+        if len(message.targets) > MAX_TARGETS:
+            raise ProtocolError(f"a stage has at most {MAX_TARGETS} targets")
+        targets = [
+            Target(
+                peer=address_from_wire(target.peer) if target.HasField("peer") else None,
+                layer=target.layer,
+                epoch=target.epoch,
+                cursor=target.forward_from,
+            )
+            for target in message.targets
+        ]
+        runner.start(message.epoch, targets)
+
+    def _input(self, runner: StageRunner, message: pb.Input) -> None:
+        if not runner.stage.first or not message.token_ids:
+            raise ProtocolError("input is token ids for the first stage")
+        ids = tuple(message.token_ids)
+        self._check_vocabulary(ids)
+        step = step_from_wire(message.step)
+        runner.accept(Work(epoch=message.epoch, start=message.start, rows=len(ids), token_ids=ids, step=step))
+
+    def _status(self, runner: StageRunner) -> pb.Status:
+        return runner.status(draining=self._state() is PeerState.DRAINING)

@@ -1,0 +1,141 @@
+"""A decoder layer with nothing but arithmetic: for the families whose layers have the shape of Llama's.
+
+Llama, Mistral, Qwen2 and Qwen3 differ in biases, windows and norms of heads only. This is their modeling code's
+arithmetic in fewer steps: one product for queries, keys and values, one for gate and up, one rotation for queries and
+keys. A step of one row costs as much in calls as in small operations, and a shard makes dozens of each per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from peers.attention import Span, swarm_attention
+from peers.fused_layer import FusedLayer
+from peers.quantized_linear import DENSE_ROWS
+
+FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of the transformers config."""
+
+
+class DecoderLayer(nn.Module):
+    """Stands in for the family's decoder layer, whose norms and numbers it takes over."""
+
+    def __init__(
+        self, layer: Any, query_key_value: nn.Module, output: nn.Module, gate_up: nn.Module, down: nn.Module
+    ) -> None:
+        super().__init__()
+        attention = layer.self_attn
+        self.layer_idx: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
+        self.scaling: float = attention.scaling
+        self.window = _window(attention)
+        self.heads: int = attention.config.num_attention_heads
+        self.kv_heads: int = attention.config.num_key_value_heads
+        self.input_norm = _norm(layer.input_layernorm)
+        self.output_norm = _norm(layer.post_attention_layernorm)
+        self.query_norm: nn.Module | None = getattr(attention, "q_norm", None)
+        self.key_norm: nn.Module | None = getattr(attention, "k_norm", None)
+        self.query_key_value, self.output = query_key_value, output
+        self.gate_up, self.down = gate_up, down
+        self._fused: FusedLayer | None = None
+        first, second = self.input_norm, self.output_norm
+        if isinstance(first, RootMeanSquareNorm) and isinstance(second, RootMeanSquareNorm) and not self.query_norm:
+            linears = [query_key_value, output, gate_up, down]
+            self._fused = FusedLayer.of(linears, (first, second), self.heads + self.kv_heads, self.head_dim)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        spans: Sequence[Span],
+        **_: Any,
+    ) -> torch.Tensor:
+        """``[1, rows, hidden]`` -> the same; ``position_embeddings`` are those of :class:`Rotation`."""
+        hidden = hidden_states[0].contiguous()
+        rotated = self.heads + self.kv_heads
+        mixed: torch.Tensor
+        if self._fused is not None and hidden.shape[0] < DENSE_ROWS and torch.get_num_threads() == 1:
+            mixed = self._fused.project(hidden, *position_embeddings)
+            return self._fused.finish(hidden, self._attend(mixed[:, :rotated], mixed, spans))[None]
+        mixed = self.query_key_value(self.input_norm(hidden)).view(hidden.shape[0], -1, self.head_dim)
+        turned = rotate(self._normed(mixed[:, :rotated]), *position_embeddings)
+        hidden = hidden + self.output(self._attend(turned, mixed, spans))
+        gate, up = self.gate_up(self.output_norm(hidden)).tensor_split(2, -1)
+        result: torch.Tensor = hidden + self.down(silu(gate).mul_(up))
+        return result[None]
+
+    def _normed(self, heads: torch.Tensor) -> torch.Tensor:
+        if self.query_norm is None or self.key_norm is None:
+            return heads
+        return torch.cat((self.query_norm(heads[:, : self.heads]), self.key_norm(heads[:, self.heads :])), 1)
+
+    def _attend(self, turned: torch.Tensor, mixed: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        """``[rows, heads * head_dim]`` for queries and keys ``turned``, and the values at the end of ``mixed``."""
+        turned, values = turned.transpose(0, 1)[None], mixed[:, self.heads + self.kv_heads :].transpose(0, 1)[None]
+        found, _ = swarm_attention(
+            self,
+            turned[:, : self.heads],
+            turned[:, self.heads :],
+            values,
+            None,
+            scaling=self.scaling,
+            spans=spans,
+            sliding_window=self.window,
+        )
+        return found.reshape(mixed.shape[0], -1).contiguous()
+
+
+def _window(attention: Any) -> int | None:
+    """Qwen's layers have a window each, or none; Mistral's all have the config's; Llama's code knows none."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    return attention.config.sliding_window if attention.config.model_type == "mistral" else None
+
+
+class Rotation(nn.Module):
+    """The family's rotary tables, once a step in the form that :func:`rotate` takes."""
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines, and sines with the sign of their half, both ``[rows, 1, head_dim]``."""
+        cos, sin = self.rotary(*inputs, **named)
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), -1)
+        return cos[0, :, None], signed
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """``[rows, heads, head_dim]``: each half rotated into the other."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), signed_sin)
+
+
+class RootMeanSquareNorm(nn.Module):
+    """The family's norm in float32, through the one norm that torch computes in a single kernel on a CPU.
+
+    ``x`` beside ``-x`` has the mean 0, and so its variance is the mean square of ``x``.
+    """
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat((weight, torch.zeros_like(weight))), requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        size = rows.shape[-1]
+        both = torch.cat((rows, rows.neg()), -1)
+        return torch.layer_norm(both, (2 * size,), self.weight, None, self.epsilon)[..., :size]
+
+
+def _norm(norm: Any) -> nn.Module:
+    weight = norm.weight.detach()
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return norm  # type: ignore[no-any-return]
+    return RootMeanSquareNorm(weight, norm.variance_epsilon)

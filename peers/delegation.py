@@ -1,0 +1,120 @@
+"""This peer as the owner of sessions for thin clients, and as a planner for anyone who asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+
+from swarm import protocol_pb2 as pb
+from swarm.chain import View
+from swarm.config import Settings
+from swarm.delegation import request_from_wire, route_to_wire
+from swarm.errors import Busy, ProtocolError, SwarmError
+from swarm.health import Health
+from swarm.knowledge import known
+from swarm.models import ModelProfile
+from swarm.protocol import error_to_wire, timing_to_wire
+from swarm.routing import plan_route
+from swarm.session import RouteChanged, Session
+from swarm.transcript import Generated
+from swarm.transport import Stream, Transport
+from swarm.types import PeerId
+
+logger = logging.getLogger(__name__)
+
+
+class DelegationHandler:
+    """At most ``limits.max_delegated`` generations at once; more are refused with ``busy``."""
+
+    def __init__(self, transport: Transport, view: View, profile: ModelProfile, settings: Settings) -> None:
+        self._transport = transport
+        self._view = view
+        self._profile = profile
+        self._settings = settings
+        self._health = Health(settings.recovery.max_penalty_s)
+        self.running = 0
+
+    def plan(self, request: pb.PlanRequest) -> pb.RouteNews:
+        """The route that a session would take now; raises ``NoRoute``."""
+        now = asyncio.get_running_loop().time()
+        route = plan_route(
+            self._view.announcements(),
+            self._profile.num_layers,
+            tokens=request.tokens,
+            excluded=frozenset(PeerId(peer) for peer in request.exclude),
+            knowledge=known(self._view, self._health, now, self._settings.planner),
+        )
+        return route_to_wire(0, route, "planned")
+
+    async def handle(self, stream: Stream) -> None:
+        """One generation. A client that goes away frees every stage."""
+        try:
+            limit = self._settings.limits.max_delegated
+            if self.running >= limit:
+                raise Busy(f"limits.max_delegated: this peer owns {limit} sessions of thin clients already")
+            async with asyncio.timeout(self._settings.timeouts.info_s):
+                frame = await stream.receive()
+            if frame is None:
+                return
+            message = pb.Delegate()
+            try:
+                message.ParseFromString(frame)
+            except ValueError:
+                raise ProtocolError("no Delegate message") from None
+            self.running += 1
+            try:
+                await self._generate(stream, message)
+            finally:
+                self.running -= 1
+        except TimeoutError:
+            logger.info("%s delegated nothing", stream.remote[-6:])
+        except SwarmError as error:
+            logger.info("session for thin client %s: %s", stream.remote[-6:], error)
+            with contextlib.suppress(SwarmError):  # it may be gone; then there is nobody to tell
+                await _tell(stream, pb.DelegateReply(error=error_to_wire(error)))
+
+    async def _generate(self, stream: Stream, message: pb.Delegate) -> None:
+        request = request_from_wire(message, self._profile)
+        session = Session(self._transport, self._view, self._profile, request, self._settings, self._health)
+        async with session, contextlib.aclosing(session.events()) as events:
+            farewell = asyncio.ensure_future(stream.receive())
+            beating = asyncio.ensure_future(self._beat(stream))
+            forwarding = asyncio.ensure_future(self._forward(stream, events, len(request.prompt)))
+            tasks = {farewell, beating, forwarding}
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if forwarding.done():
+                    forwarding.result()
+                    await _tell(stream, pb.DelegateReply(finished=session.finish_reason or "stop"))
+                elif beating.done():
+                    beating.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _forward(
+        self, stream: Stream, events: AsyncGenerator[RouteChanged | Generated, None], prompt_length: int
+    ) -> None:
+        async for event in events:
+            if isinstance(event, RouteChanged):
+                news = route_to_wire(event.epoch, event.route, event.reason)
+                await _tell(stream, pb.DelegateReply(route=news))
+                continue
+            token = pb.Output(start=prompt_length + event.index - 1, token_ids=[event.token_id])
+            token.hops.extend(timing_to_wire(timing) for timing in event.hops)
+            if event.logprob is not None:
+                ids, values = [i for i, _ in event.top_logprobs], [v for _, v in event.top_logprobs]
+                token.logprobs.append(pb.Logprobs(logprob=event.logprob, top_ids=ids, top_logprobs=values))
+            await _tell(stream, pb.DelegateReply(token=token))
+
+    async def _beat(self, stream: Stream) -> None:
+        while True:
+            await asyncio.sleep(self._settings.timeouts.heartbeat_s)
+            await _tell(stream, pb.DelegateReply(heartbeat=True))
+
+
+async def _tell(stream: Stream, reply: pb.DelegateReply) -> None:
+    await stream.send(reply.SerializeToString())

@@ -1,0 +1,360 @@
+"""The compute thread: one batch of everything that is ready, again and again.
+
+Continuous batching as in Orca (Yu et al., OSDI 2022): a batch is formed anew for each step out of whatever
+sessions have input, decode steps first, then prefill chunks up to ``engine.max_batch_tokens`` rows. Steps
+of one batch share a layer sub-range; the oldest waiting step chooses it. While sessions decode, a prompt's chunk is
+run in pieces between their steps, so that it holds none of them up for long (chunked prefill as in Sarathi-Serve,
+Agrawal et al., OSDI 2024).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from peers.drafting import MAX_DRAFT, verified
+from peers.executor import Done, StepReply, StepRequest
+from peers.kv_cache import SequenceCache
+from peers.shard import Shard, Step, StepOutput
+from peers.stage import Cache
+from swarm.config import Settings
+from swarm.errors import BadTensor, Internal, SwarmError
+from swarm.models import ModelProfile
+from swarm.protocol import ITEM_BYTES
+from swarm.sampling import SampleResult, sample
+from swarm.types import LayerRange
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: StepRequest
+    """What is still to be run of it."""
+    done: Done
+    since: float
+    piece: StepRequest = field(init=False)
+    """What is run of it now."""
+    parts: list[bytes] = field(default_factory=list)
+    """Hidden states of the pieces that were run."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.piece = self.request
+
+    def cut(self, most: int) -> int:
+        """Chooses the piece: ``most`` rows, or all where rows before the last matter; returns how many."""
+        request = self.request
+        wanted = request.sample.rows if request.sample is not None else request.logit_rows
+        if request.rows <= most or wanted > 1 or request.want_hidden:
+            self.piece = request
+        else:
+            ids, hidden = request.token_ids, request.hidden
+            row_bytes = len(hidden) // request.rows if hidden is not None else 0
+            self.piece = replace(
+                request,
+                rows=most,
+                token_ids=None if ids is None else ids[:most],
+                hidden=None if hidden is None else hidden[: most * row_bytes],
+                sample=None,
+                logit_rows=0,
+            )
+            self.request = replace(
+                request,
+                start=request.start + most,
+                rows=request.rows - most,
+                token_ids=None if ids is None else ids[most:],
+                hidden=None if hidden is None else hidden[most * row_bytes :],
+            )
+        return self.piece.rows
+
+    def take(self, reply: StepReply | SwarmError) -> StepReply | SwarmError | None:
+        """The answer to the whole request, from that to a piece; None if there are more to run."""
+        if isinstance(reply, SwarmError):
+            return reply
+        self.queue_s += reply.queue_s
+        self.compute_s += reply.compute_s
+        self.parts.append(reply.hidden)
+        if self.piece is not self.request:
+            self.since = time.perf_counter()
+            return None
+        return replace(reply, hidden=b"".join(self.parts), queue_s=self.queue_s, compute_s=self.compute_s)
+
+
+MANY_ROWS = 32
+"""From so many rows on, a pass waits for arithmetic rather than for memory, and more threads help."""
+
+DECODING_S = 0.5
+"""So long after a decode step another one is expected."""
+
+SMOOTHING = 0.1
+"""Weight of the newest step in the running averages that announcements tell."""
+MOST_SURPRISE = 4.0
+"""A single step counts at most as so many times slower than usual: it may have been a hiccup."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long steps really take, against what was measured before. Written by the compute thread."""
+
+    step_s: float = 0.0
+    layer_s: float = 0.0
+    head_s: float = 0.0
+    slowdown: float = 1.0
+    """Running average over steps of one row: a busy or throttled machine takes this many times longer."""
+    queue_s: float = 0.0
+    observe: Callable[[Sequence[int], Sequence[float], float], None] | None = None
+    """Told of every batch: rows and waiting time of each step, and the time of the computation."""
+
+    def calibrate(self, step_s: float, layer_s: float, head_s: float) -> None:
+        """What a step of one row takes on its own, for each layer, and for the head."""
+        self.step_s, self.layer_s, self.head_s = step_s, layer_s, head_s
+        self.slowdown = 1.0
+
+    def note(self, batch: Sequence[_Waiting], started: float, compute_s: float) -> None:
+        if self.observe is not None:
+            waits_s = [max(0.0, started - waiting.since) for waiting in batch]
+            self.observe([waiting.piece.rows for waiting in batch], waits_s, compute_s)
+        for waiting in batch:
+            self.queue_s += SMOOTHING * (max(0.0, started - waiting.since) - self.queue_s)
+        request = batch[0].piece
+        if len(batch) == 1 and request.rows == 1 and self.layer_s > 0:
+            head_s = self.head_s if request.sample is not None or request.logit_rows else 0.0
+            found = compute_s / (self.step_s + self.layer_s * len(request.layers) + head_s)
+            self.slowdown += SMOOTHING * (min(found, MOST_SURPRISE * self.slowdown) - self.slowdown)
+
+
+class Engine:
+    """Runs a :class:`Shard` on one thread. An ``async with``; ``submit`` is for the loop that entered it."""
+
+    def __init__(self, shard: Shard, settings: Settings) -> None:
+        self._shard = shard
+        self._max_tokens = settings.engine.max_batch_tokens
+        self._piece_tokens = settings.engine.mixed_prefill_tokens
+        self._decoded_at = -DECODING_S
+        self._threads = settings.peer.threads or torch.get_num_threads()
+        self._prefill_threads = settings.peer.prefill_threads or max(self._threads, cores())
+        self._dtype = DTYPES[shard.profile.dtype]
+        self.pace = Pace()
+        self._waiting: deque[_Waiting] = deque()
+        self._ready = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
+
+    async def __aenter__(self) -> Engine:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._ready:
+            self._stopping = True
+            self._ready.notify()
+        await self._loop.run_in_executor(None, self._thread.join, 30.0)
+
+    @property
+    def profile(self) -> ModelProfile:
+        return self._shard.profile
+
+    @property
+    def layers(self) -> LayerRange:
+        return self._shard.layers
+
+    def new_cache(self, layers: LayerRange, capacity: int) -> SequenceCache:
+        return self._shard.new_cache(layers, capacity)
+
+    def copy_cache(self, cache: Cache, length: int, capacity: int) -> SequenceCache:
+        if not isinstance(cache, SequenceCache):
+            raise Internal("the engine runs on its own caches")
+        return cache.copy(length, capacity)
+
+    def cache_bytes(self, layers: LayerRange, capacity: int) -> int:
+        profile = self.profile
+        item = ITEM_BYTES[profile.dtype]
+        return SequenceCache.bytes_needed(layers, profile.num_kv_heads, profile.head_dim, capacity, item)
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, step: StepRequest, done: Done) -> None:
+        with self._ready:
+            self._waiting.append(_Waiting(step, done, time.perf_counter()))
+            self._ready.notify()
+
+    # ---- the thread -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        threads = 0
+        while True:
+            with self._ready:
+                while not self._waiting and not self._stopping:
+                    self._ready.wait()
+                if self._stopping:
+                    return
+                batch = self._take()
+            started = time.perf_counter()
+            many = sum(waiting.piece.rows for waiting in batch) >= MANY_ROWS
+            wanted = self._prefill_threads if many else self._threads
+            if threads != wanted:
+                threads = wanted
+                torch.set_num_threads(threads)
+            answers = [
+                waiting.take(reply) for waiting, reply in zip(batch, self._run_batch(batch, started), strict=True)
+            ]
+            self._loop.call_soon_threadsafe(_resolve, batch, answers)
+            with self._ready:
+                unfinished = [waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None]
+                self._waiting.extend(unfinished)
+            del batch, answers, unfinished  # their sessions may end while this thread waits
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch; the rest keeps its order."""
+        layers = self._waiting[0].request.layers
+        fitting = [w for w in self._waiting if w.request.layers == layers]
+        fitting.sort(key=_is_prefill)
+        now = time.perf_counter()
+        if not _is_prefill(fitting[0]):
+            self._decoded_at = now
+        most = self._piece_tokens if now - self._decoded_at < DECODING_S else self._max_tokens
+        batch: list[_Waiting] = []
+        rows = 0
+        for waiting in fitting:
+            room = min(most, self._max_tokens - rows)
+            if batch and (room <= 0 or (_is_prefill(waiting) and rows >= most)):
+                break
+            rows += waiting.cut(max(1, room))
+            batch.append(waiting)
+        chosen = {id(waiting) for waiting in batch}
+        self._waiting = deque(w for w in self._waiting if id(w) not in chosen)
+        return batch
+
+    def _run_batch(self, batch: Sequence[_Waiting], started: float) -> list[StepReply | SwarmError]:
+        results: list[StepReply | SwarmError | None] = [None] * len(batch)
+        steps: list[tuple[int, Step]] = []
+        for index, waiting in enumerate(batch):
+            try:
+                steps.append((index, self._to_step(waiting.piece)))
+            except SwarmError as error:
+                results[index] = error
+        try:
+            self._compute(batch, steps, results, started)
+        except Exception as error:
+            # The thread's outermost edge: a device error fails this batch; the peer lives on.
+            logger.exception("a batch of %d steps failed", len(steps))
+            failed = Internal(f"the step failed: {type(error).__name__}")
+            return [failed if result is None else result for result in results]
+        return [result or Internal("a step without a result") for result in results]
+
+    def _compute(
+        self,
+        batch: Sequence[_Waiting],
+        steps: Sequence[tuple[int, Step]],
+        results: list[StepReply | SwarmError | None],
+        started: float,
+    ) -> None:
+        outputs = self._shard.run([step for _, step in steps]) if steps else []
+        tokens = [_sampled(batch[index].piece, output) for (index, _), output in zip(steps, outputs, strict=True)]
+        compute_s = time.perf_counter() - started
+        self.pace.note(batch, started, compute_s)
+        for (index, _), output, sampled in zip(steps, outputs, tokens, strict=True):
+            waiting = batch[index]
+            if output.error is not None:
+                # Inputs were checked to be finite, so values that are not arose in this very peer.
+                own = isinstance(output.error, BadTensor)
+                results[index] = Internal(output.error.message) if own else output.error
+                continue
+            if isinstance(sampled, SwarmError):
+                results[index] = sampled
+                continue
+            results[index] = StepReply(
+                hidden=b"" if output.hidden is None else _to_bytes(output.hidden, self._dtype),
+                tokens=sampled,
+                logits=self._logits(waiting.piece, output),
+                queue_s=max(0.0, started - waiting.since),
+                compute_s=compute_s,
+                batch=len(batch),
+            )
+
+    def _to_step(self, request: StepRequest) -> Step:
+        if not isinstance(request.cache, SequenceCache):
+            raise Internal("the engine runs on its own caches")
+        hidden = None
+        if request.hidden is not None:
+            flat = torch.frombuffer(bytearray(request.hidden), dtype=self._dtype)
+            hidden = flat.view(request.rows, self.profile.hidden_size)
+            if not bool(torch.isfinite(hidden).all()):
+                raise BadTensor("hidden states that are not finite")
+        return Step(
+            layers=request.layers,
+            cache=request.cache,
+            start=request.start,
+            token_ids=request.token_ids,
+            hidden=hidden,
+            head_rows=request.sample.rows if request.sample is not None else request.logit_rows,
+            want_hidden=request.want_hidden,
+        )
+
+    @staticmethod
+    def _logits(request: StepRequest, output: StepOutput) -> bytes:
+        if not request.logit_rows or output.logits is None:
+            return b""
+        return _to_bytes(output.logits, torch.float32)
+
+
+def cores() -> int:
+    """Those that this process may use; ``OMP_NUM_THREADS`` limits them as it does for torch."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(allowed, int(limit)) if limit.isdecimal() and int(limit) else allowed
+
+
+def _sampled(request: StepRequest, output: StepOutput) -> tuple[SampleResult, ...] | SwarmError:
+    if request.sample is None or output.logits is None:
+        return ()
+    wanted, logits = request.sample, output.logits
+
+    def sample_row(row: int, history: Sequence[int]) -> SampleResult:
+        numbers: np.ndarray = logits[row].numpy(force=True)
+        return sample(numbers, wanted.params, len(history), history, wanted.prompt_length)
+
+    try:
+        return verified(wanted, sample_row)
+    except SwarmError as error:
+        return error
+    except Exception as error:
+        # Whatever one session wished for, the others of its batch get their tokens.
+        logger.exception("sampling failed")
+        return Internal(f"sampling failed: {type(error).__name__}")
+
+
+def _to_bytes(rows: torch.Tensor, dtype: torch.dtype) -> bytes:
+    flat = rows.to("cpu", dtype).contiguous().view(-1)
+    data: bytes = flat.view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def _is_prefill(waiting: _Waiting) -> bool:
+    """A decode step has one row, and those of a draft."""
+    return waiting.request.rows > MAX_DRAFT + 1 or bool(waiting.parts)
+
+
+def _resolve(batch: Sequence[_Waiting], answers: Sequence[StepReply | SwarmError | None]) -> None:
+    for waiting, answer in zip(batch, answers, strict=True):
+        if answer is not None:
+            waiting.done(answer)

@@ -1,0 +1,168 @@
+"""Frames between stages: from links to the stages that they are for, and from stages to links."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from peers.link_prober import LinkProber
+from peers.links import Links
+from peers.stage import Stage, Work
+from peers.stage_table import StageTable
+from peers.step_answers import step_from_wire
+from swarm import protocol_pb2 as pb
+from swarm.chain import View
+from swarm.errors import Evicted, NotAllowed, ProtocolError, SwarmError
+from swarm.protocol import MAX_HOPS, decode, error_from_wire, error_to_wire, rows_from_wire, timing_from_wire
+from swarm.transport import Stream, Transport
+from swarm.types import PeerAddress, PeerId, SessionId
+
+logger = logging.getLogger(__name__)
+
+
+class FrameRouter:
+    """What runners call :class:`peers.runner.Outside`. A frame to a stage of this very peer takes no network."""
+
+    def __init__(self, transport: Transport, table: StageTable, tasks: asyncio.TaskGroup) -> None:
+        self._transport = transport
+        self._table = table
+        self._tasks = tasks
+        self._links = Links(transport, tasks, table.settings.timeouts, self._on_reply, self._on_lost)
+        self._incoming: dict[PeerId, Stream] = {}
+
+    @property
+    def local_id(self) -> PeerId:
+        return self._transport.local.peer_id
+
+    def try_to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> bool:
+        if peer.peer_id != self.local_id:
+            return self._links.try_send(peer, message)
+        self._deliver(self.local_id, message.frame)
+        return True
+
+    async def to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> None:
+        if peer.peer_id == self.local_id:
+            self._deliver(self.local_id, message.frame)
+        else:
+            await self._links.send(peer, message)
+
+    def link_s(self, peer: PeerId) -> float:
+        return self._links.one_way_s(peer)
+
+    def prober(self, view: View) -> LinkProber:
+        """Of the links from here."""
+        executor = self._table.executor
+        layers, num_layers = executor.layers, executor.profile.num_layers
+        return LinkProber(self._links, view, self.local_id, layers, num_layers, self._table.settings)
+
+    def acknowledge(self, sender: PeerId, ack: pb.Ack) -> None:
+        if sender == self.local_id:
+            self._on_reply(self.local_id, pb.LinkMessage(ack=ack))
+        else:
+            self._reply(sender, pb.LinkMessage(ack=ack))
+
+    def _reply(self, peer: PeerId, message: pb.LinkMessage) -> None:
+        stream = self._incoming.get(peer)
+        if stream is not None:
+            self._tasks.create_task(self._reply_on(stream, message))
+
+    async def _reply_on(self, stream: Stream, message: pb.LinkMessage) -> None:
+        try:
+            await stream.send(message.SerializeToString())
+        except SwarmError as error:
+            logger.info("no reply to %s: %s", stream.remote[-6:], error)
+
+    async def handle_link(self, stream: Stream) -> None:
+        self._incoming[stream.remote] = stream
+        try:
+            while (frame := await stream.receive()) is not None:
+                message = decode(pb.LinkMessage, frame)
+                kind = message.WhichOneof("kind")
+                if kind == "ping":
+                    await stream.send(pb.LinkMessage(pong=message.ping).SerializeToString())
+                elif kind == "frame":
+                    self._deliver(stream.remote, message.frame)
+                else:
+                    raise ProtocolError("a link carries frames and pings")
+        except SwarmError as error:
+            logger.info("link from %s ended: %s", stream.remote[-6:], error)
+        finally:
+            if self._incoming.get(stream.remote) is stream:
+                del self._incoming[stream.remote]
+
+    def _deliver(self, sender: PeerId, frame: pb.Frame) -> None:
+        """One frame to its stage. What is wrong with it concerns its session alone, never the link."""
+        runner = self._table.runners.get((SessionId(frame.session), frame.layer))
+        try:
+            if runner is None:
+                raise Evicted("no such stage here")
+            if sender not in runner.stage.previous:  # before a look at the frame: a stranger's errors are no news
+                raise NotAllowed("this sender was not named when the session was opened")
+            work = self._to_work(runner.stage, sender, frame)
+            runner.accept(work)
+        except NotAllowed as error:
+            self._refuse(sender, frame, error)
+        except SwarmError as error:
+            if runner is None:
+                self._refuse(sender, frame, error)
+            else:
+                self._tasks.create_task(runner.report(error, sender))
+
+    def _to_work(self, stage: Stage, sender: PeerId, frame: pb.Frame) -> Work:
+        profile = self._table.executor.profile
+        hidden, ids = None, tuple(frame.token_ids)
+        if stage.first:
+            if not ids or frame.HasField("hidden") or max(ids) >= profile.vocab_size:
+                raise ProtocolError("the first stage takes token ids of the vocabulary")
+            rows = len(ids)
+        else:
+            if ids:
+                raise ProtocolError("only the first stage takes token ids")
+            hidden = rows_from_wire(frame.hidden, profile.dtype, profile.hidden_size, stage.max_positions)
+            rows = frame.hidden.shape[0]
+        return Work(
+            epoch=frame.epoch,
+            start=frame.start,
+            rows=rows,
+            hidden=hidden,
+            token_ids=ids,
+            hops=tuple(timing_from_wire(timing) for timing in frame.hops[:MAX_HOPS]),
+            sender=sender,
+            sequence=frame.sequence,
+            want_ack=frame.want_ack,
+            draft=frame.draft,
+            draft_start=frame.draft_start,
+            step=step_from_wire(frame.step),
+        )
+
+    def _refuse(self, sender: PeerId, frame: pb.Frame, error: SwarmError) -> None:
+        refusal = pb.Refusal(session=frame.session, epoch=frame.epoch, layer=frame.layer, error=error_to_wire(error))
+        if sender == self.local_id:
+            self._on_reply(sender, pb.LinkMessage(refusal=refusal))
+        else:
+            self._reply(sender, pb.LinkMessage(refusal=refusal))
+
+    def _on_reply(self, peer: PeerId, message: pb.LinkMessage) -> None:
+        """Acks and refusals that come back on an outgoing link."""
+        kind = message.WhichOneof("kind")
+        if kind == "ack":
+            for runner in self._table.of_session(message.ack.session):
+                runner.acknowledged(peer, message.ack)
+        elif kind == "refusal":
+            refusal = message.refusal
+            for runner in self._table.of_session(refusal.session):
+                if refusal.epoch == runner.stage.epoch:
+                    self._tasks.create_task(runner.report(error_from_wire(refusal.error), peer))
+        else:
+            raise ProtocolError("a link is answered with acks and refusals")
+
+    def _on_lost(self, peer: PeerId, error: SwarmError) -> None:
+        """The owners of all sessions that go on at ``peer`` hear at once that it can't be reached from here."""
+        for runner in list(self._table.runners.values()):
+            if any(target.peer is not None and target.peer.peer_id == peer for target in runner.stage.targets):
+                self._tasks.create_task(runner.report(error, peer))
+
+    async def aclose(self) -> None:
+        for stream in list(self._incoming.values()):
+            stream.abort()  # who sends again opens a new one, to whatever is served here then
+        await self._links.aclose()

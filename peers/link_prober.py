@@ -1,0 +1,110 @@
+"""Measures the ways to the peers that a session could go on to from here, and to a few others, for the planners.
+
+What is announced are half round trips, of eight peers at most: whom sessions go on to now, then those that hold the
+layer after our last one (round the ring: the first layer), then others, so that everybody's access link is known. A
+planner takes the way back to be as long, so two peers need not measure each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from collections.abc import Sequence
+
+from peers.links import Links
+from swarm.chain import View
+from swarm.config import Settings
+from swarm.errors import SwarmError
+from swarm.types import LINK_SUFFIX, Announcement, LayerRange, LinkReport, PeerAddress, PeerId, PeerState
+
+logger = logging.getLogger(__name__)
+
+MOST_REPORTS = 8
+FOLLOWERS = 6
+"""Of those, at most so many that can follow on us, if there are others as well."""
+LOOK_S = 1.0
+"""How often the view is searched for newcomers; that costs nothing."""
+AT_ONCE = 4
+NEWS_PAUSE_S = 1.0
+
+
+def worth_measuring(
+    own: PeerId, layers: LayerRange, num_layers: int, announcements: Sequence[Announcement]
+) -> list[PeerAddress]:
+    """At most :data:`MOST_REPORTS` peers that serve, another choice for each ``own`` and the same one every time."""
+    following = layers.end % num_layers
+
+    def luck(a: Announcement) -> int:
+        return zlib.crc32(f"{own}{a.peer.peer_id}".encode())
+
+    serving = [a for a in announcements if a.state is PeerState.SERVING and a.peer.peer_id != own]
+    serving.sort(key=luck)
+    followers = [a for a in serving if a.layers.start <= following < a.layers.end]
+    others = [a for a in serving if a not in followers]
+    chosen = followers[: max(FOLLOWERS, MOST_REPORTS - len(others))]
+    return [a.peer for a in [*chosen, *others][:MOST_REPORTS]]
+
+
+class LinkProber:
+    """:meth:`run` until it is cancelled."""
+
+    def __init__(
+        self, links: Links, view: View, own: PeerId, layers: LayerRange, num_layers: int, settings: Settings
+    ) -> None:
+        self.news = asyncio.Event()
+        """Set when somebody was measured for the first time: worth an announcement."""
+        self._links = links
+        self._view = view
+        self._own, self._layers, self._num_layers = own, layers, num_layers
+        self._settings = settings
+        self._tried: dict[PeerId, float] = {}
+        self._chosen: list[PeerId] = []
+
+    async def run(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_S)
+
+    async def wait_for_news(self, at_most_s: float) -> None:
+        """Until somebody was measured for the first time and a short pause for more, or until the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await self.news.wait()
+                await asyncio.sleep(NEWS_PAUSE_S)
+        self.news.clear()
+
+    async def look(self) -> None:
+        """Measure those that are new, or were measured longer than ``discovery.ping_period_s`` ago."""
+        peers = worth_measuring(self._own, self._layers, self._num_layers, self._view.announcements())
+        self._chosen = [peer.peer_id for peer in peers]
+        self._tried = {peer: at for peer, at in self._tried.items() if peer in self._chosen}
+        period_s, now = self._settings.discovery.ping_period_s, asyncio.get_running_loop().time()
+        due = [peer for peer in peers if now - self._tried.get(peer.peer_id, -period_s) >= period_s]
+        for first in range(0, len(due), AT_ONCE):
+            await asyncio.gather(*(self._probe(peer) for peer in due[first : first + AT_ONCE]))
+
+    async def _probe(self, peer: PeerAddress) -> None:
+        self._tried[peer.peer_id] = asyncio.get_running_loop().time()
+        new = peer.peer_id not in self._links.measured
+        try:
+            await self._links.probe(peer)
+        except SwarmError as error:
+            logger.info("the way to %s was not measured: %s", peer.peer_id[-6:], error)
+            return
+        if new:
+            self.news.set()
+
+    def reports(self) -> tuple[LinkReport, ...]:
+        """For the announcement: of peers that are there, measured within the time that two periods take."""
+        measured, used_at = self._links.measured, self._links.used_at
+        oldest = asyncio.get_running_loop().time() - 2 * self._settings.discovery.ping_period_s
+        present = {a.peer.peer_id for a in self._view.announcements()}
+        known = [peer for peer in measured if peer in present and measured[peer].at >= oldest]
+        place = {peer: index for index, peer in enumerate(self._chosen)}
+        known.sort(key=lambda peer: (-used_at(peer), place.get(peer, MOST_REPORTS)))
+        return tuple(
+            LinkReport(peer[-LINK_SUFFIX:], measured[peer].one_way_s, measured[peer].jitter_s)
+            for peer in known[:MOST_REPORTS]
+        )

@@ -1,0 +1,224 @@
+"""Streams to other peers: one each, opened on first use, shared by all sessions, watched while in use."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from swarm import protocol_pb2 as pb
+from swarm.config import TimeoutSettings
+from swarm.errors import DeadlineExceeded, SwarmError
+from swarm.protocol import decode
+from swarm.transport import LINK, Stream, Transport
+from swarm.types import PeerAddress, PeerId
+
+logger = logging.getLogger(__name__)
+
+ReplyHandler = Callable[[PeerId, pb.LinkMessage], None]
+LostHandler = Callable[[PeerId, SwarmError], None]
+
+SAMPLES = 8
+"""Newest round trips that count; their median, because a ping that met a busy process says nothing of the link."""
+PROBE_PINGS = 5
+"""The first of a link does not count: it may wait until the remote has accepted the stream."""
+MOST_MEASURED = 256
+"""Peers whose round trip is remembered; the one measured longest ago is forgotten first."""
+
+
+@dataclass(slots=True)
+class Measured:
+    """The way to another peer and back."""
+
+    at: float = 0.0
+    """When it was measured last, by the loop's clock."""
+    round_trips: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+
+    @property
+    def one_way_s(self) -> float:
+        return statistics.median(self.round_trips) / 2
+
+    @property
+    def jitter_s(self) -> float:
+        """Mean deviation of :attr:`one_way_s`."""
+        middle = self.one_way_s
+        return statistics.fmean(abs(sample / 2 - middle) for sample in self.round_trips)
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    stream: Stream
+    last_used: float
+    heard_at: float
+    probed_at: float = 0.0
+    pinged_at: float = 0.0
+    pings: int = 0
+    answered: int = 0
+    """Number of the newest pong."""
+    pong: asyncio.Event = field(default_factory=asyncio.Event)
+    watcher: asyncio.Task[None] | None = None
+
+
+class Links:
+    """Outgoing links. Acks and refusals come back on the same stream and go to ``on_reply``.
+
+    While a link is in use it is pinged: its round trip is measured, and a remote that is silent for
+    ``heartbeat_misses`` heartbeats is lost. ``on_lost`` hears of every end that was not ours.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        tasks: asyncio.TaskGroup,
+        timeouts: TimeoutSettings,
+        on_reply: ReplyHandler,
+        on_lost: LostHandler,
+    ) -> None:
+        self._transport = transport
+        self._tasks = tasks
+        self._timeouts = timeouts
+        self._on_reply = on_reply
+        self._on_lost = on_lost
+        self._links: dict[PeerId, _Link] = {}
+        self._dialling: dict[PeerId, asyncio.Lock] = {}
+        self.measured: dict[PeerId, Measured] = {}
+
+    def one_way_s(self, peer: PeerId) -> float:
+        """Half of the measured round trip; 0 if none was measured."""
+        known = self.measured.get(peer)
+        return known.one_way_s if known is not None else 0.0
+
+    def used_at(self, peer: PeerId) -> float:
+        """When a session last sent something to ``peer``, by the loop's clock; 0: never on this link."""
+        link = self._links.get(peer)
+        return link.last_used if link is not None else 0.0
+
+    async def probe(self, peer: PeerAddress) -> None:
+        """Measure the way to ``peer``; the link stays open for sessions. Raises :class:`SwarmError`."""
+        link = self._links.get(peer.peer_id) or await self._dial(peer)
+        link.probed_at = _now()
+        deadline_s = self._timeouts.heartbeat_s * self._timeouts.heartbeat_misses
+        try:
+            async with asyncio.timeout(deadline_s):
+                for _ in range(PROBE_PINGS):
+                    await self._ping(link)
+                    number = link.pings
+                    while link.answered < number:
+                        link.pong.clear()
+                        await link.pong.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(f"no pong within {deadline_s:g} s") from None
+
+    def try_send(self, peer: PeerAddress, message: pb.LinkMessage) -> bool:
+        """Send without waiting; ``False`` if there is no link yet, or too much waits on it already."""
+        link = self._links.get(peer.peer_id)
+        if link is None or not link.stream.try_send(message.SerializeToString()):
+            return False
+        link.last_used = _now()
+        return True
+
+    async def send(self, peer: PeerAddress, message: pb.LinkMessage) -> None:
+        """Raises ``Unreachable`` or ``StreamLost``; the next send dials again."""
+        link = self._links.get(peer.peer_id) or await self._dial(peer)
+        link.last_used = _now()
+        try:
+            await link.stream.send(message.SerializeToString())
+        except SwarmError:
+            self._drop(peer.peer_id, link)
+            raise
+
+    async def _dial(self, peer: PeerAddress) -> _Link:
+        lock = self._dialling.setdefault(peer.peer_id, asyncio.Lock())
+        async with lock:
+            link = self._links.get(peer.peer_id)
+            if link is None:
+                stream = await self._transport.open(peer, LINK)
+                link = self._links[peer.peer_id] = _Link(stream, last_used=0.0, heard_at=_now(), probed_at=_now())
+                self._tasks.create_task(self._listen(peer.peer_id, link))
+                link.watcher = self._tasks.create_task(self._watch(peer.peer_id, link))
+        self._dialling.pop(peer.peer_id, None)
+        return link
+
+    async def _listen(self, peer_id: PeerId, link: _Link) -> None:
+        try:
+            while (frame := await link.stream.receive()) is not None:
+                message = decode(pb.LinkMessage, frame)
+                link.heard_at = _now()
+                if message.WhichOneof("kind") == "pong":
+                    self._measure(peer_id, link, message.pong)
+                else:
+                    self._on_reply(peer_id, message)
+        except SwarmError as error:
+            self._lose(peer_id, link, error)
+        finally:
+            self._drop(peer_id, link)
+
+    async def _watch(self, peer_id: PeerId, link: _Link) -> None:
+        heartbeat_s = self._timeouts.heartbeat_s
+        try:
+            while True:
+                if link.pings and link.pinged_at > link.heard_at + heartbeat_s * (self._timeouts.heartbeat_misses - 1):
+                    raise DeadlineExceeded(f"no pong for {_now() - link.heard_at:.1f} s")
+                if _now() - max(link.last_used, link.probed_at) > self._timeouts.link_idle_s:
+                    await link.stream.close()
+                    return
+                if _now() - link.last_used <= heartbeat_s:
+                    await self._ping(link)
+                else:
+                    link.heard_at = _now()  # nothing was asked, so nothing can be late
+                await asyncio.sleep(heartbeat_s)
+        except SwarmError as error:
+            self._lose(peer_id, link, error)
+        finally:
+            self._drop(peer_id, link)
+
+    @staticmethod
+    async def _ping(link: _Link) -> None:
+        link.pings += 1
+        link.pinged_at = _now()
+        await link.stream.send(pb.LinkMessage(ping=link.pings).SerializeToString())
+
+    def _measure(self, peer: PeerId, link: _Link, number: int) -> None:
+        if number != link.pings:
+            return  # a later one is on its way, and its time of departure alone is known
+        link.answered = number
+        link.pong.set()
+        now = _now()
+        round_trip_s = now - link.pinged_at
+        if number == 1:
+            return
+        known = self.measured.pop(peer, None)
+        if known is None or number == 2:
+            known = Measured()  # a new link may go another way
+        known.at = now
+        known.round_trips.append(round_trip_s)
+        self.measured[peer] = known
+        while len(self.measured) > MOST_MEASURED:
+            del self.measured[next(iter(self.measured))]
+
+    def _lose(self, peer_id: PeerId, link: _Link, error: SwarmError) -> None:
+        if self._links.get(peer_id) is link:
+            logger.info("link to %s is lost: %s", peer_id[-6:], error)
+            self._drop(peer_id, link)
+            self._on_lost(peer_id, error)
+
+    def _drop(self, peer_id: PeerId, link: _Link) -> None:
+        if self._links.get(peer_id) is link:
+            del self._links[peer_id]
+        link.stream.abort()
+        if link.watcher is not None and link.watcher is not asyncio.current_task():
+            link.watcher.cancel()
+
+    async def aclose(self) -> None:
+        links, self._links = list(self._links.values()), {}
+        for link in links:
+            if link.watcher is not None:
+                link.watcher.cancel()
+            await link.stream.close()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,130 @@
+"""What this machine can do for a model: its device, its free memory, and the measured time of loaded layers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from peers.engine import DTYPES
+from peers.executor import Executor, SampleRequest, StepRequest, run
+from peers.shard import Shard
+from peers.weights import open_source
+from swarm.architectures import bytes_per_weight
+from swarm.config import Settings
+from swarm.errors import ConfigError
+from swarm.models import ModelProfile, ModelReference, config_dict
+from swarm.sampling import SamplingParams
+from swarm.types import LayerRange
+
+Report = Callable[[dict[str, object]], None]
+"""Told of each event: ``{"event": "loading" | "ready" | "moving" | "draining" | "left", ...}``."""
+
+DECODE_STEPS = 7
+LEAST_SHARE = 0.5
+"""Of a step's time that its layers take at least; what was measured otherwise is noise."""
+PREFILL_ROWS = 128
+"""As a prefill chunk usually has: the kernels that are compiled for it are used again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    decode_s_per_layer: float
+    prefill_s_per_token_layer: float
+    step_s: float = 0.0
+    """Of a step with one row, beside its layers."""
+    head_s: float = 0.0
+    """... and for final norm, head and sampling, where the last layer is held."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted != "auto":
+        try:
+            device = torch.device(wanted)
+            torch.empty(1, device=device)  # there may be no such device here, or no torch that can use it
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ConfigError(f"peer.device {wanted!r}: {str(error).splitlines()[0]}") from None
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses; a CPU's and that of Apple's chips is the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def gflops(profile: ModelProfile, speed: Speed) -> float:
+    """What the measured prefill amounts to: two operations for each weight and token."""
+    weights = profile.layer_bytes / bytes_per_weight(profile.dtype, profile.weights)
+    return 2e-9 * weights / max(speed.prefill_s_per_token_layer, 1e-12)
+
+
+def load_shard(
+    reference: ModelReference, profile: ModelProfile, layers: LayerRange, settings: Settings, report: Report
+) -> Shard:
+    """Blocks: for a thread of its own. Reports progress in steps of a tenth."""
+    told = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // max(1, total)
+        if tenth > told:
+            told = tenth
+            report({"event": "loading", "layers": [layers.start, layers.end], "percent": 10 * tenth})
+
+    if settings.peer.threads:
+        torch.set_num_threads(settings.peer.threads)
+    source = open_source(reference, layers)
+    device = choose_device(settings.peer.device)
+    return Shard.load(profile, config_dict(reference), source, layers, device, DTYPES[profile.dtype], progress)
+
+
+async def measure(executor: Executor) -> Speed:
+    """Time the layers that are really there, with the sizes that matter: one row, and a long chunk.
+
+    What a row takes whatever the layers is told apart by steps through one layer only, the head by steps with a token.
+    """
+    layers, profile = executor.layers, executor.profile
+    one = LayerRange(layers.start, layers.start + 1)
+    caches = {held: executor.new_cache(held, PREFILL_ROWS + DECODE_STEPS) for held in (layers, one)}
+
+    async def step(held: LayerRange, start: int, rows: int, *, head: bool = False) -> float:
+        first, end = held.start == 0, start + rows
+        request = StepRequest(
+            layers=held,
+            cache=caches[held],
+            start=start,
+            rows=rows,
+            token_ids=[0] * rows if first else None,
+            hidden=None if first else bytes(rows * profile.hidden_size * DTYPES[profile.dtype].itemsize),
+            sample=SampleRequest(SamplingParams(), [0] * end, end) if head else None,
+        )
+        return (await run(executor, request)).compute_s
+
+    await step(layers, 0, PREFILL_ROWS)
+    prefill_s = await step(layers, 0, PREFILL_ROWS)
+    await step(one, 0, PREFILL_ROWS)
+    ones, alls, heads = [], [], []
+    for position in range(PREFILL_ROWS, PREFILL_ROWS + DECODE_STEPS):
+        ones.append(await step(one, position, 1))
+        alls.append(await step(layers, position, 1))
+        if layers.end == profile.num_layers:
+            heads.append(await step(layers, position, 1, head=True))
+    return _speed(ones, alls, heads, len(layers), prefill_s / PREFILL_ROWS / len(layers))
+
+
+def _speed(ones: list[float], alls: list[float], heads: list[float], layers: int, prefill_s: float) -> Speed:
+    """The quickest steps tell how the time divides, the usual ones how much it is."""
+    usual = statistics.median(alls) / min(alls)
+    layer_s = (min(alls) - min(ones)) / (layers - 1) if layers > 1 else min(alls)
+    layer_s = min(max(layer_s, LEAST_SHARE * min(alls) / layers), min(alls) / layers)
+    step_s = min(alls) - layers * layer_s
+    head_s = max(min(heads) - min(alls), 0.0) if heads else 0.0
+    return Speed(layer_s * usual, prefill_s, step_s * usual, head_s * usual)

@@ -1,0 +1,398 @@
+"""One stage at work: takes its frames in order, has them computed, and lets its targets follow the outputs.
+
+A decode step makes no task switch here: a frame that finds the stage idle is submitted at once, and when its
+outputs come back they go out in the same callback, unless the link is congested. Everything else, prefill with
+its window of unacknowledged frames, replays and slow links, is done by one follower task for each target.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peers.executor import Executor, StepReply, StepRequest
+from peers.outgoing import frame_of, output_of
+from peers.stage import OpenRequest, Stage, Target, Work
+from peers.step_answers import StepAnswers
+from swarm import protocol_pb2 as pb
+from swarm.config import Settings
+from swarm.errors import BadTensor, Internal, StreamLost, SwarmError
+from swarm.protocol import error_to_wire, logprobs_to_wire, timing_to_wire
+from swarm.types import HopTiming, PeerAddress, PeerId
+
+logger = logging.getLogger(__name__)
+
+
+class Outside(Protocol):
+    """What a runner may say to the world."""
+
+    @property
+    def local_id(self) -> PeerId: ...
+
+    def try_to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> bool:
+        """Send without waiting. ``False``: nothing was sent, because the link isn't open or is congested."""
+
+    async def to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> None: ...
+
+    def acknowledge(self, sender: PeerId, ack: pb.Ack) -> None: ...
+
+    def link_s(self, peer: PeerId) -> float:
+        """Measured time one way to ``peer``; 0: not measured."""
+
+
+ToOwner = Callable[[pb.ControlReply], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Job:
+    """The frame that is being computed, chunk after chunk."""
+
+    work: Work
+    start: int
+    ids: tuple[int, ...]
+    rows: int
+    queue_s: float
+    offset: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Follower:
+    target: Target
+    replay_until: int
+    """Outputs before this one were there when the target came."""
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    sending: bool = True
+    """The task is at work; while it waits, outputs may go out past it."""
+    task: asyncio.Task[None] | None = None
+
+
+class StageRunner:
+    """Runs one :class:`Stage`. All methods are for the event loop's thread."""
+
+    def __init__(
+        self, stage: Stage, executor: Executor, outside: Outside, settings: Settings, tasks: asyncio.TaskGroup
+    ) -> None:
+        self.stage = stage
+        self.executor = executor
+        self.outside = outside
+        self.settings = settings
+        self.to_owner: ToOwner | None = None
+        """The owner's control stream; ``None`` while the owner is away."""
+        self.last_used = self._now()
+        self._tasks = tasks
+        self._job: _Job | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._followers: list[_Follower] = []
+        self._answers = StepAnswers(executor.profile, settings.limits.max_frame_bytes // 2)
+        self._round = (0, 0, 0.0)
+        """What went round the ring last: position, rows, and when."""
+        self._closed = False
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    @property
+    def computing(self) -> bool:
+        return self._job is not None
+
+    # ---- called by the service --------------------------------------------------------------------------
+
+    def accept(self, work: Work) -> None:
+        """Queue a frame; raises what :meth:`Stage.accept` raises."""
+        work.received_at = self.last_used = self._now()
+        if self.stage.accept(work, self.settings.limits.max_waiting_frames):
+            self._take_next()
+        else:
+            self._acknowledge(work)
+
+    async def reopen(self, request: OpenRequest) -> None:
+        """Move to a newer epoch: results of the step in flight stay here, nothing queued before is run."""
+        self.last_used = self._now()
+        if request.epoch >= self.stage.epoch:
+            self.stage.superseded = True
+            self.stage.inbox.clear()
+            self._stop_followers()
+        try:
+            async with asyncio.timeout(self.settings.timeouts.open_s):
+                await self._idle.wait()
+        except TimeoutError:
+            raise Internal(f"a step took longer than open_s ({self.settings.timeouts.open_s:g} s)") from None
+        self.stage.reopen(request)
+        self._answers.clear()
+
+    def start(self, epoch: int, targets: list[Target]) -> None:
+        """Send outputs to ``targets`` from now on; those of an older epoch's start are ignored."""
+        if epoch != self.stage.epoch or self.stage.superseded:
+            return
+        self.stage.follow(targets)
+        self._stop_followers(keep=self.stage.targets)
+        followed = [follower.target for follower in self._followers]
+        for target in self.stage.targets:
+            if target not in followed:
+                follower = _Follower(target, self.stage.output_end)
+                follower.task = self._tasks.create_task(self._follow(follower))
+                self._followers.append(follower)
+
+    def acknowledged(self, peer: PeerId, ack: pb.Ack) -> None:
+        for follower in self._followers:
+            target = follower.target
+            if target.peer is None or target.peer.peer_id != peer:
+                continue
+            if (target.layer, target.epoch) == (ack.layer, ack.epoch):
+                while target.unacked and target.unacked[0] <= ack.sequence:
+                    target.unacked.popleft()
+                follower.wake.set()
+
+    def status(self, draining: bool) -> pb.Status:
+        return pb.Status(
+            epoch=self.stage.epoch,
+            have=self.stage.have,
+            computing=self.computing,
+            draining=draining,
+            queued=len(self.stage.inbox),
+            computed=self.stage.computed,
+        )
+
+    def close(self) -> None:
+        """Nothing is computed or sent any more; a step in flight ends without consequences."""
+        self._closed = True
+        self._stop_followers()
+        self._idle.set()
+
+    # ---- computing --------------------------------------------------------------------------------------
+
+    def _take_next(self) -> None:
+        if self._job is not None or self._closed:
+            return
+        stage = self.stage
+        if stage.superseded or not stage.inbox:
+            self._idle.set()
+            return
+        self._idle.clear()
+        work = stage.inbox.popleft()
+        self._acknowledge(work)
+        start, ids = work.start, work.token_ids
+        inputs = [*stage.inputs[:start], *ids] if stage.first else []
+        if stage.first and stage.no_kv_cache:
+            start, ids = 0, tuple(inputs)
+        stage.truncate(start)
+        stage.begin(work)
+        stage.inputs = inputs
+        stage.step = work.step
+        rows = len(ids) if stage.first else work.rows
+        self._job = _Job(work, start, ids, rows, queue_s=self._now() - work.received_at)
+        self._step(self._job)
+
+    def _step(self, job: _Job) -> None:
+        stage = self.stage
+        start = job.start + job.offset
+        rows = job.rows - job.offset
+        if stage.first:
+            engine, known = self.settings.engine, min((target.cursor for target in stage.targets), default=0)
+            replayed = start + engine.replay_chunk_tokens <= known  # nobody waits for these outputs
+            rows = min(rows, engine.replay_chunk_tokens if replayed else engine.prefill_chunk_tokens)
+        step = StepRequest(
+            layers=stage.layers,
+            cache=stage.cache,
+            start=start,
+            rows=rows,
+            token_ids=job.ids[job.offset : job.offset + rows] if stage.first else None,
+            hidden=job.work.hidden,
+            sample=stage.to_sample(start, start + rows),
+            logit_rows=self._logit_rows(start, start + rows),
+            want_hidden=stage.step.hidden,
+        )
+        self.executor.submit(step, lambda reply: self._computed(job, step, reply))
+
+    def _computed(self, job: _Job, step: StepRequest, reply: StepReply | SwarmError) -> None:
+        """The executor's callback. Errors of one frame go to the owner; the stage stays for the rebuild."""
+        if self._closed:
+            return
+        try:
+            if isinstance(reply, SwarmError):
+                raise reply
+            self._keep(job, step, reply)
+        except SwarmError as error:
+            self._fail(job, error)
+            return
+        except Exception:
+            # The outermost edge of one session: a bug here must not take the other sessions down.
+            logger.exception("session %s failed", self.stage.session[:8])
+            self._fail(job, Internal("the stage failed; see the peer's log"))
+            return
+        job.offset += step.rows
+        if job.offset < job.rows and not self.stage.superseded:
+            self._step(job)
+        else:
+            self._job = None
+            self._take_next()
+
+    def _keep(self, job: _Job, step: StepRequest, reply: StepReply) -> None:
+        stage, end = self.stage, step.start + step.rows
+        stage.computed += step.rows
+        self.last_used = self._now()
+        queue_s = reply.queue_s + (job.queue_s if job.offset == 0 else 0.0)
+        timing = HopTiming(self.outside.local_id, stage.layers, queue_s, reply.compute_s, reply.batch, self._link_s())
+        hops = (*job.work.hops, timing)
+        if stage.log is not None:
+            stage.log.append(step.start, reply.hidden)
+        elif reply.tokens:
+            asked = stage.sampling.logprobs > 0
+            stage.add_tokens([(token.token_id, logprobs_to_wire(token) if asked else b"") for token in reply.tokens])
+            self._note_round(step, len(reply.tokens) - 1, hops)
+            end = stage.output_end
+        elif reply.logits and not stage.superseded:
+            self._answers.add(stage.step, end, step.logit_rows, reply)
+        stage.remember_trace(end, hops)
+        # The ring first: what goes to the owner is on nobody's critical path.
+        for follower in self._followers:
+            if follower.sending or not self._send_at_once(follower.target):
+                follower.wake.set()
+
+    def _note_round(self, step: StepRequest, right: int, hops: tuple[HopTiming, ...]) -> None:
+        """The rows that went round the ring last are back; so many guesses among them were right."""
+        start, rows, sent_at = self._round
+        if self.stage.drafter is not None and (step.start, step.rows) == (start, rows):
+            batch = max(timing.batch for timing in hops)
+            self.stage.drafter.note_round(rows - 1, right, self._now() - sent_at, batch)
+
+    def _link_s(self) -> float:
+        following = next((target.peer for target in self.stage.targets if target.peer is not None), None)
+        return self.outside.link_s(following.peer_id) if following is not None else 0.0
+
+    def _fail(self, job: _Job, error: SwarmError) -> None:
+        stage = self.stage
+        self._job = None
+        stage.inbox.clear()
+        stage.expected = stage.have
+        blamed = job.work.sender if isinstance(error, BadTensor) else None
+        self._tasks.create_task(self.report(error, blamed))
+        self._take_next()
+
+    def _logit_rows(self, start: int, end: int) -> int:
+        """Step mode: how many of the last rows the owner wants the logits of."""
+        stage = self.stage
+        if not (stage.last and stage.step_mode and stage.targets):
+            return 0
+        return max(0, end - max(start, stage.step.answer_from))
+
+    # ---- followers --------------------------------------------------------------------------------------
+
+    def _send_at_once(self, target: Target) -> bool:
+        """The newest row, and its draft's, to a peer that lacks only those; ``False`` leaves it to the follower."""
+        if target.peer is None or target.unacked:
+            return False
+        span = self.stage.next_rows(target, self.settings.engine.prefill_chunk_tokens)
+        if span is None:
+            return True
+        if not self.stage.is_decode(*span):
+            return False
+        message = self._frame(target, *span)
+        if not self.outside.try_to_peer(target.peer, message):
+            return False
+        self._sent(target, span[1])
+        return True
+
+    async def _follow(self, follower: _Follower) -> None:
+        """Send what the target lacks as it appears. The log is the buffer, so a slow target costs no memory."""
+        target, limits, engine = follower.target, self.settings.limits, self.settings.engine
+        try:
+            while True:
+                follower.sending = True
+                if target.peer is None and self.stage.step_mode:
+                    sent = await self._send_logits(target)
+                elif len(target.unacked) >= limits.window_frames:
+                    sent = False
+                else:
+                    replayed = target.cursor < follower.replay_until
+                    chunk = engine.replay_chunk_tokens if replayed else engine.prefill_chunk_tokens
+                    sent = await self._send_rows(target, chunk)
+                if not sent:
+                    follower.sending = False
+                    await follower.wake.wait()
+                    follower.wake.clear()
+        except SwarmError as error:
+            await self.report(error, target.peer.peer_id if target.peer else None)
+
+    async def _send_rows(self, target: Target, chunk: int) -> bool:
+        span = self.stage.next_rows(target, chunk)
+        if span is None:
+            return False
+        if target.peer is None:
+            output = output_of(self.stage, target, *span)
+            target.cursor = span[1]
+            await self._tell_owner(pb.ControlReply(output=output))
+        else:
+            message = self._frame(target, *span)
+            self._sent(target, span[1])
+            await self.outside.to_peer(target.peer, message)
+        return True
+
+    def _frame(self, target: Target, start: int, end: int) -> pb.LinkMessage:
+        most_rows = self.settings.engine.prefill_chunk_tokens
+        frame = frame_of(self.stage, target, start, end, self.executor.profile, most_rows)
+        if frame.token_ids:
+            self._round = frame.start, len(frame.token_ids), self._now()
+        return pb.LinkMessage(frame=frame)
+
+    def _sent(self, target: Target, end: int) -> None:
+        if not self.stage.is_decode(target.cursor, end):
+            target.unacked.append(target.sequence)
+        target.sequence += 1
+        target.cursor = end
+        if self.stage.log is not None and not self.settings.peer.checkpoints:
+            self.stage.log.forget_before(min(target.cursor for target in self.stage.targets))
+
+    async def _send_logits(self, target: Target) -> bool:
+        output = self._answers.take(target.epoch)
+        if output is None:
+            return False
+        end = output.start + output.tensor.shape[0]
+        output.hops.extend(timing_to_wire(timing) for timing in self.stage.trace.get(end, ()))
+        await self._tell_owner(pb.ControlReply(output=output))
+        return True
+
+    def report(self, error: SwarmError, blamed: PeerId | None) -> Coroutine[None, None, None]:
+        """Tell the owner, who decides; if the owner is away, its return will show the state.
+
+        The error is one of the epoch in which this is called, whenever it is sent.
+        """
+        return self._report(error, blamed, self.stage.epoch)
+
+    async def tell_status(self, draining: bool) -> None:
+        """A heartbeat out of turn."""
+        try:
+            await self._tell_owner(pb.ControlReply(status=self.status(draining)))
+        except SwarmError as lost:
+            logger.info("session %s: the owner could not be told: %s", self.stage.session[:8], lost)
+
+    async def _report(self, error: SwarmError, blamed: PeerId | None, epoch: int) -> None:
+        logger.info("session %s layers %s: %s", self.stage.session[:8], self.stage.layers, error)
+        try:
+            await self._tell_owner(pb.ControlReply(error=error_to_wire(error, blamed, epoch)))
+        except SwarmError as lost:
+            logger.info("session %s: the owner could not be told: %s", self.stage.session[:8], lost)
+
+    async def _tell_owner(self, reply: pb.ControlReply) -> None:
+        if self.to_owner is None:
+            raise StreamLost("the owner's control stream is gone")
+        await self.to_owner(reply)
+
+    def _acknowledge(self, work: Work) -> None:
+        if work.want_ack and work.sender is not None:
+            ack = pb.Ack(
+                session=self.stage.session, epoch=work.epoch, sequence=work.sequence, layer=self.stage.layers.start
+            )
+            self.outside.acknowledge(work.sender, ack)
+
+    def _stop_followers(self, keep: list[Target] | None = None) -> None:
+        for follower in list(self._followers):
+            if follower.target not in (keep or []):
+                self._followers.remove(follower)
+                if follower.task is not None:
+                    follower.task.cancel()

@@ -1,0 +1,93 @@
+"""A peer's network side: control streams of owners, links of other peers, questions from anyone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import TracebackType
+
+import swarm
+from peers.answers import Answers
+from peers.control import ControlHandler
+from peers.delegation import DelegationHandler
+from peers.executor import Executor
+from peers.frame_router import FrameRouter
+from peers.probe import Prober, Vouching
+from peers.stage_table import StageTable
+from swarm import protocol_pb2 as pb
+from swarm.chain import View
+from swarm.config import Settings
+from swarm.transport import CONTROL, DELEGATE, INFO, LINK, Transport
+from swarm.types import PeerState
+
+
+class PeerService:
+    """Serves the layers of one executor. An ``async with``: leaving it frees every stage."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        executor: Executor,
+        view: View,
+        settings: Settings,
+        files: Mapping[str, bytes] | None = None,
+        vouching: Vouching | None = None,
+    ) -> None:
+        """``vouching``: without it the peer neither answers probes nor probes others."""
+        self.transport = transport
+        self.executor = executor
+        self.view = view
+        self.settings = settings
+        self.files = dict(files or {})
+        self._vouching = vouching
+        self.state = PeerState.JOINING
+        self._tasks = asyncio.TaskGroup()
+        self.table = StageTable(executor, settings, self._tasks)
+
+    async def __aenter__(self) -> PeerService:
+        await self._tasks.__aenter__()
+        self._router = FrameRouter(self.transport, self.table, self._tasks)
+        self.link_prober = self._router.prober(self.view)
+        self._sweeper = self._tasks.create_task(self.table.sweep())
+        control = ControlHandler(self.table, self._router, lambda: self.state)
+        delegation = DelegationHandler(self.transport, self.view, self.executor.profile, self.settings)
+        prober = None
+        if self._vouching is not None:
+            prober = Prober(self.transport, self.executor, self.table.budget, self._vouching, self.settings)
+        answers = Answers(self._description, delegation.plan, self.files, prober, self.settings.timeouts)
+        await self.transport.serve(CONTROL, control.handle)
+        await self.transport.serve(LINK, self._router.handle_link)
+        await self.transport.serve(INFO, answers.handle)
+        await self.transport.serve(DELEGATE, delegation.handle)
+        self.state = PeerState.SERVING
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sweeper.cancel()
+        self.table.free_all()
+        await self._router.aclose()
+        await self._tasks.__aexit__(None, None, None)
+
+    def drain(self) -> None:
+        """Take no new sessions, and tell the owners of those that are here at once, so that they move."""
+        self.state = PeerState.DRAINING
+        self.table.prefixes.close()
+        for runner in self.table.runners.values():
+            self._tasks.create_task(runner.tell_status(draining=True))
+
+    def _description(self) -> pb.Description:
+        profile, layers = self.executor.profile, self.executor.layers
+        return pb.Description(
+            model=profile.model_id,
+            start=layers.start,
+            end=layers.end,
+            state=self.state,
+            version=swarm.__version__,
+            profile_json=profile.to_json(),
+            files={name: len(data) for name, data in self.files.items()},
+            sessions=len(self.table.runners),
+            kv_bytes_used=self.table.budget.used_bytes,
+            kv_bytes_kept=self.table.budget.kept_bytes,
+        )

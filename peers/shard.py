@@ -1,0 +1,251 @@
+"""A layer range of a model, as a shorter transformers model.
+
+The decoder is built by transformers on the meta device, so it costs nothing, and only the parameters of the range
+are materialised, one tensor at a time. All arithmetic is the family's own modeling code; what is ours is which
+layers run, where keys and values live (:mod:`peers.attention`) and that rows of many sessions share one pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peers.attention import Span, spans_of
+from peers.kv_cache import SequenceCache
+from peers.loading import Progress, load_model
+from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
+from swarm.models import ModelProfile
+from swarm.types import LayerRange
+
+if TYPE_CHECKING:
+    from peers.weights import TensorSource
+
+
+@dataclass(slots=True)
+class Step:
+    """The new rows of one session in a batch."""
+
+    layers: LayerRange
+    """What to run: a sub-range of the shard, the same for all steps of a batch."""
+    cache: SequenceCache
+    start: int
+    """Position of the first row. Positions of the cache from here on are forgotten before the step runs."""
+    token_ids: Sequence[int] | None = None
+    """The input when ``layers.start == 0``."""
+    hidden: torch.Tensor | None = None
+    """The input ``[rows, hidden]`` otherwise."""
+    head_rows: int = 0
+    """How many of the last rows need logits; only the last layer's stage can give any."""
+    want_hidden: bool = False
+    """Return hidden states (after the final norm) from the last stage too."""
+
+    @property
+    def rows(self) -> int:
+        if self.token_ids is not None:
+            return len(self.token_ids)
+        return 0 if self.hidden is None else self.hidden.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What came of one step. If ``error`` is set, the step did not happen: its cache ends where the step began."""
+
+    hidden: torch.Tensor | None = None
+    """``[rows, hidden]``, for the next stage."""
+    logits: torch.Tensor | None = None
+    """``[head_rows, vocabulary]``, float32."""
+    error: SwarmError | None = None
+
+
+class Shard:
+    """Layers ``layers`` of a model, ready to run. Use :meth:`load`."""
+
+    def __init__(
+        self,
+        profile: ModelProfile,
+        model: Any,
+        layers: LayerRange,
+        dtype: torch.dtype,
+        device: torch.device,
+        size_bytes: int,
+    ) -> None:
+        self.profile = profile
+        self.layers = layers
+        self.dtype = dtype
+        self.device = device
+        self.size_bytes = size_bytes
+        """Bytes of the weights that are held; a matrix that embedding and head share counts once."""
+        self._model = model
+        self._views: dict[LayerRange, _View] = {}
+
+    @classmethod
+    def load(
+        cls,
+        profile: ModelProfile,
+        config: dict[str, Any],
+        source: TensorSource,
+        layers: LayerRange,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: Progress | None = None,
+    ) -> Shard:
+        """Reads the tensors of ``layers`` and builds the shard, its matrices as ``profile.weights`` says.
+
+        ``config`` is the transformers config as a dictionary. Raises :class:`UnsupportedModel`,
+        :class:`WrongRange` and, for tensors that are missing or have another shape, :class:`ModelError`.
+        """
+        if layers.end > profile.num_layers:
+            raise WrongRange(f"layers {layers} of {profile.name}, which has {profile.num_layers}")
+        if config.get("num_hidden_layers") != profile.num_layers:
+            raise ModelError(f"config has {config.get('num_hidden_layers')} layers, profile {profile.num_layers}")
+        target = torch.device(device)
+        model, size_bytes = load_model(config, source, layers, target, dtype, profile.weights, progress)
+        return cls(profile, model, layers, dtype, target, size_bytes)
+
+    def new_cache(self, layers: LayerRange, capacity: int) -> SequenceCache:
+        """An empty cache for a session that runs ``layers`` here; raises :class:`WrongRange`."""
+        if not self.layers.covers(layers):
+            raise WrongRange(f"this peer holds layers {self.layers}, not {layers}")
+        profile = self.profile
+        return SequenceCache(layers, profile.num_kv_heads, profile.head_dim, capacity, self.dtype, self.device)
+
+    def run(self, steps: Sequence[Step]) -> list[StepOutput]:
+        """One forward pass for all steps, which must share one layer range; the results are in their order.
+
+        What is wrong with one step (its shape, a gap, values that are not finite) becomes that step's ``error``
+        and does not touch the others.
+        """
+        if any(step.layers != steps[0].layers for step in steps):
+            raise WrongRange(f"a batch runs the same layers for all, not {sorted({str(s.layers) for s in steps})}")
+        errors = [self._check(step) for step in steps]
+        for index, step in enumerate(steps):
+            if any(step.cache is earlier.cache for earlier in steps[:index]):
+                errors[index] = Internal("two steps of one session in a batch")
+        good = [step for step, error in zip(steps, errors, strict=True) if error is None]
+        for step in good:
+            step.cache.truncate(step.start)
+        outputs = iter(self._forward(good) if good else ())
+        return [next(outputs) if error is None else StepOutput(error=error) for error in errors]
+
+    def _check(self, step: Step) -> SwarmError | None:
+        layers = step.layers
+        if not self.layers.covers(layers) or not step.cache.layers.covers(layers):
+            return WrongRange(f"this peer holds layers {self.layers}, the session {step.cache.layers}, not {layers}")
+        hidden_size, last = self.profile.hidden_size, layers.end == self.profile.num_layers
+        if layers.start == 0:
+            if not step.token_ids or step.hidden is not None:
+                return BadTensor("the first stage takes token ids, at least one")
+            if not 0 <= min(step.token_ids) <= max(step.token_ids) < self.profile.vocab_size:
+                return BadTensor(f"a token id is outside the vocabulary of {self.profile.vocab_size}")
+        elif step.hidden is None or step.token_ids is not None:
+            return BadTensor("this stage takes hidden states")
+        elif step.hidden.ndim != 2 or step.hidden.shape[0] == 0 or step.hidden.shape[1] != hidden_size:
+            return BadTensor(f"hidden states are [rows, {hidden_size}], not {list(step.hidden.shape)}")
+        if not 0 <= step.head_rows <= (step.rows if last else 0):
+            return BadTensor(f"{step.head_rows} rows of logits from {step.rows} rows of layers {layers}")
+        try:
+            step.cache.check_room(step.start, step.rows)
+        except SwarmError as error:
+            return error
+        return None
+
+    @torch.inference_mode()
+    def _forward(self, steps: Sequence[Step]) -> list[StepOutput]:
+        layers = steps[0].layers
+        view = self._views.get(layers)
+        if view is None:
+            view = self._views[layers] = _View(self._model, self.layers, layers)
+        spans = spans_of([s.cache for s in steps], [s.start for s in steps], [s.rows for s in steps])
+        hidden = view.decode(_positions(steps, self.device), spans, **self._inputs(steps))
+        rows = [row for span, step in zip(spans, steps, strict=True) for row in _last_rows(span, step.head_rows)]
+        logits = view.head(hidden if len(rows) == hidden.shape[0] else hidden[rows]) if rows else None
+        # One number for the whole batch tells whether all is well; only if not, each session is asked.
+        finite = bool(_finite(hidden)) and (logits is None or bool(_finite(logits)))
+        outputs, taken = [], 0
+        for span, step in zip(spans, steps, strict=True):
+            own = hidden[span.offset : span.offset + span.count]
+            answer = logits[taken : taken + step.head_rows] if logits is not None and step.head_rows else None
+            taken += step.head_rows
+            if not finite and not (bool(_finite(own)) and (answer is None or bool(_finite(answer)))):
+                outputs.append(StepOutput(error=BadTensor(f"layers {layers} gave values that are not finite")))
+                continue
+            step.cache.length = span.start + span.count
+            keep = step.want_hidden or layers.end != self.profile.num_layers
+            outputs.append(StepOutput(own if keep else None, answer))
+        return outputs
+
+    def _inputs(self, steps: Sequence[Step]) -> dict[str, torch.Tensor]:
+        if steps[0].layers.start == 0:
+            ids = [token for step in steps for token in step.token_ids or ()]
+            return {"input_ids": torch.tensor([ids], device=self.device)}
+        rows = [step.hidden for step in steps if step.hidden is not None]
+        hidden = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return {"inputs_embeds": hidden.to(self.device, self.dtype)[None]}
+
+
+class _View:
+    """The model's own forward over a sub-range of its layers; shares all weights with the shard."""
+
+    def __init__(self, model: Any, held: LayerRange, layers: LayerRange) -> None:
+        base = model.model
+        view = copy.copy(base)
+        view._modules = dict(base._modules)
+        chosen = slice(layers.start - held.start, layers.end - held.start)
+        view._modules["layers"] = nn.ModuleList(list(base.layers)[chosen])
+        # The loop over layers counts from 0 and looks types up in the model's config; the layers themselves keep
+        # the whole config and their own index.
+        view.config = copy.copy(model.config)
+        view.config.__dict__["num_hidden_layers"] = len(layers)
+        kinds = getattr(model.config, "layer_types", None)
+        if kinds is not None:
+            view.config.__dict__["layer_types"] = kinds[layers.start : layers.end]
+        if layers.end != model.config.num_hidden_layers:
+            view._modules["norm"] = nn.Identity()
+        if layers.start > 0 and hasattr(view, "embedding_multiplier"):
+            view.embedding_multiplier = 1.0
+        self._base = view
+        # Without the decorators, which merge config defaults and look for outputs to record, at every call.
+        self._run = inspect.unwrap(type(base).forward)
+        self._head = copy.copy(model)
+        self._head._modules = {**model._modules, "model": _Given()}
+        self._run_head = inspect.unwrap(type(model).forward)
+
+    def decode(self, positions: torch.Tensor, spans: Sequence[Span], **inputs: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[rows, hidden]``."""
+        output = self._run(self._base, position_ids=positions, use_cache=False, spans=spans, **inputs)
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits ``[rows, vocabulary]`` in float32, by the family's own code (it may scale or cap them)."""
+        return self._run_head(self._head, inputs_embeds=hidden[None]).logits[0].float()  # type: ignore[no-any-return]
+
+
+class _Given(nn.Module):
+    """Stands where a causal model expects its decoder, and hands it hidden states that are already computed."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _positions(steps: Sequence[Step], device: torch.device) -> torch.Tensor:
+    positions = [position for step in steps for position in range(step.start, step.start + step.rows)]
+    return torch.tensor([positions], device=device)
+
+
+def _finite(rows: torch.Tensor) -> torch.Tensor:
+    """Whether all values are finite: a NaN or an infinity anywhere shows in the extremes."""
+    low, high = torch.aminmax(rows)
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def _last_rows(span: Span, count: int) -> range:
+    end = span.offset + span.count
+    return range(end - count, end)

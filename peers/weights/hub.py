@@ -1,0 +1,17 @@
+"""Weights from the Hugging Face Hub: only the files that hold the wanted tensors are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from swarm.hub import fetch_description, fetch_files, hub_repository, hub_weight_files
+from swarm.models import ModelReference
+
+
+def fetch_range(reference: ModelReference, tensors: Iterable[str]) -> Path:
+    """The local folder that holds the index and every file with one of ``tensors``; other files may be missing."""
+    repository = hub_repository(reference.repo, reference.revision, reference.endpoint)
+    files = hub_weight_files(repository)
+    fetch_description(repository)
+    return fetch_files(repository, sorted({files.holder(name) for name in tensors}))

@@ -1,0 +1,27 @@
+"""``swarm``: what a user types. Text goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import typer
+
+from swarm.commands import bench, chaos, chat, gateway, generate, peers, plan, settings, status, why
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Use a swarm: generate, chat, look at it.")
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(gateway.gateway)
+app.command()(status.status)
+app.command()(plan.plan)
+app.command()(why.why)
+app.command()(bench.bench)
+app.command(epilog=chaos.EPILOG)(chaos.chaos)
+app.add_typer(peers.app, name="peers")
+app.add_typer(settings.app, name="config")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

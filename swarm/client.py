@@ -1,0 +1,380 @@
+"""The library: connect to a swarm, generate, look at it. ``AsyncClient`` for asyncio, ``Client`` for everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Generator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from swarm.admission import check_announcement
+from swarm.announcement_record import check_record
+from swarm.config import Settings
+from swarm.config_loader import load_settings
+from swarm.delegation import DelegatedSession
+from swarm.discovery import SwarmView
+from swarm.errors import Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
+from swarm.generation import AsyncStream, Generation
+from swarm.health import Health
+from swarm.info import Description, describe, fetch_files
+from swarm.knowledge import known
+from swarm.models import ModelProfile, resolve, tokenizer_files
+from swarm.multiaddrs import peer_addresses
+from swarm.plans import Demand, Knowledge, PlannedHop
+from swarm.protocol import ITEM_BYTES
+from swarm.routing import plan_route, price
+from swarm.sampling import SamplingParams
+from swarm.session import GenerationRequest, RouteChanged, Session
+from swarm.stepping import StepSession
+from swarm.tokenizer import TextTokenizer
+from swarm.types import Announcement, Route, Token
+
+T = TypeVar("T")
+
+__all__ = ["AsyncClient", "AsyncStream", "Client", "Generation", "Message", "connect", "connect_async"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+Message = Mapping[str, str]
+"""``{"role": "user", "content": "..."}``"""
+
+
+class AsyncClient:
+    """Use :func:`connect_async`. Methods may be called from many tasks at once."""
+
+    def __init__(
+        self, initial_peers: Sequence[str], model: str | None, settings: Settings, via: Sequence[str] = ()
+    ) -> None:
+        self.settings = settings
+        self._initial_peers = [*initial_peers, *via]
+        self._via = peer_addresses(via)
+        self._model = model
+        self._exit = contextlib.AsyncExitStack()
+        self._stepping: weakref.WeakSet[StepSession] = weakref.WeakSet()
+
+    async def __aenter__(self) -> Self:
+        if not self._initial_peers:
+            raise Unreachable("no peer of a swarm is known")
+        # Imported here: hivemind takes seconds to import, and who only builds requests needs none of it.
+        from swarm.dht import Dht
+        from swarm.identity import Identity
+        from swarm.libp2p import Libp2pTransport
+
+        async with contextlib.AsyncExitStack() as stack:
+            identity = Identity.ephemeral()
+            self.transport = await stack.enter_async_context(Libp2pTransport(identity, self.settings, listen=False))
+            self.dht = await stack.enter_async_context(Dht(self.transport, self.settings, check_record))
+            await self.dht.connect(self._initial_peers)
+            description = await self._find_model()
+            self.profile: ModelProfile = description.profile
+            self.tokenizer_files = await self._tokenizer_files(description)
+            self.tokenizer = TextTokenizer(self.tokenizer_files)
+            view = SwarmView(
+                self.dht,
+                self.profile.model_id,
+                self.profile.num_layers,
+                self.settings.discovery,
+                on_seen=self.dht.remember,
+                check=functools.partial(check_announcement, self.settings.policy),
+                planner=self.settings.planner,
+            )
+            self.view = await stack.enter_async_context(view)
+            self.health = Health(self.settings.recovery.max_penalty_s)
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await asyncio.gather(*(session.close() for session in list(self._stepping)))
+        finally:
+            await self._exit.aclose()
+
+    async def _find_model(self) -> Description:
+        """The model that the initial peers serve; with a name, the one among them that has it."""
+        asked = [describe(self.transport, peer, self.settings) for peer in peer_addresses(self._initial_peers)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        found = [answer for answer in answers if isinstance(answer, Description)]
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, SwarmError):
+                raise answer
+        if not found:
+            raise next(answer for answer in answers if isinstance(answer, SwarmError))
+        for description in found:
+            if self._model in (None, description.profile.name, description.profile.model_id):
+                return description
+        served = ", ".join(sorted({d.profile.name for d in found}))
+        wanted = resolve(self._model or "", self.settings.model.dtype)
+        for description in found:
+            if wanted.name == description.profile.name:
+                return description
+        raise UnknownModel(f"the initial peers serve {served}, not {self._model}")
+
+    async def _tokenizer_files(self, description: Description) -> dict[str, bytes]:
+        files = await fetch_files(self.transport, description, TOKENIZER_FILES, self.settings)
+        if not files:
+            files = tokenizer_files(resolve(description.profile.name, description.profile.dtype))
+        return files
+
+    # ---- generating -------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int = 0,
+        seed: int | None = None,
+        kv_cache: bool | None = None,
+        speculation: str | None = None,
+    ) -> GenerationRequest:
+        """Defaults come from the settings. ``seed=None`` draws one. ``logprobs``: how many alternatives to report.
+
+        Raises ``BadRequest`` or ``TooLong``.
+        """
+        defaults = self.settings.inference
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        sampling = SamplingParams(
+            temperature=defaults.temperature if temperature is None else temperature,
+            top_p=defaults.top_p if top_p is None else top_p,
+            top_k=defaults.top_k if top_k is None else top_k,
+            min_p=defaults.min_p if min_p is None else min_p,
+            repetition_penalty=defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias or {},
+            logprobs=logprobs,
+            seed=secrets.randbits(63) if seed is None else seed,
+        )
+        sampling.check_vocabulary(self.profile.vocab_size)
+        return GenerationRequest(
+            prompt=tuple(ids),
+            max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
+            sampling=sampling,
+            end_ids=frozenset(self.profile.end_ids),
+            no_kv_cache=not (defaults.enable_kv_cache if kv_cache is None else kv_cache),
+            speculate=(speculation or defaults.speculation) != "off",
+        )
+
+    def chat_prompt(self, messages: Iterable[Message]) -> list[int]:
+        return self.tokenizer.apply_chat_template(list(messages))
+
+    def events(self, prompt: str | Sequence[int], *, stop: Sequence[str] = (), **options: Any) -> AsyncStream:
+        """The generation with its route changes, see :class:`AsyncStream`; options as for :meth:`request`."""
+        return AsyncStream(self, self.request(prompt, **options), stop)
+
+    async def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Token, None]:
+        async with contextlib.aclosing(self.events(prompt, **options).__aiter__()) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    yield event
+
+    async def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        stream = self.events(prompt, **options)
+        async for _ in stream:
+            pass
+        if stream.result is None:
+            raise Cancelled("the generation ended early")
+        return stream.result
+
+    async def chat(self, messages: Iterable[Message], **options: Any) -> Generation:
+        return await self.generate(self.chat_prompt(messages), **options)
+
+    # ---- looking ----------------------------------------------------------------------------------------
+
+    def predict(self, route: Route, request: GenerationRequest) -> tuple[PlannedHop, ...]:
+        """What the planner expects of ``route``; empty if some of its peers are no longer announced."""
+        demand = self.demand(len(request.prompt), request.max_tokens)
+        try:
+            return price(self.view.announcements(), route, demand, self.knowledge()).hops
+        except NoRoute:
+            return ()
+
+    def session(self, request: GenerationRequest) -> Session | DelegatedSession:
+        """A session of our own, or one that a peer owns for us if ``via`` was given."""
+        if self._via:
+            return DelegatedSession(self.transport, self._via, self.profile, request, self.settings)
+        return Session(self.transport, self.view, self.profile, request, self.settings, self.health)
+
+    def step_session(self, capacity: int) -> StepSession:
+        """A session in step mode for up to ``capacity`` tokens, which ends with this client at the latest.
+
+        Raises ``TooLong``.
+        """
+        session = StepSession(self.transport, self.view, self.profile, capacity, self.settings, self.health)
+        self._stepping.add(session)
+        return session
+
+    async def peers(self) -> list[Announcement]:
+        """What is announced for this model now."""
+        return list(await self.view.refresh())
+
+    async def plan(self, tokens: int = 0) -> Route:
+        """The route that a session of ``tokens`` tokens would take; raises ``NoRoute``."""
+        announcements = await self.view.refresh()
+        return plan_route(
+            announcements,
+            self.profile.num_layers,
+            tokens=tokens,
+            knowledge=self.knowledge(),
+        )
+
+    def knowledge(self) -> Knowledge:
+        """For planning now."""
+        return known(self.view, self.health, asyncio.get_running_loop().time(), self.settings.planner)
+
+    def demand(self, prompt_tokens: int, new_tokens: int) -> Demand:
+        """What a session of this size asks of a route."""
+        return Demand(
+            tokens=prompt_tokens + new_tokens,
+            prompt_tokens=prompt_tokens,
+            new_tokens=max(1, new_tokens),
+            activation_bytes=self.profile.hidden_size * ITEM_BYTES[self.profile.dtype],
+            chunk_tokens=self.settings.engine.prefill_chunk_tokens,
+        )
+
+
+def connect_async(
+    initial_peers: Sequence[str] | None = None,
+    model: str | None = None,
+    settings: Settings | None = None,
+    *,
+    via: Sequence[str] = (),
+) -> AsyncClient:
+    """``async with connect_async([...]) as client``. Without arguments: ``SWARM_INITIAL_PEERS`` and the settings.
+
+    ``via``: multiaddrs of peers that are to own the sessions; this process then only sends a prompt and hears tokens.
+    """
+    if settings is None:
+        settings = load_settings(environ=os.environ).settings
+    return AsyncClient(list(initial_peers or settings.network.initial_peers), model, settings, via)
+
+
+class Client:
+    """The same for programs without asyncio: the network runs on a thread of its own. A context manager."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm-network", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            self.run(self._client.__aenter__())
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.run(self._client.__aexit__(None, None, None))
+        finally:
+            self._end()
+
+    def close(self) -> None:
+        self.__exit__(None, None, None)
+
+    @property
+    def profile(self) -> ModelProfile:
+        return self._client.profile
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self._client.tokenizer
+
+    @property
+    def settings(self) -> Settings:
+        return self._client.settings
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        return self._client.tokenizer_files
+
+    def step_session(self, capacity: int) -> StepSession:
+        """See :meth:`AsyncClient.step_session`; its methods are for :meth:`run`."""
+        return self._client.step_session(capacity)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        return self.run(self._client.generate(prompt, **options))
+
+    def chat(self, messages: Iterable[Message], **options: Any) -> Generation:
+        return self.run(self._client.chat(messages, **options))
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Token]:
+        """Tokens as they come; breaking out of the loop frees the stages."""
+        with contextlib.closing(self.events(prompt, **options)) as events:
+            for event in events:
+                if isinstance(event, Token):
+                    yield event
+
+    def events(self, prompt: str | Sequence[int], **options: Any) -> Generator[RouteChanged | Token]:
+        """Tokens, and each change of the route."""
+        events = aiter(self._client.events(prompt, **options))
+        try:
+            while True:
+                try:
+                    yield self.run(anext(events))
+                except StopAsyncIteration:
+                    return
+        finally:
+            self.run(events.aclose())
+
+    def peers(self) -> list[Announcement]:
+        return self.run(self._client.peers())
+
+    def plan(self, tokens: int = 0) -> Route:
+        return self.run(self._client.plan(tokens))
+
+    def run(self, work: Awaitable[T]) -> T:
+        """Wait for ``work`` on the network's thread. Ctrl-C cancels it, and waits until it has cleaned up."""
+        ended = threading.Event()
+
+        async def run() -> T:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            if future.cancel():
+                ended.wait(self._client.settings.timeouts.send_s)
+            raise
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+
+def connect(
+    initial_peers: Sequence[str] | None = None,
+    model: str | None = None,
+    settings: Settings | None = None,
+    *,
+    via: Sequence[str] = (),
+) -> Client:
+    """``with swarm.connect(["/ip4/.../p2p/..."]) as client: print(client.generate("Hello").text)``"""
+    return Client(connect_async(initial_peers, model, settings, via=via))

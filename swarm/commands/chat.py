@@ -1,0 +1,150 @@
+"""``swarm chat``: a conversation. Answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.commands.generate import (
+    MaxTokens,
+    MinP,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    show_route,
+)
+from swarm.commands.shared import ConfigFile, InitialPeers, Model, Verbose, failing_well, load, log_to_stderr, say
+from swarm.errors import SwarmError, TooLong
+
+if TYPE_CHECKING:
+    from swarm.client import Client
+
+ANSWER_TOKENS = 512
+"""An answer may be longer than what ``generate`` gives by default: it usually ends by itself."""
+LEAST_ANSWER_TOKENS = 64
+"""The oldest messages are forgotten when less than this is left for an answer."""
+
+Messages = list[dict[str, str]]
+
+
+def chat(
+    initial_peers: InitialPeers = None,
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="How the model should behave.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to the model, one line a message. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
+    log_to_stderr(verbose)
+    settings = load(config, {"initial_peers": initial_peers}, as_json=False).settings
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens or ANSWER_TOKENS,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    with failing_well(as_json=False):
+        say("joining the swarm")
+        from swarm.client import connect
+
+        with connect(list(settings.network.initial_peers), model, settings) as client:
+            limit = min(client.profile.max_positions, settings.peer.max_cache_tokens_per_session)
+            beginning = [{"role": "system", "content": system}] if system else []
+            converse(client, options, beginning, limit)
+
+
+def converse(client: Client, options: dict[str, Any], beginning: Messages, limit: int) -> None:
+    messages = list(beginning)
+    if sys.stdin.isatty():
+        say(f"talking to {client.profile.name}; Ctrl-C stops an answer, Ctrl-D leaves, /new forgets what was said")
+    for line in _lines():
+        if line == "/new":
+            messages = list(beginning)
+            say("forgotten")
+            continue
+        messages.append({"role": "user", "content": line})
+        try:
+            messages, prompt = fitting(messages, len(beginning), client, limit)
+            answer = _answer(client, prompt, options)
+        except SwarmError as error:
+            if not sys.stdin.isatty():
+                raise
+            say(error.message)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, without empty lines."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+        return
+    import readline  # noqa: F401  # gives input() its editing and history
+
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if line:
+            yield line
+
+
+def fitting(messages: Messages, keep: int, client: Client, limit: int) -> tuple[Messages, list[int]]:
+    """The messages without the oldest exchanges, as far as need be, and the prompt that they make.
+
+    The first ``keep`` (the system's) stay. Raises :class:`TooLong` if the last message alone is too much.
+    """
+    messages, dropped = list(messages), 0
+    while True:
+        prompt = client.tokenizer.apply_chat_template(messages)
+        if len(prompt) + LEAST_ANSWER_TOKENS <= limit:
+            if dropped:
+                say(f"the conversation is too long: its first {dropped} messages are forgotten")
+            return messages, prompt
+        if len(messages) < keep + 3:  # no whole exchange is left
+            raise TooLong(f"this message has {len(prompt)} tokens; the limit is {limit - LEAST_ANSWER_TOKENS}")
+        del messages[keep : keep + 2]
+        dropped += 2
+
+
+def _answer(client: Client, prompt: list[int], options: dict[str, Any]) -> str:
+    """What was said until the end, or until Ctrl-C."""
+    from swarm.session import RouteChanged
+
+    said: list[str] = []
+    try:
+        for event in client.events(prompt, **options):
+            if isinstance(event, RouteChanged):
+                if event.reason != "opened":
+                    show_route(event.epoch, event.route, event.reason, as_json=False)
+                continue
+            said.append(event.text)
+            print(event.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+        print()
+        say("stopped")
+    else:
+        print(flush=True)
+    return "".join(said)

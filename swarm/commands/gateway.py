@@ -1,0 +1,130 @@
+"""``swarm gateway``: OpenAI's API and the console on a port of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import webbrowser
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swarm.commands.shared import (
+    AsJson,
+    ConfigFile,
+    InitialPeers,
+    LogFormat,
+    Model,
+    Verbose,
+    print_json,
+    run,
+    say,
+)
+from swarm.config import Settings
+from swarm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from swarm.gateway.local_peers import LocalPeers
+
+
+def gateway(
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    initial_peers: InitialPeers = None,
+    model: Model = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SWARM_API_KEY", show_envvar=True, help="What clients must send as a bearer token."),
+    ] = None,
+    allow_remote_control: Annotated[
+        bool, typer.Option("--allow-remote-control", help="The console may start and stop peers from elsewhere, too.")
+    ] = False,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(help="First start a peer here with these layers: START:END or auto; repeatable."),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Show the console in a browser.")] = False,
+    log_format: LogFormat = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve OpenAI's API and a console at http://HOST:PORT."""
+
+    async def work(settings: Settings) -> None:
+        await _serve(
+            settings, host, port, model, api_key or "", allow_remote_control, start or [], open_browser, as_json
+        )
+
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose, log_format=log_format)
+
+
+async def _serve(
+    settings: Settings,
+    host: str,
+    port: int,
+    model: str | None,
+    key: str,
+    allow_remote_control: bool,
+    start: list[str],
+    open_browser: bool,
+    as_json: bool,
+) -> None:
+    try:
+        from swarm.gateway.app import create_app
+        from swarm.gateway.local_peers import LocalPeers
+        from swarm.gateway.serve import Server, listen
+        from swarm.gateway.state import Access, GatewayState
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; run: pip install 'swarm-inference[gateway]'") from None
+    from swarm.client import AsyncClient
+
+    with listen(host, port) as sock:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+        async with contextlib.AsyncExitStack() as stack:
+            local = await stack.enter_async_context(LocalPeers())
+            initial_peers = list(settings.network.initial_peers)
+            initial_peers += await _start_peers(local, start, initial_peers, model, settings)
+            say("joining the swarm")
+            client = await stack.enter_async_context(AsyncClient(initial_peers, model, settings))
+            access = Access(host, key, allow_remote_control)
+            state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
+
+            def ready() -> None:
+                if as_json:
+                    print_json({"event": "ready", "url": url, "model": client.profile.name, "pid": os.getpid()})
+                else:
+                    say(f"{client.profile.name} at {url}, OpenAI's API at {url}/v1; Ctrl-C ends")
+                if not (access.on_loopback or key):
+                    say(f"whoever reaches {host} can use this gateway; --api-key asks for a key")
+                if open_browser:
+                    _open_browser(url)
+
+            server = Server(create_app(state), settings.gateway, on_ready=ready, on_exit=state.hub.close)
+            await server.serve(sockets=[sock])
+
+
+async def _start_peers(
+    local: LocalPeers, ranges: list[str], joins: list[str], model: str | None, settings: Settings
+) -> list[str]:
+    """Peers on this machine: the first, then the others at once, through it. Their addresses."""
+    from swarm.gateway.local_peers import PeerSpec
+
+    specs = [PeerSpec(model or settings.model.name, settings.model.dtype, layers) for layers in ranges]
+    for group in (specs[:1], specs[1:]):
+        started = [local.start(spec, [*joins, *local.addresses]) for spec in group]
+        for peer in started:
+            say(f"peer {peer.name} loads layers {peer.spec.layers}")
+        for peer in started:
+            ready = await local.serving(peer.name)
+            say(f"peer {peer.name} serves layers {ready.layers}")
+    return local.addresses
+
+
+def _open_browser(url: str) -> None:
+    """Only one with a window: a browser in the terminal would take it over."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return
+    threading.Thread(target=webbrowser.open, args=(url,), name="browser", daemon=True).start()

@@ -1,0 +1,134 @@
+"""``swarm generate``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
+from swarm.config import Settings
+from swarm.types import Route
+
+if TYPE_CHECKING:
+    from swarm.client import Generation
+
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0: all.")]
+MinP = Annotated[float | None, typer.Option(help="Keep tokens this likely, relative to the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes known tokens less likely.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    initial_peers: InitialPeers = None,
+    via: Annotated[list[str] | None, typer.Option(help="Peer that runs the generation for us; repeatable.")] = None,
+    model: Model = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache/--no-kv-cache", help="Off: compute the whole prefix each step.")
+    ] = True,
+    trace: Annotated[Path | None, typer.Option(help="Write each hop's times there, for swarm why.")] = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Generate from PROMPT; the text streams to stdout, the route to stderr."""
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "kv_cache": None if kv_cache else False,
+    }
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    async def work(settings: Settings) -> None:
+        await _generate(text, options, chat, settings, model, via or [], trace, as_json)
+
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose)
+
+
+async def _generate(
+    text: str,
+    options: dict[str, Any],
+    chat: bool,
+    settings: Settings,
+    model: str | None,
+    via: list[str],
+    trace: Path | None,
+    as_json: bool,
+) -> None:
+    say("joining the swarm")
+    from swarm.client import AsyncClient
+    from swarm.session import RouteChanged
+    from swarm.trace_file import keep_trace, write_trace
+
+    async with AsyncClient(list(settings.network.initial_peers), model, settings, via) as client:
+        prompt = client.chat_prompt([{"role": "user", "content": text}]) if chat else text
+        stream = client.events(prompt, **options)
+        async with contextlib.aclosing(aiter(stream)) as events:
+            async for event in events:
+                if isinstance(event, RouteChanged):
+                    show_route(event.epoch, event.route, event.reason, as_json)
+                elif as_json:
+                    token = {"event": "token", "index": event.index, "token_id": event.token_id, "text": event.text}
+                    print_json(token)
+                else:
+                    print(event.text, end="", flush=True)
+        if stream.result is not None:
+            _show_result(stream.result, as_json)
+            keep_trace(stream.result.trace)
+            if trace is not None:
+                write_trace(trace, stream.result.trace)
+
+
+def _show_result(result: Generation, as_json: bool) -> None:
+    timings = result.timings
+    if as_json:
+        print_json(
+            {
+                "event": "done",
+                "text": result.text,
+                "token_ids": result.token_ids,
+                "prompt_tokens": result.prompt_tokens,
+                "finish_reason": result.finish_reason,
+                "ttft_s": round(timings.ttft_s, 4),
+                "tokens_per_second": round(timings.tokens_per_second, 3),
+                "rebuilds": len(result.rebuilds),
+                "longest_gap_s": round(timings.longest_gap_s, 4),
+            }
+        )
+        return
+    print()
+    say(
+        f"{len(result.token_ids)} tokens, first after {timings.ttft_s:.2f} s, "
+        f"{timings.tokens_per_second:.1f} a second, {len(result.rebuilds)} rebuilds"
+    )
+
+
+def show_route(epoch: int, route: Route, reason: str, as_json: bool) -> None:
+    if as_json:
+        hops = [{"peer_id": h.peer.peer_id, "layers": [h.layers.start, h.layers.end]} for h in route.hops]
+        print_json({"event": "route", "epoch": epoch, "hops": hops, "reason": reason})
+    else:
+        say(f"route {route}" + ("" if reason == "opened" else f" ({reason})"))

@@ -1,0 +1,175 @@
+"""``swarm peers``: start and stop peers on the gateway's machine, through the gateway."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Annotated, Any
+
+import typer
+
+from swarm.commands.shared import AsJson, failing_well, print_json, say
+from swarm.commands.tables import Cell, colours_wanted, table
+from swarm.errors import BadRequest, DeadlineExceeded, SwarmError, from_code
+
+REQUEST_S = 15.0
+POLL_S = 0.5
+READY_S = 300.0
+"""For a peer to load its layers, which it may have to download."""
+MAX_ANSWER_BYTES = 4_000_000
+COLOURS = {"serving": "green", "starting": "cyan", "loading": "cyan", "draining": "yellow", "failed": "red"}
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Peers on a gateway's machine: list, start, stop.")
+
+Gateway = Annotated[str, typer.Option(envvar="SWARM_GATEWAY", help="The gateway's address.")]
+Key = Annotated[str | None, typer.Option("--api-key", envvar="SWARM_API_KEY", help="If the gateway asks for one.")]
+LOCAL = "http://127.0.0.1:8000"
+
+
+class NoGateway(SwarmError):
+    code, retryable, exit_code = "no_gateway", True, 4
+
+
+class GatewayApi:
+    """``/api`` of a gateway. Raises :class:`NoGateway`, or the error that the gateway answered with."""
+
+    def __init__(self, url: str, key: str | None) -> None:
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise BadRequest(f"{url!r} is no address of a gateway; write http://HOST:PORT")
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._ask(urllib.request.Request(self._url + path, headers=self._headers))
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        token = self.get("/api/token")["token"]
+        headers = self._headers | {"X-Swarm-Token": str(token), "Content-Type": "application/json"}
+        data = json.dumps(body or {}).encode()
+        return self._ask(urllib.request.Request(self._url + path, data, headers, method="POST"))
+
+    def _ask(self, request: urllib.request.Request) -> dict[str, Any]:
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_S) as response:
+                answer = json.loads(response.read(MAX_ANSWER_BYTES))
+        except urllib.error.HTTPError as error:
+            raise _refusal(error) from None
+        except (OSError, ValueError) as error:
+            raise NoGateway(f"no gateway answers at {self._url} ({error}); 'swarm gateway' starts one") from None
+        if not isinstance(answer, dict):
+            raise NoGateway(f"what answers at {self._url} is no gateway")
+        return answer
+
+
+def _refusal(error: urllib.error.HTTPError) -> SwarmError:
+    try:
+        said = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
+        code, message = str(said["code"]), str(said["message"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return SwarmError(f"the gateway answered {error.code}")
+    if code in ("not_signed_in", "forbidden"):
+        return BadRequest(message)
+    return from_code(code, message)
+
+
+@app.command("list")
+def list_peers(gateway: Gateway = LOCAL, api_key: Key = None, as_json: AsJson = False) -> None:
+    """List the peers that the gateway started."""
+    with failing_well(as_json):
+        peers = GatewayApi(gateway, api_key).get("/api/peers")["peers"]
+        if as_json:
+            print_json({"event": "peers", "peers": peers})
+        elif not peers:
+            say("this gateway has started no peer; 'swarm peers start' starts one")
+        else:
+            print("\n".join(_table(peers)))
+
+
+@app.command()
+def start(
+    layers: Annotated[str, typer.Option(help="START:END, half open, or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:N or mps.")] = "auto",
+    max_memory_mb: Annotated[int, typer.Option(help="What the peer may take; 0: what is free.")] = 0,
+    threads: Annotated[int, typer.Option(help="Of the compute thread; 0: as many as torch likes.")] = 1,
+    model: Annotated[str, typer.Option(help="Another than the gateway's.")] = "",
+    wait: Annotated[bool, typer.Option(help="Until it serves.")] = True,
+    gateway: Gateway = LOCAL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a peer on the gateway's machine."""
+    asked = {
+        "layers": layers,
+        "device": device,
+        "max_memory_mb": max_memory_mb,
+        "threads": threads,
+        "model": model,
+    }
+    with failing_well(as_json):
+        api = GatewayApi(gateway, api_key)
+        peer = api.post("/api/peers", asked)
+        if wait:
+            peer = _until(api, peer, ("serving",), as_json=as_json)
+        _tell(peer, as_json)
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(help="As 'swarm peers list' names it, for example p1.")],
+    kill: Annotated[bool, typer.Option("--kill", help="At once, as if its power failed.")] = False,
+    wait: Annotated[bool, typer.Option(help="Until it has left.")] = True,
+    gateway: Gateway = LOCAL,
+    api_key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Drain a peer: its sessions move to others, then it leaves."""
+    with failing_well(as_json):
+        api = GatewayApi(gateway, api_key)
+        peer = api.post(f"/api/peers/{urllib.parse.quote(name, safe='')}/{'kill' if kill else 'drain'}")
+        if wait:
+            peer = _until(api, peer, ("left",), as_json=as_json)
+        _tell(peer, as_json)
+
+
+def _until(api: GatewayApi, peer: dict[str, Any], states: tuple[str, ...], *, as_json: bool) -> dict[str, Any]:
+    """Poll until it is in one of ``states``; says each change. Raises if it failed, or left before it served."""
+    deadline = time.monotonic() + READY_S
+    said = ""
+    while peer["state"] not in states:
+        if peer["state"] in ("failed", "left"):
+            raise SwarmError(f"peer {peer['name']}: {peer['detail']}")
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"peer {peer['name']} is {peer['state']} after {READY_S:g} s")
+        now = f"{peer['state']}, {peer['percent']}%" if peer["state"] == "loading" else peer["state"]
+        if now != said and not as_json:
+            say(f"peer {peer['name']}: {now}")
+        said = now
+        time.sleep(POLL_S)
+        peer = api.get(f"/api/peers/{peer['name']}")
+    return peer
+
+
+def _tell(peer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"event": "peer"} | peer)
+    else:
+        print("\n".join(_table([peer])))
+
+
+def _table(peers: list[dict[str, Any]]) -> list[str]:
+    rows: list[list[str | Cell]] = [
+        [
+            peer["name"],
+            Cell(peer["state"], COLOURS.get(peer["state"])),
+            ":".join(map(str, peer["layers"])) if peer["layers"] else peer["asked"]["layers"],
+            peer["peer_id"][-6:] or "-",
+            f"{peer['memory_mb']} MB",
+            peer["detail"].splitlines()[0][:80] if peer["detail"] else "",
+        ]
+        for peer in peers
+    ]
+    head = ("name", "state", "layers", "peer", "memory", "")
+    return table(head, rows, right=("memory",), coloured=colours_wanted())

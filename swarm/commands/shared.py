@@ -1,0 +1,120 @@
+"""What all commands share: their common options, running under the settings in force, saying and failing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from swarm import logs
+from swarm.config import Settings
+from swarm.config_loader import LoadedSettings, load_settings
+from swarm.errors import SwarmError, Unreachable
+
+InitialPeers = Annotated[
+    list[str] | None, typer.Option(help="Multiaddr of a running peer; repeatable. Or SWARM_INITIAL_PEERS.")
+]
+Model = Annotated[str | None, typer.Option(help="Name of the model, if the peers serve several.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML settings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
+LogFormat = Annotated[str | None, typer.Option(help="Of what goes to stderr: text or json.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on stderr.")]
+
+Work = Callable[[Settings], Coroutine[Any, Any, None]]
+
+NEXT_STEPS = (
+    "give the address of a running peer with --initial-peers or SWARM_INITIAL_PEERS; "
+    "'swarm-peer serve' starts a peer and prints its address, 'bin/quickstart' shows a whole swarm on this machine"
+)
+"""For whoever has no swarm yet."""
+
+
+def load(config: Path | None, flags: dict[str, object], *, as_json: bool) -> LoadedSettings:
+    with failing_well(as_json):
+        return load_settings(config, os.environ, flags)
+
+
+def run(
+    work: Work,
+    initial_peers: list[str] | None,
+    config: Path | None,
+    *,
+    as_json: bool,
+    verbose: bool,
+    model: str | None = None,
+    log_format: str | None = None,
+) -> None:
+    """Run ``work`` with the settings; a :class:`SwarmError` becomes one line on stderr and its exit code."""
+    flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "log_format": log_format}
+    settings = load(config, flags, as_json=as_json).settings
+    log_to_stderr(verbose, settings.log.format)
+    with failing_well(as_json):
+        run_async(work(settings))
+
+
+def run_async(work: Coroutine[Any, Any, None]) -> None:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work)
+
+
+def log_to_stderr(verbose: bool, log_format: str = "text") -> None:
+    logs.log_to_stderr(logging.INFO if verbose else logging.WARNING, log_format)
+
+
+@contextmanager
+def failing_well(as_json: bool) -> Iterator[None]:
+    """Errors of ours become one line and an exit code, Ctrl-C 130; a bug keeps its traceback."""
+    try:
+        yield
+    except SwarmError as error:
+        fail(error, as_json)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # The reader of our stdout has gone (a pipe into head); nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command the way Ctrl-C does, so that what it started is stopped."""
+
+    def interrupt(number: int, frame: object) -> None:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fail(error: SwarmError, as_json: bool) -> None:
+    if as_json:
+        print_json({"event": "error", "code": error.code, "message": error.message})
+    message = " ".join(error.message.split())
+    say(f"{message}; {NEXT_STEPS}" if isinstance(error, Unreachable) else message)
+
+
+def print_json(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def say(text: str) -> None:
+    print(f"swarm: {text}", file=sys.stderr, flush=True)

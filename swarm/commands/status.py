@@ -1,0 +1,140 @@
+"""``swarm status``: who is there, what they hold, what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from swarm.commands.drawing import Pen, bar, cells, counts_line, pen_for, ruler
+from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
+from swarm.commands.tables import Cell, colours_wanted, paint, table
+from swarm.config import Settings
+from swarm.coverage import Coverage, coverage_of
+from swarm.models import ModelProfile
+from swarm.types import Announcement, PeerState
+
+WATCH_S = 2.0
+MOST_COLUMNS, LEAST_COLUMNS = 64, 15
+"""Of the picture."""
+OTHER_COLUMNS = 62
+"""What stands beside it."""
+STALE_S = 20.0
+"""A peer announces itself every 15 s: one that is older may be gone."""
+CLEAR = "\x1b[H\x1b[2J"
+STATE_COLOURS = {PeerState.SERVING: "green", PeerState.JOINING: "cyan", PeerState.DRAINING: "yellow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    profile: ModelProfile
+    peers: Sequence[tuple[Announcement, float]]
+    """With their ages in seconds, by first layer."""
+    coverage: Coverage
+
+
+def status(
+    initial_peers: InitialPeers = None,
+    model: Model = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show the peers of a swarm, their layers, speed and load, and which layers are missing."""
+
+    async def work(settings: Settings) -> None:
+        from swarm.client import AsyncClient
+
+        async with AsyncClient(list(settings.network.initial_peers), model, settings) as client:
+            while True:
+                announcements = await client.peers()
+                now = status_of(client.profile, [(a, client.view.age(a.peer.peer_id)) for a in announcements])
+                if as_json:
+                    print_json(as_event(now))
+                else:
+                    _show(now, clear=watch)
+                if not watch:
+                    return
+                await asyncio.sleep(WATCH_S)
+
+    if not as_json and not watch:
+        say("looking at the swarm")
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose)
+
+
+def status_of(profile: ModelProfile, peers: Sequence[tuple[Announcement, float]]) -> Status:
+    ordered = sorted(peers, key=lambda item: (item[0].layers, item[0].peer.peer_id))
+    serving = [a.layers for a, _ in ordered if a.state is PeerState.SERVING]
+    return Status(profile, ordered, coverage_of(serving, profile))
+
+
+def _show(status: Status, *, clear: bool) -> None:
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 2 * MOST_COLUMNS
+    width = min(MOST_COLUMNS, max(LEAST_COLUMNS, terminal - OTHER_COLUMNS))
+    lines = rendered(status, pen_for(sys.stdout.encoding), width, coloured=colours_wanted())
+    if clear and sys.stdout.isatty():
+        print(CLEAR, end="")
+    print("\n".join([*lines, ""]) if clear else "\n".join(lines), flush=True)
+
+
+def rendered(status: Status, pen: Pen, width: int, *, coloured: bool = False) -> list[str]:
+    profile, coverage = status.profile, status.coverage
+    columns = cells(profile.num_layers, width)
+    rows: list[list[str | Cell]] = []
+    for a, age_s in status.peers:
+        colour = STATE_COLOURS.get(a.state)
+        speed = a.decode_s_per_layer * len(a.layers)
+        rows.append(
+            [
+                a.peer.peer_id[-6:],
+                Cell(bar(a.layers, columns, pen, serving=a.state is PeerState.SERVING), colour),
+                str(a.layers),
+                Cell(a.state, colour),
+                f"{1e3 * speed:.1f} ms",
+                f"{a.sessions}" + (f" +{1e3 * a.queue_s:.0f} ms" if a.queue_s >= 0.001 else ""),
+                f"{a.kv_tokens_free / 1000:.0f}k",
+                Cell("?" if math.isinf(age_s) else f"{age_s:.0f} s", "yellow" if age_s > STALE_S else None),
+                a.version,
+            ]
+        )
+    head = ("peer", ruler(columns), "layers", "state", "a token", "load", "KV free", "age", "version")
+    right = ("a token", "load", "KV free", "age")
+    lines = table(
+        head, [*rows, ["peers", counts_line(coverage.counts, columns), *[""] * 7]], right=right, coloured=coloured
+    )
+    verdict = paint(coverage.sentence(), "green" if coverage.complete else "red", coloured=coloured)
+    return [f"{profile.model_id}, {profile.num_layers} layers, {profile.dtype}", "", *lines, "", verdict]
+
+
+def as_event(status: Status) -> dict[str, Any]:
+    return {
+        "event": "status",
+        "model": status.profile.model_id,
+        "num_layers": status.profile.num_layers,
+        "peers": [
+            {
+                "peer_id": a.peer.peer_id,
+                "addresses": list(a.peer.multiaddrs),
+                "layers": [a.layers.start, a.layers.end],
+                "state": a.state.value,
+                "version": a.version,
+                "decode_s_per_layer": a.decode_s_per_layer,
+                "prefill_s_per_token_layer": a.prefill_s_per_token_layer,
+                "queue_s": a.queue_s,
+                "sessions": a.sessions,
+                "kv_tokens_free": a.kv_tokens_free,
+                "age_s": None if math.isinf(age_s) else round(age_s, 1),
+            }
+            for a, age_s in status.peers
+        ],
+        "peers_of_layer": list(status.coverage.counts),
+        "missing": [[gap.start, gap.end] for gap in status.coverage.missing],
+        "coverage": status.coverage.sentence(),
+    }

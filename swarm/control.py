@@ -1,0 +1,152 @@
+"""The owner's end of one control stream: one hop of one session."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+from swarm import protocol_pb2 as pb
+from swarm.config import Settings
+from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost, SwarmError
+from swarm.protocol import decode, error_from_wire
+from swarm.transport import CONTROL, Stream, Transport
+from swarm.types import Hop
+
+Event = pb.Output | pb.Status | pb.Error | SwarmError
+"""What a hop says; an exception is the last thing that it says."""
+
+Listener = Callable[["HopControl", Event], None]
+
+
+class HopControl:
+    """Opens and steers a stage. Replies other than ``Opened`` go to ``listener``, in their order."""
+
+    def __init__(self, hop: Hop, stream: Stream, settings: Settings, listener: Listener, generation: int) -> None:
+        self.hop = hop
+        self.have = 0
+        """Positions that the stage holds, as it said last."""
+        self.came_with: int | None = None
+        """Positions that it held when it was opened for the first time."""
+        self.agreed = sys.maxsize
+        """Before this position the stage can't hold other tokens than the owner's."""
+        self.log_start = 0
+        self.computed = 0
+        self.computing = False
+        self.draining = False
+        self.targets: list[pb.Target] = []
+        self.lost: SwarmError | None = None
+        self.generation = generation
+        """Of the own transport when the stream was opened."""
+        self.last_heard = self.moved_at = asyncio.get_running_loop().time()
+        """When it last said anything, and when it last said that it had computed something."""
+        self._stream = stream
+        self._settings = settings
+        self._listener = listener
+        self._opened: asyncio.Future[pb.Opened] | None = None
+        self._opening = 0
+        """The epoch that was asked for last."""
+        self._reader: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def dial(
+        cls, hop: Hop, transport: Transport, settings: Settings, listener: Listener, tasks: asyncio.TaskGroup
+    ) -> HopControl:
+        """Raises ``Unreachable`` within ``timeouts.connect_s``."""
+        generation = await transport.ready()
+        stream = await transport.open(hop.peer, CONTROL)
+        control = cls(hop, stream, settings, listener, generation)
+        control._reader = tasks.create_task(control._read())
+        return control
+
+    async def open(self, request: pb.Open) -> None:
+        """Open the stage, or move it to a newer epoch; sets ``have``. Raises what the peer answers, or ``PeerLost``."""
+        if self.lost is not None:
+            raise self.lost
+        self._opened, self._opening = asyncio.get_running_loop().create_future(), request.epoch
+        await self._send(pb.ControlRequest(open=request))
+        try:
+            async with asyncio.timeout(self._settings.timeouts.open_s):
+                opened = await self._opened
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer to open within {self._settings.timeouts.open_s:.0f} s") from None
+        finally:
+            self._opened = None
+        if opened.epoch != request.epoch or opened.have > request.keep:
+            raise ProtocolError(f"opened epoch {opened.epoch} with {opened.have} positions, not as asked")
+        self.have, self.log_start = opened.have, opened.log_start
+        if self.came_with is None:
+            self.came_with = opened.have
+        self.targets = []
+
+    async def start(self, epoch: int, targets: list[pb.Target]) -> None:
+        self.targets = targets
+        await self._send(pb.ControlRequest(start=pb.Start(epoch=epoch, targets=targets)))
+
+    async def input(self, epoch: int, start: int, token_ids: list[int], step: pb.Step | None) -> None:
+        await self._send(pb.ControlRequest(input=pb.Input(epoch=epoch, start=start, token_ids=token_ids, step=step)))
+
+    async def ping(self) -> None:
+        """Ask for a ``Status`` out of turn."""
+        await self._send(pb.ControlRequest(ping=True))
+
+    async def close(self, prefix: bytes = b"") -> None:
+        """Free the stage, which may keep what ``prefix`` names. Never raises, never waits long."""
+        if self.lost is None:
+            if prefix:  # if it doesn't get there, nothing but time is lost
+                self._stream.try_send(pb.ControlRequest(finish=pb.Finish(prefix=prefix)).SerializeToString())
+            self.lost = StreamLost("closed")
+            await self._stream.close()
+        self._end()
+
+    def abort(self) -> None:
+        """Give the peer up; what it still says is not heard."""
+        if self.lost is None:
+            self.lost = StreamLost("given up")
+        self._stream.abort()
+        self._end()
+
+    def _end(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def _send(self, request: pb.ControlRequest) -> None:
+        if self.lost is not None:
+            raise self.lost
+        await self._stream.send(request.SerializeToString())
+
+    async def _read(self) -> None:
+        try:
+            while (frame := await self._stream.receive()) is not None:
+                self.last_heard = asyncio.get_running_loop().time()
+                self._hear(decode(pb.ControlReply, frame))
+            self._finish(StreamLost("the peer ended the session"))
+        except SwarmError as error:
+            self._finish(error)
+
+    def _hear(self, reply: pb.ControlReply) -> None:
+        kind = reply.WhichOneof("kind")
+        if kind == "opened":
+            if self._opened is not None and not self._opened.done():
+                self._opened.set_result(reply.opened)
+        elif kind == "output":
+            self._listener(self, reply.output)
+        elif kind == "status":
+            self.have = max(self.have, reply.status.have)
+            if reply.status.computed != self.computed:
+                self.computed, self.moved_at = reply.status.computed, self.last_heard
+            self.computing, self.draining = reply.status.computing, reply.status.draining
+            self._listener(self, reply.status)
+        elif self._opened is not None and not self._opened.done() and not 0 < reply.error.epoch < self._opening:
+            self._opened.set_exception(error_from_wire(reply.error))
+        else:  # also what went wrong in an older epoch, and crossed the open on its way
+            self._listener(self, reply.error)
+
+    def _finish(self, error: SwarmError) -> None:
+        if self.lost is not None:
+            return
+        self.lost = error
+        if self._opened is not None and not self._opened.done():
+            self._opened.set_exception(error)
+        else:
+            self._listener(self, error)

@@ -1,0 +1,91 @@
+"""What of a model is served, what is missing, and what would help: in the same words everywhere. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swarm.errors import NoRoute
+from swarm.types import Announcement, LayerRange, PeerState
+
+if TYPE_CHECKING:
+    from swarm.models import ModelProfile
+
+MB = 1_000_000
+
+
+def missing_layers(served: Iterable[LayerRange], wanted: LayerRange) -> list[LayerRange]:
+    """The parts of ``wanted`` that none of ``served`` covers, in order."""
+    gaps: list[LayerRange] = []
+    reached = wanted.start
+    for layers in sorted(served):
+        if layers.start > reached and reached < wanted.end:
+            gaps.append(LayerRange(reached, min(layers.start, wanted.end)))
+        reached = max(reached, layers.end)
+    if reached < wanted.end:
+        gaps.append(LayerRange(reached, wanted.end))
+    return gaps
+
+
+def nobody_serves(gaps: Sequence[LayerRange]) -> str:
+    """The sentence of every report and refusal: ``nobody serves layers 4:8, 20:30``."""
+    return f"nobody serves layers {', '.join(str(gap) for gap in gaps)}"
+
+
+def weights_bytes(profile: ModelProfile, layers: LayerRange) -> int:
+    """Weights of a peer with ``layers``: embedding and head where held, a tied table once."""
+    first, last = layers.start == 0, layers.end == profile.num_layers
+    size = len(layers) * profile.layer_bytes
+    if first:
+        size += profile.embedding_bytes
+    if last:
+        size += profile.head_bytes
+    if first and last and profile.tied:
+        size -= profile.embedding_bytes
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How often each layer is served, and what is missing."""
+
+    counts: tuple[int, ...]
+    """Peers for each layer."""
+    missing: tuple[LayerRange, ...]
+    missing_bytes: int
+    """Weights that nobody holds; a peer needs room for KV caches on top."""
+    peers: int
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
+
+    def sentence(self) -> str:
+        if self.complete:
+            return f"all {len(self.counts)} layers are served, each by {min(self.counts)} or more of {self.peers} peers"
+        return f"{nobody_serves(self.missing)}: {self.remedy()}"
+
+    def remedy(self) -> str:
+        """How much is missing and what would help; only while something is missing."""
+        most = max(self.missing, key=len)
+        return (
+            f"{sum(map(len, self.missing))} of {len(self.counts)} layers, "
+            f"{-(-self.missing_bytes // MB)} MB of weights; a peer started with --layers {most}, or with "
+            "--layers auto, would help"
+        )
+
+
+def coverage_of(served: Sequence[LayerRange], profile: ModelProfile) -> Coverage:
+    counts = [0] * profile.num_layers
+    for layers in served:
+        for layer in range(layers.start, min(layers.end, profile.num_layers)):
+            counts[layer] += 1
+    gaps = missing_layers(served, LayerRange(0, profile.num_layers))
+    return Coverage(tuple(counts), tuple(gaps), sum(weights_bytes(profile, gap) for gap in gaps), len(served))
+
+
+def explained(error: NoRoute, announcements: Iterable[Announcement], profile: ModelProfile) -> NoRoute:
+    """The planner's refusal; if layers are missing, with how much that is and what would help."""
+    coverage = coverage_of([a.layers for a in announcements if a.state is PeerState.SERVING], profile)
+    return error if coverage.complete else NoRoute(f"{error.message}: {coverage.remedy()}")

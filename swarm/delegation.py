@@ -1,0 +1,158 @@
+"""A session whose owner is a peer: for clients that can't, or don't want to, plan and listen to every hop.
+
+The thin client keeps what matters, the committed tokens. If the peer that owns the session is lost, the
+next one is asked to go on after exactly those, so nothing is lost and nothing comes twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Self
+
+from swarm import protocol_pb2 as pb
+from swarm.chain import Rebuild
+from swarm.config import Settings
+from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
+from swarm.models import ModelProfile
+from swarm.protocol import address_from_wire, address_to_wire, decode, error_from_wire
+from swarm.session import RouteChanged
+from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
+from swarm.transport import DELEGATE, Stream, Transport
+from swarm.types import Hop, LayerRange, PeerAddress, Route
+
+logger = logging.getLogger(__name__)
+
+
+def route_to_wire(epoch: int, route: Route, reason: str) -> pb.RouteNews:
+    hops = [
+        pb.RouteHop(peer=address_to_wire(hop.peer), start=hop.layers.start, end=hop.layers.end) for hop in route.hops
+    ]
+    return pb.RouteNews(epoch=epoch, reason=reason, hops=hops)
+
+
+def route_from_wire(news: pb.RouteNews) -> RouteChanged:
+    """Raises :class:`BadRequest` or :class:`WrongRange` if the hops are no route."""
+    hops = tuple(Hop(address_from_wire(hop.peer), LayerRange(hop.start, hop.end)) for hop in news.hops)
+    return RouteChanged(news.epoch, Route(hops), news.reason, "opened" if news.reason == "opened" else "lost")
+
+
+class DelegatedSession:
+    """The same surface as :class:`swarm.session.Session`, run by one of the peers in ``via``."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        via: Sequence[PeerAddress],
+        profile: ModelProfile,
+        request: GenerationRequest,
+        settings: Settings,
+    ) -> None:
+        if not via:
+            raise BadRequest("a delegated session needs a peer to delegate to")
+        self.rebuilds: list[Rebuild] = []
+        self.transcript = Transcript(request, len(request.prompt) + request.max_tokens, profile.vocab_size)
+        self._transport = transport
+        self._via = list(via)
+        self._profile = profile
+        self._settings = settings
+        self._stream: Stream | None = None
+        self._finished: FinishReason | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            await self._stream.close()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.transcript.finish_reason or self._finished
+
+    async def events(self) -> AsyncGenerator[RouteChanged | Generated, None]:
+        """As :meth:`swarm.session.Session.events`; a peer that is lost or busy is followed by the next."""
+        failures = 0
+        while True:
+            known = len(self.transcript)
+            peer = self._via[failures % len(self._via)]
+            try:
+                async for event in self._through(peer):
+                    yield event
+                return
+            except SwarmError as error:
+                # Only what another owner could do better is tried again: it has the same swarm to work with.
+                lost = isinstance(error, StreamLost | DeadlineExceeded | Unreachable) or error.code == "busy"
+                failures = failures + 1 if len(self.transcript) == known else 1
+                if not lost or failures > 2 * len(self._via):
+                    raise
+                logger.info("the owner %s of this session was lost: %s", peer.peer_id[-6:], error)
+                await asyncio.sleep(self._settings.timeouts.heartbeat_s / 2 if failures > len(self._via) else 0)
+
+    async def _through(self, peer: PeerAddress) -> AsyncGenerator[RouteChanged | Generated, None]:
+        self._stream = stream = await self._transport.open(peer, DELEGATE)
+        transcript, request = self.transcript, self.transcript.request
+        message = pb.Delegate(
+            model=self._profile.model_id,
+            prompt=request.prompt,
+            generated=transcript.tokens[len(request.prompt) :],
+            max_tokens=request.max_tokens,
+            sampling=request.sampling.to_wire(),
+            end_ids=sorted(request.end_ids),
+            no_kv_cache=request.no_kv_cache,
+            speculate=request.speculate,
+        )
+        await stream.send(message.SerializeToString())
+        try:
+            while transcript.finish_reason is None:
+                reply = await self._reply(stream)
+                kind = reply.WhichOneof("kind")
+                if kind == "route":
+                    yield route_from_wire(reply.route)
+                elif kind == "token":
+                    transcript.commit(reply.token)
+                    while transcript.fresh:
+                        yield transcript.fresh.popleft()
+                elif kind == "finished":
+                    self._finished = "stop" if reply.finished == "stop" else "length"
+                    return
+                elif kind == "error":
+                    raise error_from_wire(reply.error)
+        finally:
+            await stream.close()
+
+    async def _reply(self, stream: Stream) -> pb.DelegateReply:
+        timeouts = self._settings.timeouts
+        silence_s = timeouts.heartbeat_s * timeouts.heartbeat_misses
+        try:
+            async with asyncio.timeout(silence_s):
+                frame = await stream.receive()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the session's owner was silent for {silence_s:g} s") from None
+        if frame is None:
+            raise StreamLost("the session's owner ended without a result")
+        return decode(pb.DelegateReply, frame)
+
+
+def request_from_wire(message: pb.Delegate, profile: ModelProfile) -> GenerationRequest:
+    """What a thin client asks for, checked; raises :class:`BadRequest`."""
+    from swarm.sampling import SamplingParams
+
+    if message.model != profile.model_id:
+        raise BadRequest(f"this peer serves {profile.model_id}, not {message.model[:80]}")
+    ids = [*message.prompt, *message.generated]
+    if ids and max(ids) >= profile.vocab_size:
+        raise ProtocolError(f"a token id is not in the vocabulary of {profile.vocab_size}")
+    return GenerationRequest(
+        prompt=tuple(message.prompt),
+        generated=tuple(message.generated),
+        max_tokens=message.max_tokens,
+        sampling=SamplingParams.from_wire(message.sampling),
+        end_ids=frozenset(message.end_ids),
+        no_kv_cache=message.no_kv_cache,
+        speculate=message.speculate,
+    )

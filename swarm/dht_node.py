@@ -1,0 +1,210 @@
+"""hivemind's DHT node, hardened: what it decodes, what it stores, and whose node ids it believes. Used by ``dht.py``.
+
+Departures from hivemind:
+
+- *Serializer guard.* 1.4 KiB of nested msgpack extensions crash a stock node (D13). Ours decodes one extension type,
+  the dictionary of a key, at depth 0 only, and builds it from plain msgpack.
+- *Record validator* on what is stored and on what is read. A record is a subkey that is a peer id and a value that
+  this peer has signed; plain values, long ones and far expirations are refused. In a dictionary with bad entries only
+  these are dropped (stock: all of it, so that one junk entry hides a key).
+- *Node ids* are SHA-1 of the peer id; others are ignored, in routing tables and in search results. So taking over a
+  key takes as many identities as it takes luck, not one peer with twenty made-up ids (D9).
+
+RPC names carry the name of our protocol class, so stock hivemind nodes and ours don't mix.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from types import FunctionType
+from typing import Any
+
+import msgpack
+
+from swarm import _hivemind
+from swarm.identity import is_peer_id
+
+_node = _hivemind.load("hivemind.dht.node")
+_routing = _hivemind.load("hivemind.dht.routing")
+_storage = _hivemind.load("hivemind.dht.storage")
+_timed = _hivemind.load("hivemind.utils.timed_storage")
+_Serializer: Any = _hivemind.load("hivemind.utils.serializer").MSGPackSerializer
+_Protocol: Any = _hivemind.load("hivemind.dht.protocol").DHTProtocol
+_Storage: Any = _storage.DHTLocalStorage
+
+log = logging.getLogger(__name__)
+
+MAX_VALUE_BYTES = 1024
+"""Of one record. With ``MAX_SUBKEYS`` this keeps a whole key below p2pd's 4 MiB for one message (D1, D2)."""
+MAX_SUBKEYS = 3000
+"""Peers under one key."""
+MAX_KEYS = 4096
+"""Keys that one node stores for others; those that expire first go first."""
+MAX_TTL_S = 120.0
+MAX_KEYS_PER_CALL = 256
+
+_DICTIONARY_EXTENSION = 0x50
+
+RecordCheck = Callable[[str, bytes, float], bool]
+"""``check(peer_id, value, expiration)``: did this peer sign this value, for that long? Never raises."""
+
+
+# --- the serializer guard --------------------------------------------------------------------------------------------
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"msgpack extension {code} in a record")
+
+
+def _dictionary(code: int, data: bytes) -> Any:
+    """The dictionary of one key: ``[maxsize, latest expiration, [[subkey, value, expiration], ...]]``."""
+    if code != _DICTIONARY_EXTENSION:
+        raise ValueError(f"msgpack extension {code}")
+    _, _, entries = msgpack.unpackb(data, ext_hook=_no_extension, raw=False)
+    if not isinstance(entries, list) or len(entries) > MAX_SUBKEYS:
+        raise ValueError("too many subkeys")
+    dictionary = _storage.DictionaryDHTValue()
+    with dictionary.freeze():
+        for subkey, value, expiration in entries:
+            if not isinstance(subkey, str) or not isinstance(value, bytes) or not isinstance(expiration, float):
+                raise ValueError("malformed entry")
+            dictionary.store(subkey, value, expiration)
+    return dictionary
+
+
+class _GuardedSerializer(_Serializer):  # type: ignore[misc]
+    @classmethod
+    def loads(cls, buf: bytes) -> Any:
+        return msgpack.unpackb(buf, ext_hook=_dictionary, raw=False)
+
+
+# --- the validator ---------------------------------------------------------------------------------------------------
+
+
+class RecordValidator:
+    """hivemind's validator interface (validate, sign_value, strip_value). ``validate`` never raises."""
+
+    def __init__(self, check: RecordCheck, clock: Callable[[], float] = time.time) -> None:
+        self._check = check
+        self._clock = clock
+
+    def validate(self, record: Any) -> bool:
+        try:
+            # negated, so that NaN fails too
+            if not (record.expiration_time <= self._clock() + MAX_TTL_S):
+                return False
+            if len(record.value) > MAX_VALUE_BYTES or len(record.subkey) > MAX_VALUE_BYTES:
+                return False
+            subkey = msgpack.unpackb(record.subkey, ext_hook=_no_extension, raw=False)
+            value = msgpack.unpackb(record.value, ext_hook=_no_extension, raw=False)
+            if not isinstance(value, bytes) or not is_peer_id(subkey):
+                return False
+            return self._check(subkey, value, float(record.expiration_time))
+        except Exception:  # whatever a stranger's bytes make msgpack raise: the record is bad, the node lives on (D13b)
+            return False
+
+    def sign_value(self, record: Any) -> bytes:
+        return bytes(record.value)
+
+    def strip_value(self, record: Any) -> bytes:
+        return bytes(record.value)
+
+
+# --- the node --------------------------------------------------------------------------------------------------------
+
+
+def node_id_of(peer_id: bytes) -> Any:
+    """The one node id that a peer may have (a ``DHTID``): SHA-1 of its binary peer id."""
+    return _routing.DHTID.generate(source=peer_id)
+
+
+def _bounded(rpc: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """The same RPC, but not for thousands of keys in one request. ``wraps`` keeps the annotations hivemind reads."""
+
+    @functools.wraps(rpc)
+    async def bounded(self: Any, request: Any, context: Any) -> Any:
+        if len(request.keys) > MAX_KEYS_PER_CALL:
+            raise ValueError("too many keys")
+        return await rpc(self, request, context)
+
+    return bounded
+
+
+class _LocalStorage(_Storage):  # type: ignore[misc]
+    def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        entry = self.get(key)
+        known = entry.value if entry is not None and isinstance(entry.value, _storage.DictionaryDHTValue) else ()
+        if len(known) >= MAX_SUBKEYS and subkey not in known:
+            return False
+        return bool(super().store_subkey(key, subkey, value, expiration_time))
+
+
+class SwarmDHTProtocol(_Protocol):  # type: ignore[misc]
+    """hivemind's RPCs with our guard, bounds and node ids."""
+
+    serializer = _GuardedSerializer
+    rpc_find = _bounded(_Protocol.rpc_find)
+    rpc_store = _bounded(_Protocol.rpc_store)
+
+    @classmethod
+    async def create(cls, *args: Any, **kwargs: Any) -> Any:
+        protocol = await super().create(*args, **kwargs)
+        protocol.storage, protocol.cache = _LocalStorage(maxsize=MAX_KEYS), _LocalStorage(maxsize=MAX_KEYS)
+        return protocol
+
+    async def update_routing_table(self, node_id: Any, peer_id: Any, responded: bool = True) -> None:
+        if node_id is not None and node_id != node_id_of(peer_id.to_bytes()):
+            log.info("peer %s claims a node id that isn't its own; ignored", peer_id)
+            return
+        await super().update_routing_table(node_id, peer_id, responded)
+
+    async def call_find(self, peer: Any, keys: Any) -> Any:
+        response = await super().call_find(peer, keys)
+        return response and {key: (_honest(item), _neighbours(nearest)) for key, (item, nearest) in response.items()}
+
+    def _validate_dictionary(self, key_bytes: bytes, dictionary: Any) -> bool:
+        if not isinstance(dictionary, _storage.DictionaryDHTValue):
+            return False
+        with dictionary.freeze():
+            entries = [(subkey, *entry) for subkey, entry in dictionary.items()]
+            good = []
+            for subkey, value, expiration in entries:
+                if self._validate_record(key_bytes, self.serializer.dumps(subkey), value, expiration):
+                    good.append(expiration)
+                else:
+                    del dictionary[subkey]
+            dictionary.latest_expiration_time = max(good, default=-math.inf)
+        return bool(good)
+
+
+def _honest(item: Any) -> Any:
+    """A found dictionary with its entries' own expiration: a replica that claims infinity would end the search."""
+    if item is None or not isinstance(item.value, _storage.DictionaryDHTValue):
+        return None
+    return _timed.ValueWithExpiration(item.value, item.value.latest_expiration_time)
+
+
+def _neighbours(nearest: dict[Any, Any]) -> dict[Any, Any]:
+    """The neighbours that a peer names, without those whose node id isn't theirs."""
+    return {
+        node_id: peer_id
+        for node_id, peer_id in nearest.items()
+        if node_id == node_id_of(peer_id.to_bytes()) and is_peer_id(peer_id.to_base58())
+    }
+
+
+async def create_node(**arguments: Any) -> Any:
+    """``DHTNode.create(**arguments)``, but with :class:`SwarmDHTProtocol` for the stock protocol.
+
+    ``create`` names its protocol as a global, so this runs a copy of the function with globals of its own: another user
+    of hivemind in this process isn't affected.
+    """
+    create = _node.DHTNode.create.__func__
+    own_globals = {**vars(_node), "DHTProtocol": SwarmDHTProtocol}
+    copy = FunctionType(create.__code__, own_globals, "create", create.__defaults__)
+    copy.__kwdefaults__ = create.__kwdefaults__
+    return await copy(_node.DHTNode, **arguments)

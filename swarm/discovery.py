@@ -1,0 +1,288 @@
+"""Announcements and the swarm view: who serves which layers, learned from signed records on the DHT.
+
+One record per peer, under the key ``swarm:MODEL:BUCKET`` of its first layer's bucket (``layers_per_bucket`` layers
+each); the subkey is the peer id. What stands in a record: ``swarm.announcement_record``.
+
+On paper, for 100,000 peers of one 80-layer model (10 buckets, TTL 45 s, renewed every 15 s):
+
+- A record has about 530 bytes, and 60 more with its subkey and expiration, so 59 MB in all and 295 MB with 5 replicas,
+  each key on its 5 nearest nodes only.
+- Renewal: 6,700 stores a second in the swarm; one per peer every 15 s, each some 5 lookups (log2(100,000) = 17 at most)
+  and 5 stores, so about 10 messages and 6 KB a peer and period: 0.4 KB/s. News of links are announced at once, but only
+  when a link was measured for the first time: at most eight more stores while a peer's neighbourhood is new.
+- Reading everything: 10 keys of 10,000 entries, 5.9 MB each. That is more than the 3,000 entries a key may have
+  (``dht_node``; a message of p2pd ends at 4 MiB). So beyond 3,000 peers a bucket the key would need a shard number
+  (peer id modulo shards) and readers a sample of shards: a planner needs hundreds of candidates, not all of them.
+- The limit of this version is thus 3,000 peers a bucket (1.8 MB), 30,000 for such a model, and a view then reads 18 MB
+  a refresh. With 300 peers it reads 180 KB every 10 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from swarm.announcement_record import MAX_LIFETIME_S, decode_announcement, encode_announcement
+from swarm.config import DiscoverySettings, PlannerSettings
+from swarm.identity import Identity
+from swarm.link_times import Links, links_of
+from swarm.types import Announcement, ModelId, PeerAddress, PeerId, PeerState
+
+log = logging.getLogger(__name__)
+
+MAX_SKEW_S = 30.0
+"""A clock that differs from ours by more than this is worth a warning."""
+
+
+class RecordStore(Protocol):
+    """What discovery needs of ``swarm.dht.Dht``."""
+
+    async def store(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool: ...
+
+    async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]: ...
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def bucket_of(layer: int, layers_per_bucket: int) -> int:
+    return layer // layers_per_bucket
+
+
+def key_of(model: ModelId, bucket: int) -> str:
+    """The DHT key for peers of ``model`` whose range starts in ``bucket``."""
+    return f"swarm:{model}:{bucket}"
+
+
+def keys_of(model: ModelId, num_layers: int, layers_per_bucket: int) -> list[str]:
+    """All keys of a model; a range starts before its last layer."""
+    return [key_of(model, bucket) for bucket in range(math.ceil(num_layers / layers_per_bucket))]
+
+
+# --- the announcer ---------------------------------------------------------------------------------------------------
+
+
+class Announcer:
+    """Keeps one peer's announcement alive on the DHT: ``async with Announcer(...) as announcer``, then :meth:`update`.
+
+    Nothing is published before the first :meth:`update`. Leaving the context publishes the tombstone.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        identity: Identity,
+        settings: DiscoverySettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._identity = identity
+        self._settings = settings
+        self._clock = clock
+        self._current: Announcement | None = None
+        self._sent_at = 0.0
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Announcer:
+        self._task = asyncio.create_task(self._keep_renewing(), name="announce")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.leave()
+
+    async def update(self, announcement: Announcement) -> bool:
+        """Publish at once, and from now on every period. False: the DHT did not take it; the next period tries again.
+
+        ``sent_at`` is set here. If the range has moved to another bucket or model, the old record becomes a tombstone.
+        """
+        encode_announcement(replace(announcement, sent_at=self._clock()), self._identity)  # raises before any change
+        async with self._lock:
+            old, self._current = self._current, announcement
+            if old is not None and self._key(old) != self._key(announcement):
+                await self._publish(replace(old, state=PeerState.LEFT))
+            return await self._publish(announcement)
+
+    async def leave(self) -> None:
+        """Stop announcing, and say so with a tombstone. Safe to call twice."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        async with self._lock:
+            last, self._current = self._current, None
+            if last is not None:
+                await self._publish(replace(last, state=PeerState.LEFT))
+
+    async def renew(self) -> None:
+        """Publish the current announcement again, for example when p2pd was restarted (``transport.on_restart``)."""
+        async with self._lock:
+            if self._current is not None:
+                await self._publish(self._current)
+
+    def age_s(self) -> float:
+        """Since the last announcement; infinite before the first."""
+        return self._clock() - self._sent_at if self._sent_at else math.inf
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.announce_period_s)
+            try:
+                await self.renew()
+            except Exception:  # silence would look like death; whatever it was, the next period tries again
+                log.exception("announcing failed")
+
+    async def _publish(self, announcement: Announcement) -> bool:
+        # later than every record before, even if the clock was set back: the DHT keeps the latest expiration
+        self._sent_at = max(self._clock(), self._sent_at + 0.001)
+        record = encode_announcement(replace(announcement, sent_at=self._sent_at), self._identity)
+        ttl_s = self._settings.announce_ttl_s + max(0.0, self._sent_at - self._clock())
+        stored = await self._store.store(self._key(announcement), self._identity.peer_id, record, ttl_s)
+        if not stored:
+            log.warning("the DHT did not take the announcement (is our clock right?); trying again later")
+        return stored
+
+    def _key(self, announcement: Announcement) -> str:
+        bucket = bucket_of(announcement.layers.start, self._settings.layers_per_bucket)
+        return key_of(announcement.model, bucket)
+
+
+# --- the view --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    announcement: Announcement
+    first_seen: float
+    """By our monotonic clock, when this ``sent_at`` was first read; ages count from here, never from foreign clocks."""
+
+
+class SwarmView:
+    """What this process knows of the peers of one model: ``async with SwarmView(...) as view``.
+
+    Refreshed in the background; :meth:`announcements` never waits, so it may be called on the path of a token. Entering
+    the context does the first refresh.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        model: ModelId,
+        num_layers: int,
+        settings: DiscoverySettings,
+        *,
+        on_seen: Callable[[PeerAddress], None] | None = None,
+        check: Callable[[Announcement], str | None] = lambda announcement: None,
+        planner: PlannerSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``on_seen``: told of every live peer at each refresh, for example ``Dht.remember``.
+
+        ``check``: the reason for which planners leave an announcement out, or ``None``; ``swarm.admission`` has it.
+        """
+        self._store = store
+        self._model = model
+        self._num_layers = num_layers
+        self._settings = settings
+        self._on_seen = on_seen
+        self.check = check
+        self._planner = planner or PlannerSettings()
+        self._links: Links | None = None
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._seen: dict[PeerId, _Seen] = {}
+        self._refreshed: float | None = None
+        self._warned: set[PeerId] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> SwarmView:
+        await self.refresh()
+        self._task = asyncio.create_task(self._keep_fresh(), name="refresh the swarm view")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def announcements(self) -> list[Announcement]:
+        """Of all peers that are there, by peer id: joining, serving and draining ones, heard of within the TTL."""
+        return [
+            seen.announcement
+            for _, seen in sorted(self._seen.items())
+            if seen.announcement.state is not PeerState.LEFT and self._age(seen) <= self._settings.announce_ttl_s
+        ]
+
+    def links(self) -> Links:
+        """The link times that the peers announce; worked out once for each refresh."""
+        if self._links is None:
+            link_s, bytes_per_s = self._planner.link_s, self._planner.bytes_per_s
+            self._links = links_of(self.announcements(), self.age, default_s=link_s, bytes_per_s=bytes_per_s)
+        return self._links
+
+    def age(self, peer_id: PeerId | None = None) -> float:
+        """Seconds since a peer's latest announcement was first read, or since the last refresh; infinite if never."""
+        if peer_id is None:
+            return math.inf if self._refreshed is None else self._clock() - self._refreshed
+        seen = self._seen.get(peer_id)
+        return math.inf if seen is None else self._age(seen)
+
+    def forget(self, peer_id: PeerId) -> None:
+        """This peer has just failed: leave it out until it announces itself again."""
+        seen = self._seen.get(peer_id)
+        if seen is not None:
+            gone = replace(seen.announcement, state=PeerState.LEFT)
+            self._seen[peer_id] = _Seen(gone, seen.first_seen)
+
+    async def refresh(self) -> list[Announcement]:
+        """Read all buckets now, and return :meth:`announcements`."""
+        keys = keys_of(self._model, self._num_layers, self._settings.layers_per_bucket)
+        found = await self._store.get_many(keys)
+        for records in found.values():
+            for peer_id, (record, expiration) in records.items():
+                self._take(decode_announcement(peer_id, record), expiration)
+        self._refreshed, self._links = self._clock(), None
+        # an entry is kept for a while after its end, so that an old replica can't bring back what has left
+        for peer_id in [p for p, seen in self._seen.items() if self._age(seen) > 2 * MAX_LIFETIME_S]:
+            del self._seen[peer_id]
+        present = self.announcements()
+        if self._on_seen is not None:
+            for announcement in present:
+                self._on_seen(announcement.peer)
+        return present
+
+    def _take(self, announcement: Announcement | None, expiration: float) -> None:
+        if announcement is None or announcement.model != self._model or announcement.layers.end > self._num_layers:
+            return
+        peer_id = announcement.peer.peer_id
+        known = self._seen.get(peer_id)
+        if known is not None and known.announcement.sent_at >= announcement.sent_at:
+            return
+        now = self._wall_clock()
+        # one that renews a known one is new by definition; one read for the first time may be old, and only the peer's
+        # clock can tell how old: if that is wrong, the next renewal puts it right
+        age_s = 0.0 if known else min(max(now - announcement.sent_at, 0.0), self._settings.announce_ttl_s)
+        self._seen[peer_id] = _Seen(announcement, self._clock() - age_s)
+        # sent in our future, or still on the DHT though expired for us: one of the clocks is wrong
+        skew_s = max(announcement.sent_at - now, now - expiration)
+        if skew_s > MAX_SKEW_S and peer_id not in self._warned:
+            self._warned.add(peer_id)
+            log.warning("the clock of peer %s and ours differ by %.0f s or more", peer_id, skew_s)
+
+    def _age(self, seen: _Seen) -> float:
+        return self._clock() - seen.first_seen
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.view_period_s)
+            try:
+                await self.refresh()
+            except Exception:  # the view goes stale, which age() tells; the loop must go on
+                log.exception("refreshing the swarm view failed")

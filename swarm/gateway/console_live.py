@@ -1,0 +1,125 @@
+"""What the console's pages show of the swarm, rendered; looked up anew only while somebody watches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from swarm.commands.status import Status, status_of
+from swarm.errors import SwarmError
+from swarm.gateway.console_events import sse
+from swarm.gateway.console_map import SwarmMap, swarm_map
+from swarm.gateway.state import GatewayState
+from swarm.models import BUILT_IN
+from swarm.types import PeerState
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 2.0
+"""The swarm view is read from the DHT at most this often for all watchers together."""
+TICK_S = 0.5
+"""How often a page is brought up to date."""
+KEEP_ALIVE_S = 15.0
+MAX_JOIN_ADDRESSES = 4
+
+Render = Callable[[str], str]
+
+
+class Live:
+    """One for each gateway."""
+
+    def __init__(self, state: GatewayState) -> None:
+        self._state = state
+        self._lock = asyncio.Lock()
+        self._jinja = Environment(
+            loader=PackageLoader("swarm.gateway"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._jinja.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+
+    def render(self, template: str, **values: Any) -> str:
+        return self._jinja.get_template(template).render(values)
+
+    async def status(self) -> Status:
+        """As known now; if that is old, it is looked up first. Without a network, what was known before."""
+        view = self._state.client.view
+        async with self._lock:
+            if view.age() > REFRESH_S:
+                try:
+                    await view.refresh()
+                except SwarmError as error:
+                    log.info("the swarm can't be read: %s", error)
+        profile, gone = self._state.client.profile, self._state.local_peers.gone()
+        there = [a for a in view.announcements() if a.peer.peer_id not in gone]
+        return status_of(profile, [(a, view.age(a.peer.peer_id)) for a in there])
+
+    async def map(self) -> SwarmMap:
+        return swarm_map(await self.status(), self._state.local_peers.names())
+
+    def join_addresses(self) -> list[str]:
+        """By which another machine or peer can join: of live peers, one each; those first that others can dial."""
+        view, gone = self._state.client.view, self._state.local_peers.gone()
+        found = [
+            a.peer.multiaddrs[0]
+            for a in sorted(view.announcements(), key=lambda a: (a.using_relay, view.age(a.peer.peer_id)))
+            if a.peer.multiaddrs and a.state is PeerState.SERVING and a.peer.peer_id not in gone
+        ]
+        found.sort(key=_is_local)
+        return (found or list(self._state.initial_peers))[:MAX_JOIN_ADDRESSES]
+
+    def model_reference(self) -> str:
+        """What a peer on this machine is to be given as ``--model``."""
+        name = self._state.client.profile.name
+        return name if name in BUILT_IN else self._state.settings.model.name
+
+    async def fragments(self, page: str, *, control: bool) -> dict[str, str]:
+        """The parts of a page that change: names of server-sent events with their HTML.
+
+        ``control``: with what starts and stops peers.
+        """
+        now = await self.map()
+        parts = {"pill": self.render("_pill.html", map=now)}
+        if page == "swarm":
+            parts["map"] = self.render("_map.html", map=now, control=control)
+        elif page == "peers":
+            parts["own"] = self.render("_own.html", peers=self._state.local_peers.peers(), map=now, control=control)
+            parts["join"] = self.render("_join.html", **self.join(now))
+        return parts
+
+    def join(self, now: SwarmMap) -> dict[str, Any]:
+        addresses = self.join_addresses()
+        return {
+            "addresses": addresses,
+            "only_here": bool(addresses) and all(_is_local(address) for address in addresses),
+            "reference": self.model_reference(),
+            "dtype": now.dtype,
+            "version": version("swarm-inference"),
+        }
+
+    async def feed(self, page: str, *, control: bool) -> AsyncIterator[str]:
+        """Server-sent events: a part whenever it has changed, until the gateway ends."""
+        sent: dict[str, str] = {}
+        silent_s = 0.0
+        while not self._state.hub.closed:
+            for name, html in (await self.fragments(page, control=control)).items():
+                if sent.get(name) != html:
+                    sent[name] = html
+                    silent_s = 0.0
+                    yield sse(name, html)
+            if silent_s >= KEEP_ALIVE_S:
+                silent_s = 0.0
+                yield ": still here\n\n"
+            await asyncio.sleep(TICK_S)
+            silent_s += TICK_S
+
+
+def _is_local(address: str) -> bool:
+    return address.startswith(("/ip4/127.", "/ip6/::1/"))

@@ -1,0 +1,316 @@
+"""Peers that this gateway started on its own machine: started, watched, drained, killed. Never anybody else's.
+
+A peer is a process (:mod:`swarm.children`) that does not outlive the gateway, however that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from swarm.architectures import DTYPE_BYTES
+from swarm.children import Child, Guard
+from swarm.errors import BadRequest, Busy, DeadlineExceeded, Internal
+from swarm.local import PEER_COMMAND, START_S, STOP_S
+from swarm.types import LayerRange
+
+MAX_PEERS = 16
+"""That run at once; one process with torch takes some hundred MB before its first layer."""
+MAX_ENDED = 8
+"""Of those that have ended, the newest stay listed, with the end of their log."""
+LOG_LINES = 200
+MAX_TEXT = 512
+LEAST_MEMORY_MB, MOST_MEMORY_MB = 64, 1 << 24
+MAX_THREADS = 1024
+
+_DEVICE = re.compile(r"^(auto|cpu|mps|cuda|cuda:\d{1,3})$")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSpec:
+    """What somebody asks for. Raises :class:`BadRequest` for what no peer could be started with."""
+
+    model: str
+    """A reference, as for ``swarm-peer serve``."""
+    dtype: str = "float32"
+    layers: str = "auto"
+    """``START:END`` or ``auto``."""
+    device: str = "auto"
+    max_memory_mb: int = 0
+    """0: what is free."""
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layers != "auto":
+            LayerRange.parse(self.layers)
+        if not _DEVICE.match(self.device):
+            raise BadRequest(f"{self.device!r} is no device; take auto, cpu, mps, cuda or cuda:N")
+        if self.max_memory_mb and not LEAST_MEMORY_MB <= self.max_memory_mb <= MOST_MEMORY_MB:
+            raise BadRequest(f"the memory cap must be {LEAST_MEMORY_MB} MB or more, or 0 for what is free")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise BadRequest(f"threads must be 0 (as many as torch likes) to {MAX_THREADS}, not {self.threads}")
+        if self.dtype not in DTYPE_BYTES:
+            raise BadRequest(f"{self.dtype!r} is no dtype; take one of {', '.join(DTYPE_BYTES)}")
+        if not 0 < len(self.model) <= MAX_TEXT or not self.model.isprintable() or self.model.startswith("-"):
+            raise BadRequest("that is no reference to a model")
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPeer:
+    """How one of them is now."""
+
+    name: str
+    """``p1``, ``p2``, ...: what the API calls it; never used twice."""
+    spec: PeerSpec
+    state: str
+    """starting, loading, serving, draining, left or failed"""
+    detail: str
+    """One sentence for a person."""
+    percent: int
+    """Of the layers' weights, while it loads."""
+    pid: int
+    peer_id: str
+    """Empty until it is ready, like ``addresses`` and ``layers``."""
+    addresses: tuple[str, ...]
+    model: str
+    layers: LayerRange | None
+    memory_mb: int
+    """Resident, of the peer and its p2pd."""
+    started_s: float
+    """Seconds since it was started."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ("left", "failed")
+
+    def as_json(self) -> dict[str, Any]:
+        layers = [self.layers.start, self.layers.end] if self.layers else None
+        return {
+            "name": self.name,
+            "state": self.state,
+            "detail": self.detail,
+            "percent": self.percent,
+            "pid": self.pid,
+            "peer_id": self.peer_id,
+            "addresses": list(self.addresses),
+            "model": self.model,
+            "layers": layers,
+            "memory_mb": self.memory_mb,
+            "started_s": round(self.started_s, 1),
+            "asked": {
+                "model": self.spec.model,
+                "dtype": self.spec.dtype,
+                "layers": self.spec.layers,
+                "device": self.spec.device,
+                "max_memory_mb": self.spec.max_memory_mb,
+                "threads": self.spec.threads,
+            },
+        }
+
+
+@dataclass(slots=True)
+class _Running:
+    name: str
+    spec: PeerSpec
+    child: Child
+    began: float
+    killed: bool = False
+
+
+class LocalPeers:
+    """``async with LocalPeers() as peers``; leaving the block stops them all."""
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str] = PEER_COMMAND,
+        stop_s: float = STOP_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command = tuple(command)
+        self._stop_s = stop_s
+        self._clock = clock
+        self._running: dict[str, _Running] = {}
+        self._number = 0
+        self._guard = Guard()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="swarm-gateway-")
+        self._guard.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for running in self._running.values():
+            running.child.signal(signal.SIGTERM, group=False)
+        deadline = self._clock() + self._stop_s
+        try:
+            for running in self._running.values():
+                await asyncio.to_thread(running.child.wait, deadline - self._clock())
+        finally:
+            for running in self._running.values():
+                running.child.bury()  # kills those that took too long
+            self._guard.close()
+            if self._folder is not None:
+                self._folder.cleanup()
+
+    def peers(self) -> list[OwnPeer]:
+        """In the order in which they were started."""
+        return [self._now(running) for running in self._running.values()]
+
+    def peer(self, name: str) -> OwnPeer:
+        return self._now(self._find(name))
+
+    def names(self) -> dict[str, str]:
+        """Peer ids of those that run, with the names they have here. Cheap: for the path of a token."""
+        running = [running for running in self._running.values() if running.child.alive]
+        ids = [(str(_latest(one.child, "ready").get("peer_id", "")), one.name) for one in running]
+        return {peer_id: name for peer_id, name in ids if peer_id}
+
+    def gone(self) -> set[str]:
+        """Peer ids of those that have ended: others may still take them for alive."""
+        ended = [running for running in self._running.values() if not running.child.alive]
+        return {str(_latest(running.child, "ready").get("peer_id", "")) for running in ended}
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of those that serve: others can join through them."""
+        return [address for peer in self.peers() if peer.state == "serving" for address in peer.addresses]
+
+    def start(self, spec: PeerSpec, initial_peers: Sequence[str]) -> OwnPeer:
+        """Returns at once; :meth:`peer` tells of its progress. Raises :class:`Busy` beyond ``MAX_PEERS``."""
+        if self._folder is None:
+            raise Internal("local peers are started within their context")
+        if sum(running.child.alive for running in self._running.values()) >= MAX_PEERS:
+            raise Busy(f"{MAX_PEERS} peers of this gateway are running: that is the limit")
+        self._forget_old()
+        self._number += 1
+        name = f"p{self._number}"
+        joins = [part for address in initial_peers for part in ("--initial-peers", address)]
+        caps = ("--max-memory-mb", str(spec.max_memory_mb)) if spec.max_memory_mb else ()
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("SWARM_")}
+        child = Child.spawn(
+            name=f"peer {name}",
+            command=[
+                *(*self._command, "serve", "--json", "--model", spec.model),
+                *("--layers", spec.layers, "--device", spec.device, "--dtype", spec.dtype),
+                *("--threads", str(spec.threads), *caps, *joins),
+            ],
+            guard=self._guard,
+            log=Path(self._folder.name) / f"{name}.log",
+            env=inherited | {"PYTHONUNBUFFERED": "1"},
+        )
+        self._running[name] = _Running(name, spec, child, self._clock())
+        return self.peer(name)
+
+    async def serving(self, name: str, timeout_s: float = START_S) -> OwnPeer:
+        """Wait until it serves. Raises what it failed with, or :class:`DeadlineExceeded`."""
+        child = self._find(name).child
+        if await asyncio.to_thread(child.event, "ready", timeout_s) is None:
+            raise DeadlineExceeded(f"{child.name} is not ready after {timeout_s:g} s:\n{child.tail()}")
+        return self.peer(name)
+
+    def drain(self, name: str) -> OwnPeer:
+        """SIGTERM: it hands its sessions over and leaves. Returns at once."""
+        running = self._find(name)
+        running.child.signal(signal.SIGTERM, group=False)  # its daemon must live for as long as it drains
+        return self._now(running)
+
+    def kill(self, name: str) -> OwnPeer:
+        """SIGKILL to the peer and its daemon, as if the machine had lost power."""
+        running = self._find(name)
+        running.killed = running.killed or running.child.alive
+        running.child.bury()
+        return self._now(running)
+
+    def log(self, name: str) -> str:
+        """The end of what it wrote to stderr."""
+        return self._find(name).child.tail(LOG_LINES)
+
+    def _find(self, name: str) -> _Running:
+        try:
+            return self._running[name]
+        except KeyError:
+            raise BadRequest(f"this gateway started no peer {name[:20]!r}") from None
+
+    def _forget_old(self) -> None:
+        ended = [running for running in self._running.values() if not running.child.alive]
+        for running in ended[: max(0, len(ended) - MAX_ENDED + 1)]:
+            running.child.bury()
+            del self._running[running.name]
+
+    def _now(self, running: _Running) -> OwnPeer:
+        child = running.child
+        state, detail, percent = _state(running)
+        said = _latest(child, "ready")
+        return OwnPeer(
+            name=running.name,
+            spec=running.spec,
+            state=state,
+            detail=detail,
+            percent=percent,
+            pid=child.pid,
+            peer_id=str(said.get("peer_id", "")),
+            addresses=tuple(str(address) for address in said.get("addresses", ())),
+            model=str(said.get("model", "")),
+            layers=_range(_latest(child, "ready", "loading", "moving")),
+            memory_mb=_memory_mb(child.pid) if child.alive else 0,
+            started_s=self._clock() - running.began,
+        )
+
+
+def _latest(child: Child, *names: str) -> dict[str, Any]:
+    return next((event for event in reversed(child.events()) if event.get("event") in names), {})
+
+
+def _range(event: dict[str, Any]) -> LayerRange | None:
+    match event.get("layers"):
+        case [int(start), int(end)]:
+            return LayerRange(start, end)
+    return None
+
+
+def _state(running: _Running) -> tuple[str, str, int]:
+    """State, a sentence, and how much is loaded in percent."""
+    child = running.child
+    last = _latest(child, "loading", "ready", "moving", "draining")
+    percent = int(last.get("percent", 0)) if last.get("event") == "loading" else 100 if last else 0
+    if not child.alive:
+        code = child.wait(0)
+        if running.killed:
+            return "left", "killed", percent
+        if code == 0:
+            return "left", "left the swarm", percent
+        said = _latest(child, "error")
+        return "failed", str(said.get("message") or child.tail(1) or f"ended with exit code {code}"), percent
+    match last.get("event"):
+        case "draining":
+            return "draining", f"hands over {last.get('sessions', 0)} sessions", percent
+        case "ready":
+            return "serving", "serving", percent
+        case "moving":
+            return "loading", f"moves: {last.get('reason', '')}", 0
+        case "loading":
+            return "loading", "reads its layers", percent
+    return "starting", "starts", 0
+
+
+def _memory_mb(pid: int) -> int:
+    try:
+        process = psutil.Process(pid)
+        return sum(int(part.memory_info().rss) for part in (process, *process.children())) // 1_000_000
+    except psutil.Error:
+        return 0

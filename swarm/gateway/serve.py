@@ -1,0 +1,69 @@
+"""The application on a socket, in the event loop of the swarm's client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from swarm.config import GatewaySettings
+from swarm.errors import BadRequest, PortInUse
+
+BACKLOG = 512
+
+
+class Server(uvicorn.Server):
+    """Ends on SIGINT and SIGTERM, and then leaves both to the program again; the second one hurries it."""
+
+    def __init__(
+        self, app: FastAPI, settings: GatewaySettings, on_ready: Callable[[], None], on_exit: Callable[[], None]
+    ) -> None:
+        """``on_exit``: called once no more requests are taken, so that what would never end by itself ends."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                limit_concurrency=settings.max_connections,
+                timeout_graceful_shutdown=max(1, round(settings.finish_s)),
+            )
+        )
+        self._on_ready, self._on_exit = on_ready, on_exit
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_exit()
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bound, and listening once served. Raises :class:`PortInUse` or, for an address of others, :class:`BadRequest`."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except socket.gaierror as error:
+        raise BadRequest(f"{host} is no address of this machine: {error.strerror}") from None
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise BadRequest(f"port {port} is not for this user; take one above 1023") from None
+        raise PortInUse(f"can't listen on {host} port {port}: {error.strerror}") from None

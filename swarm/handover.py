@@ -1,0 +1,114 @@
+"""Make before break: a peer that says goodbye is replaced before it goes.
+
+The successors (one, or several for one leaving range) are opened in an epoch of their own and follow the hop
+upstream as a second target, from its checkpoint log at first and then live, while the old route goes on
+producing tokens. When they have caught up, the route is established anew with them in the old one's place,
+between two tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from swarm.control import HopControl
+from swarm.errors import DeadlineExceeded, NoRoute, PeerLost, SwarmError
+from swarm.types import Hop, PeerId
+
+if TYPE_CHECKING:
+    from swarm.chain import Chain
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.005
+"""Between two looks at how far the successors have come: at least this, at most ten times as much."""
+
+
+class Handover:
+    """From one ``leaving`` hop to ``fresh`` ones. They belong to the handover until :meth:`take`."""
+
+    def __init__(self, chain: Chain, leaving: HopControl, token_s: float) -> None:
+        """``token_s``: measured time between tokens, which sets how often to look."""
+        self.leaving = leaving
+        self.fresh: list[HopControl] = []
+        self._chain = chain
+        self._refused: dict[PeerId, SwarmError] = {leaving.hop.peer.peer_id: PeerLost("leaving")}
+        self._poll_s = min(max(token_s / 4, POLL_S), 10 * POLL_S)
+
+    async def run(self) -> None:
+        """Until the successors are warm, or the handover is cancelled; a failed attempt is followed by another."""
+        chain, leaver = self._chain, self.leaving.hop.peer.peer_id
+        while True:
+            try:
+                async with asyncio.timeout(chain.settings.timeouts.drain_s):
+                    await self._open()
+                    await self._catch_up()
+                chain.events.put_nowait((self.leaving, self))
+                return
+            except NoRoute as error:
+                logger.info("no successor for %s yet: %s", leaver[-6:], error)
+                self._refused = {leaver: self._refused[leaver]}
+                await asyncio.sleep(chain.settings.timeouts.heartbeat_s)
+                await chain.refresh_view()  # somebody may have joined just now
+            except (SwarmError, TimeoutError) as error:
+                logger.info("a successor for %s failed: %s", leaver[-6:], error)
+                self.abort()
+                await asyncio.sleep(self._poll_s)
+
+    async def _open(self) -> None:
+        chain, leaving = self._chain, self.leaving
+        for hop in chain.plan(leaving.hop.layers, self._refused):
+            with self._refusing(hop):
+                self.fresh.append(await chain.dial(hop))
+        epoch, index = chain.next_epoch(), chain.controls.index(leaving)
+        before = chain.controls[index - 1]
+        keep = min(chain.transcript.kept, chain.transcript.unchanged)
+        for control, previous in zip(self.fresh, [before, *self.fresh], strict=False):
+            with self._refusing(control.hop):
+                await control.open(chain.open_message(control.hop, previous.hop, epoch, keep))
+        for control, following in itertools.pairwise(self.fresh):
+            await control.start(epoch, [chain.target(following, following.have, epoch)])
+        first = self.fresh[0]
+        self._epoch, self._fed = epoch, first.have if index == 0 else None
+        if index > 0:
+            present = [target for target in before.targets if target.epoch == chain.epoch]
+            await before.start(chain.epoch, [*present, chain.target(first, first.have, epoch)])
+
+    async def _catch_up(self) -> None:
+        """Until the last of them lacks no more than the newest position."""
+        timeouts, transcript = self._chain.settings.timeouts, self._chain.transcript
+        tokens = transcript.tokens
+        while self.fresh[-1].have < len(tokens) - 1:
+            if self._fed is not None and self._fed < len(tokens):
+                self._fed, start = len(tokens), self._fed
+                await self.fresh[0].input(self._epoch, start, tokens[start:], transcript.step)
+            await asyncio.sleep(self._poll_s)
+            for control in self.fresh:
+                silent = asyncio.get_running_loop().time() - control.last_heard
+                if silent > timeouts.heartbeat_s * timeouts.heartbeat_misses:
+                    with self._refusing(control.hop):
+                        raise DeadlineExceeded(f"no heartbeat for {silent:.1f} s")
+            await self.fresh[-1].ping()
+
+    @contextlib.contextmanager
+    def _refusing(self, hop: Hop) -> Iterator[None]:
+        """A peer that can't be reached or says no is blamed, and not asked again while there are others."""
+        try:
+            yield
+        except SwarmError as error:
+            self._refused[hop.peer.peer_id] = error
+            self._chain.blame(hop, error)
+            raise
+
+    def take(self) -> list[HopControl]:
+        """The warm successors; they are the caller's now."""
+        fresh, self.fresh = self.fresh, []
+        return fresh
+
+    def abort(self) -> None:
+        for control in self.take():
+            control.abort()

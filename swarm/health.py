@@ -1,0 +1,60 @@
+"""Memory of failures: how much longer a route through a peer is reckoned to take.
+
+Pure: the clock is an argument. A failure makes a peer less attractive for a time that doubles with each
+further failure up to a bound; success forgives. Nobody is banned: if the only peer with a layer failed a
+moment ago, it is still asked.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+from swarm.paces import Paces
+from swarm.prefix import Prefixes
+from swarm.types import PeerId
+
+FIRST_PENALTY_S = 5.0
+PENALTY_COST_S = 10.0
+"""What a penalised peer adds to the reckoned time of a token: more than any honest detour costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    failures: int
+    until: float
+    cause: str
+
+
+class Health:
+    """What one process remembers of others."""
+
+    def __init__(self, max_penalty_s: float) -> None:
+        self._max_penalty_s = max_penalty_s
+        self._records: dict[PeerId, Record] = {}
+        self.prefixes = Prefixes(secrets.token_bytes(16))
+        self.paces = Paces()
+
+    def failed(self, peer: PeerId, cause: str, now: float) -> None:
+        """``cause`` is an error code. Failures while a penalty still runs, too, make the next one longer."""
+        failures = self._records[peer].failures + 1 if peer in self._records else 1
+        penalty = min(FIRST_PENALTY_S * 2 ** min(failures - 1, 30), self._max_penalty_s)
+        self._records[peer] = Record(failures, now + penalty, cause)
+
+    def succeeded(self, peer: PeerId, now: float) -> None:
+        """Forgives step by step: one good session undoes one failure, and ends the penalty."""
+        record = self._records.get(peer)
+        if record is None:
+            return
+        if record.failures <= 1:
+            del self._records[peer]
+        else:
+            self._records[peer] = replace(record, failures=record.failures - 1, until=now)
+
+    def cost_s(self, peer: PeerId, now: float) -> float:
+        record = self._records.get(peer)
+        return PENALTY_COST_S * record.failures if record is not None and now < record.until else 0.0
+
+    def cause(self, peer: PeerId) -> str | None:
+        record = self._records.get(peer)
+        return record.cause if record is not None else None

@@ -1,0 +1,251 @@
+"""``SwarmForCausalLM``: a transformers model whose decoder runs on the swarm, through sessions in step mode.
+
+``generate`` with everything that it can do above logits works unchanged: greedy, sampling, beam search, prompt lookup
+and assisted decoding, logits processors, stopping criteria, streamers; and so does ``pipeline("text-generation")``.
+The KV cache stays with the peers: :class:`SwarmCache` holds a session for each sequence of the batch and knows all
+its tokens. A beam that takes over another one's text costs the tokens in which they differ.
+
+What a transformers model has and this one has not: weights, gradients, ``inputs_embeds``, attentions, and of hidden
+states all but the last (behind the final norm), because those at the cuts never come to the owner of a session.
+
+This package is the one that imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from swarm.client import Client, connect
+from swarm.config import Settings
+from swarm.errors import BadRequest
+from swarm.huggingface.cache import SwarmCache
+from swarm.models import ModelProfile
+
+__all__ = ["SwarmCache", "SwarmConfig", "SwarmForCausalLM"]
+
+HIDDEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_CAPACITY = 512
+"""Tokens that a session reserves at first, where nobody said how long the text will get."""
+
+
+class SwarmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """What ``generate`` and pipelines ask a config for; the weights' own config is the peers' business."""
+
+    model_type = "swarm"
+
+    @classmethod
+    def of(cls, profile: ModelProfile) -> Self:
+        facts: dict[str, Any] = {
+            "name_or_path": profile.name,
+            "vocab_size": profile.vocab_size,
+            "hidden_size": profile.hidden_size,
+            "num_hidden_layers": profile.num_layers,
+            "num_key_value_heads": profile.num_kv_heads,
+            "head_dim": profile.head_dim,
+            "max_position_embeddings": profile.max_positions,
+            "eos_token_id": list(profile.end_ids) or None,
+            "dtype": torch.float32,
+            "is_decoder": True,
+        }
+        return cls(**facts)
+
+
+_caches: contextvars.ContextVar[list[SwarmCache]] = contextvars.ContextVar("caches of the generate call under way")
+
+
+class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """Use :meth:`from_pretrained`, and ``close`` it or use it as a context manager."""
+
+    config_class = SwarmConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: SwarmConfig, client: Client) -> None:
+        super().__init__(config)
+        self.client = client
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | None = None,
+        *,
+        initial_peers: Sequence[str] | None = None,
+        settings: Settings | None = None,
+    ) -> Self:
+        """Connects to the swarm that ``initial_peers`` belong to (or ``SWARM_INITIAL_PEERS``); no weights are read.
+
+        The reference, if given, must name the model that they serve. Raises :class:`swarm.errors.SwarmError`.
+        """
+        client = connect(initial_peers, pretrained_model_name_or_path, settings).__enter__()
+        try:
+            return cls.on(client)
+        except BaseException:
+            client.close()
+            raise
+
+    @classmethod
+    def on(cls, client: Client) -> Self:
+        """The model that ``client`` is connected to."""
+        model = cls(SwarmConfig.of(client.profile), client)
+        if "generation_config.json" in client.tokenizer_files:
+            with _files(client) as folder:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.training = False
+        return model
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer as transformers has it, made of the files that the peers hand out."""
+        with _files(self.client) as folder:
+            found: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+            return found
+
+    def new_cache(self, max_tokens: int = DEFAULT_CAPACITY) -> SwarmCache:
+        """For ``past_key_values``, to be kept across calls; ``max_tokens`` of each sequence are reserved at first."""
+        return SwarmCache(self.client, max_tokens)
+
+    def close(self) -> None:
+        """Leave the swarm; all sessions end."""
+        self.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits come to."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits; the peers compute in the dtype of the swarm."""
+        return torch.float32
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SwarmCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **unsupported: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits ``[batch, kept columns, vocabulary]``; padded columns have zeros.
+
+        ``attention_mask`` ``[batch, past and new columns]`` may hide padding; positions count what is not hidden.
+        Without a cache nothing stays at the peers, unless ``use_cache=True`` asks for one. ``hidden_states`` is the
+        last layer's alone.
+        """
+        given = [name for name, value in unsupported.items() if value is not None]
+        if given or output_attentions:
+            raise BadRequest(f"a model on the swarm takes no {', '.join(given or ['output_attentions'])}")
+        if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+            raise BadRequest("input_ids [batch, tokens] are needed")
+        if past_key_values is not None and not isinstance(past_key_values, SwarmCache):
+            raise BadRequest(f"past_key_values is a {type(past_key_values).__name__}, not a SwarmCache")
+        columns = input_ids.shape[1]
+        some = isinstance(logits_to_keep, torch.Tensor)
+        whole = some or output_hidden_states or labels is not None or not 0 < logits_to_keep < columns
+        keep = columns if whole else int(logits_to_keep)
+        cache = past_key_values if past_key_values is not None else self.new_cache(columns + 1)
+        try:
+            answers = cache.advance(input_ids, attention_mask, keep, bool(output_hidden_states))
+        finally:
+            if past_key_values is None and not use_cache:
+                cache.close()
+        shown = [mask[-keep:] for mask in cache.masks]
+        profile = self.client.profile
+        logits = _rows(shown, [a.logits if a else b"" for a in answers], profile.vocab_size, torch.float32)
+        states = None
+        if output_hidden_states:
+            dtype = HIDDEN_DTYPES[profile.dtype]
+            states = (_rows(shown, [a.hidden if a else b"" for a in answers], profile.hidden_size, dtype),)
+        loss = self.loss_function(logits, labels, profile.vocab_size) if labels is not None else None
+        kept = logits[:, logits_to_keep] if some else logits[:, -int(logits_to_keep) :]
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=kept.to(input_ids.device),
+            past_key_values=cache if past_key_values is not None or use_cache else None,
+            hidden_states=states,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it. Sessions end with the call, unless it was given a cache or returns it."""
+        made: list[SwarmCache] = []
+        token = _caches.set(made)
+        result: Any = None
+        try:
+            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            return result
+        finally:
+            _caches.reset(token)
+            for cache in made:
+                if cache is not getattr(result, "past_key_values", None):
+                    cache.close()
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' own hook."""
+        longest = max(1, generation_config.max_length)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = cache = self.new_cache(longest)
+            _caches.get([]).append(cache)
+        elif isinstance(cache, SwarmCache):
+            cache._is_user_defined = True
+            cache.reserve(longest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwarmForCausalLM:
+        return SwarmForCausalLM.on(self.client)
+
+
+AutoModelForCausalLM.register(SwarmConfig, SwarmForCausalLM)  # pipelines ask it which models can write text
+
+
+def _rows(shown: list[list[bool]], data: list[bytes], width: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[batch, columns, width]``: the answers, in order, in the columns that are shown, zeros elsewhere."""
+    out = torch.zeros(len(shown), len(shown[0]), width, dtype=dtype)
+    for row, mask, answer in zip(out, shown, data, strict=True):
+        if answer:
+            row[torch.tensor(mask)] = torch.frombuffer(bytearray(answer), dtype=dtype).view(-1, width)
+    return out
+
+
+@contextlib.contextmanager
+def _files(client: Client) -> Iterator[Path]:
+    """A folder, for a while, with the tokenizer and the generation settings that the peers hand out."""
+    with tempfile.TemporaryDirectory(prefix="swarm-") as name:
+        folder = Path(name)
+        for file, data in client.tokenizer_files.items():
+            (folder / file).write_bytes(data)
+        yield folder

@@ -1,0 +1,146 @@
+"""Questions to a peer: what it serves, and the files that a client needs of its model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from swarm import protocol_pb2 as pb
+from swarm.config import Settings
+from swarm.delegation import route_from_wire
+from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost
+from swarm.models import ModelProfile
+from swarm.protocol import address_to_wire, decode, error_from_wire
+from swarm.transport import INFO, Stream, Transport
+from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Route, Voucher
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a peer says of itself and its model."""
+
+    peer: PeerAddress
+    profile: ModelProfile
+    layers: LayerRange
+    state: str
+    version: str
+    files: dict[str, int]
+    """Names and sizes in bytes of the model files that it hands out."""
+    sessions: int
+    """Stages that are open there."""
+    kv_bytes_used: int
+    kv_bytes_kept: int
+    """What is reserved for their KV caches and checkpoint logs."""
+
+
+@asynccontextmanager
+async def _ask(
+    transport: Transport, peer: PeerAddress, request: pb.InfoRequest, deadline_s: float
+) -> AsyncIterator[Stream]:
+    try:
+        async with asyncio.timeout(deadline_s):
+            stream = await transport.open(peer, INFO)
+            try:
+                await stream.send(request.SerializeToString())
+                yield stream
+            finally:
+                await stream.close()
+    except TimeoutError:
+        raise DeadlineExceeded(f"peer {peer.peer_id[-6:]} did not answer within {deadline_s:g} s") from None
+
+
+async def _answer(stream: Stream) -> pb.InfoReply | None:
+    frame = await stream.receive()
+    if frame is None:
+        return None
+    reply = decode(pb.InfoReply, frame)
+    if reply.WhichOneof("kind") == "error":
+        raise error_from_wire(reply.error)
+    return reply
+
+
+async def describe(transport: Transport, peer: PeerAddress, settings: Settings) -> Description:
+    """Raises ``Unreachable``, ``PeerLost`` or ``ProtocolError``, within ``timeouts.info_s``."""
+    async with _ask(transport, peer, pb.InfoRequest(describe=True), settings.timeouts.info_s) as stream:
+        reply = await _answer(stream)
+    if reply is None or reply.WhichOneof("kind") != "description":
+        raise ProtocolError("no description came")
+    d = reply.description
+    try:
+        profile = ModelProfile.from_json(d.profile_json)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProtocolError("a description without a usable model profile") from error
+    if profile.model_id != d.model:
+        raise ProtocolError("a description of another model than its profile's")
+    layers = LayerRange(d.start, d.end)
+    held = d.sessions, d.kv_bytes_used, d.kv_bytes_kept
+    return Description(peer, profile, layers, d.state, d.version, dict(d.files), *held)
+
+
+async def fetch_files(
+    transport: Transport, description: Description, names: Iterable[str], settings: Settings
+) -> dict[str, bytes]:
+    """Those of ``names`` that the peer has, each at most ``limits.max_info_bytes``."""
+    files: dict[str, bytes] = {}
+    for name in names:
+        if name not in description.files:
+            continue
+        parts, size = [], 0
+        request = pb.InfoRequest(model_file=name)
+        async with _ask(transport, description.peer, request, 6 * settings.timeouts.info_s) as stream:
+            while (reply := await _answer(stream)) is not None:
+                size += len(reply.chunk)
+                if size > settings.limits.max_info_bytes:
+                    raise ProtocolError(f"{name} is larger than max_info_bytes ({settings.limits.max_info_bytes})")
+                parts.append(reply.chunk)
+        if size != description.files[name]:
+            raise StreamLost(f"{name} came with {size} of {description.files[name]} bytes")
+        files[name] = b"".join(parts)
+    return files
+
+
+async def ask_for_plan(
+    transport: Transport, peer: PeerAddress, tokens: int, exclude: Iterable[str], settings: Settings
+) -> Route:
+    """The route that ``peer`` would take for a session of ``tokens`` tokens; raises ``NoRoute``."""
+    request = pb.InfoRequest(plan=pb.PlanRequest(tokens=tokens, exclude=list(exclude)))
+    async with _ask(transport, peer, request, settings.timeouts.info_s) as stream:
+        reply = await _answer(stream)
+    if reply is None or reply.WhichOneof("kind") != "plan":
+        raise ProtocolError("no plan came")
+    return route_from_wire(reply.plan).route
+
+
+async def ask_for_voucher(
+    transport: Transport, peer: PeerAddress, model: ModelId, layers: LayerRange, settings: Settings
+) -> Voucher:
+    """Have ``peer`` probe our ``layers``, within ``timeouts.probe_s``; ``NotAdmitted``: it found them wrong."""
+    me = address_to_wire(transport.local)
+    request = pb.InfoRequest(probe_me=pb.ProbeMe(peer=me, model=model, start=layers.start, end=layers.end))
+    async with _ask(transport, peer, request, settings.timeouts.probe_s) as stream:
+        reply = await _answer(stream)
+    if reply is None or reply.WhichOneof("kind") != "voucher":
+        raise ProtocolError("no voucher came")
+    return Voucher(PeerId(reply.voucher.verifier), reply.voucher.at, reply.voucher.signature)
+
+
+async def probe(transport: Transport, peer: PeerAddress, request: pb.Probe, settings: Settings) -> bytes:
+    """What the layers of ``peer`` make of a small input, within half of ``timeouts.probe_s``."""
+    async with _ask(transport, peer, pb.InfoRequest(probe=request), settings.timeouts.probe_s / 2) as stream:
+        reply = await _answer(stream)
+    if reply is None or reply.WhichOneof("kind") != "probed":
+        raise ProtocolError("no answer to the probe came")
+    return reply.probed
+
+
+async def round_trip_s(transport: Transport, peer: PeerAddress, settings: Settings) -> float:
+    """Seconds for one small question and its answer on a stream that is open already."""
+    loop = asyncio.get_running_loop()
+    async with _ask(transport, peer, pb.InfoRequest(echo=1), settings.timeouts.info_s) as stream:
+        began = loop.time()
+        reply = await _answer(stream)
+        if reply is None or reply.echo != 1:
+            raise ProtocolError("the echo is not what was sent")
+        return loop.time() - began

@@ -1,0 +1,34 @@
+"""Lines of log on stderr: text for people, or JSON for whatever collects them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: ``time`` (Unix), ``level``, ``logger``, ``message``, and ``exception`` where there is one.
+
+    What a caller gives as ``extra={"fields": {...}}`` stands beside them.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to_stderr(level: int, log_format: str) -> None:
+    """``log_format``: ``text`` or ``json``. What was set up before is replaced."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,0 +1,55 @@
+"""What sessions have measured of peers that promise more than they give. Pure.
+
+A peer announces its own speed; the time that its steps take in a session is the better witness where it is worse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from swarm.types import Announcement, HopTiming, PeerId
+
+SMOOTHING = 0.2
+"""Weight of the newest step."""
+ENOUGH = 4
+"""Steps before a measurement counts."""
+BELIEVED_S = 600.0
+"""After its last step a measurement counts for so long: the peer may have had a bad moment."""
+BROKEN_PROMISE = 1.5
+"""An announced time per layer stands unless steps take so many times longer: they vary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    layer_s: float
+    steps: int
+    at: float
+
+
+class Paces:
+    """Of all peers that this process had sessions with."""
+
+    def __init__(self) -> None:
+        self._paces: dict[PeerId, Pace] = {}
+
+    def note(self, promised: Announcement, timing: HopTiming, now: float) -> None:
+        """A step of one row at a peer; one that was computed together with other sessions' tells nothing."""
+        if timing.batch != 1:
+            return
+        beside_s = promised.step_s + (promised.head_s if timing.layers.end == promised.layers.end else 0.0)
+        layer_s = max(0.0, timing.compute_s - beside_s) / len(timing.layers)
+        known = self._paces.get(timing.peer_id)
+        if known is None or now - known.at > BELIEVED_S:
+            self._paces[timing.peer_id] = Pace(layer_s, 1, now)
+        else:
+            smooth_s = known.layer_s + SMOOTHING * (layer_s - known.layer_s)
+            self._paces[timing.peer_id] = Pace(smooth_s, known.steps + 1, now)
+
+    def corrected(self, announcement: Announcement, now: float) -> Announcement:
+        """As announced, or with the measured time per layer if that breaks the promise."""
+        pace = self._paces.get(announcement.peer.peer_id)
+        if pace is None or pace.steps < ENOUGH or now - pace.at > BELIEVED_S:
+            return announcement
+        if pace.layer_s <= BROKEN_PROMISE * announcement.decode_s_per_layer:
+            return announcement
+        return replace(announcement, decode_s_per_layer=pace.layer_s)

@@ -1,0 +1,253 @@
+"""One question to the planner: its candidates with their costs a token, the search, and the answer in words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from swarm.coverage import missing_layers, nobody_serves
+from swarm.plans import Demand, Knowledge, Plan, PlannedHop
+from swarm.shortest_path import Candidates, Floats, Ints, Leg, Network, choose, search, through
+from swarm.types import Announcement, Hop, LayerRange, PeerId, PeerState
+
+QUEUE_HALF_LIFE_S = 15.0
+"""An announced queue of this age counts half: queues change faster than announcements."""
+
+MOST_CANDIDATES = 96
+"""Of a large swarm, so many peers are searched with their real link times: the best by estimated ones."""
+PER_RANGE = 6
+"""... and no more of one range."""
+MOST_PARTS = 3
+"""Of a peer whose KV room isn't enough for all its layers, so many parts are candidates in a large swarm."""
+MOST_NAMED = 64
+"""Peers that a plan names as left out for being slower; those that were refused are all named."""
+
+
+class Field:
+    """The candidates for one question, with their costs a token."""
+
+    def __init__(
+        self,
+        announcements: Sequence[Announcement],
+        wanted: LayerRange,
+        demand: Demand,
+        knowledge: Knowledge,
+        ring: bool,
+        excluded: frozenset[PeerId],
+    ) -> None:
+        self.wanted, self.demand, self.knowledge, self.ring = wanted, demand, knowledge, ring
+        self.refused: dict[PeerId, str] = {}
+        self.usable: list[Announcement] = []
+        self.queues: list[float] = []
+        self.penalties: list[float] = []
+        parts: list[tuple[int, int, int]] = []
+        self._given = announcements
+        most = None if len(announcements) <= MOST_CANDIDATES else MOST_PARTS
+        check, corrected, penalty, tokens = knowledge.check, knowledge.corrected, knowledge.penalty, demand.tokens
+        for a in announcements:  # of a large swarm: what is done here for each peer is most of what planning takes
+            held = a.layers
+            if held.end <= wanted.start or held.start >= wanted.end:
+                continue
+            peer = a.peer.peer_id
+            if a.state is not PeerState.SERVING:
+                self.refused[peer] = f"it is {a.state}"
+            elif peer in excluded:
+                self.refused[peer] = "excluded"
+            elif (reason := check(a)) is not None:
+                self.refused[peer] = reason
+            elif a.kv_tokens_free < tokens and (room := usable_layers(a, demand)) < 1:
+                self.refused[peer] = f"no KV room: {a.kv_tokens_free} tokens are free, {tokens} are needed"
+            else:
+                index = len(self.usable)
+                if a.kv_tokens_free >= tokens:
+                    parts.append((index, max(held.start, wanted.start), min(held.end, wanted.end)))
+                else:
+                    parts += [(index, start, end) for start, end in _parts(held, wanted, room, most)]
+                self.usable.append(corrected(a))
+                queue_s = a.queue_s
+                self.queues.append(queue_s and queue_s * 0.5 ** (knowledge.age_s(peer) / QUEUE_HALF_LIFE_S))
+                self.penalties.append(penalty(peer))
+        self._scores: Floats = np.zeros(0)
+        self._kept: Candidates | None = None
+        if parts:
+            self._prepare(parts)
+
+    def _prepare(self, parts: list[tuple[int, int, int]]) -> None:
+        """Costs for each candidate, and the choice of those that are searched."""
+        usable, demand, knowledge = self.usable, self.demand, self.knowledge
+        owner, start, end = np.array(parts, dtype=np.int64).T
+        decode = np.array([a.decode_s_per_layer for a in usable])
+        if demand.prompt_tokens:
+            prefill = np.array([a.prefill_s_per_token_layer for a in usable])
+            decode = decode + prefill * demand.prompt_tokens / demand.new_tokens
+        fixed = np.array(self.queues) + np.array([a.step_s for a in usable]) + knowledge.hop_s
+        end_of_all = self.wanted.end
+        last = np.array([a.head_s if a.layers.end == end_of_all else 0.0 for a in usable])
+        if knowledge.seed is not None:
+            luck = 1 + knowledge.spread * np.random.default_rng(knowledge.seed).random(len(usable))
+            decode, fixed, last = decode * luck, fixed * luck, last * luck
+        fixed = fixed + np.array(self.penalties)
+        candidates = Candidates(owner, start, end, fixed[owner], decode[owner], last[owner])
+        height_s = knowledge.links.height_s  # into the peer and out of it, where the other ends are usual ones
+        estimated = np.array([2 * height_s(a.peer.peer_id) for a in usable])
+        estimated = estimated + self._bytes_a_token() / knowledge.links.default_bytes_per_s
+        scores, route = through(candidates, estimated[owner], self.wanted)
+        whole = (start <= self.wanted.start) & (end >= self.wanted.end)
+        alone = candidates.fixed_s + candidates.layer_s * len(self.wanted) + candidates.last_s
+        scores = np.where(whole & self.ring, np.minimum(scores, alone), scores)
+        self._scores = np.full(len(usable), np.inf)
+        np.minimum.at(self._scores, owner, scores)
+        if len(candidates) > MOST_CANDIDATES:
+            kept = choose(candidates, scores, route, MOST_CANDIDATES, PER_RANGE)
+            candidates = candidates.take(self._with_near_ones(candidates, kept))
+        self._kept = candidates
+
+    def _bytes_a_token(self) -> float:
+        """What a link carries of the prompt, for each new token."""
+        return self.demand.prompt_tokens * self.demand.activation_bytes / self.demand.new_tokens
+
+    def _with_near_ones(self, candidates: Candidates, kept: Ints) -> Ints:
+        """``kept`` and those to which one of them has a link much better than estimated."""
+        links = self.knowledge.links
+        near: set[PeerId] = set()
+        for index in np.unique(candidates.owner[kept]):
+            peer = self.usable[index].peer.peer_id
+            for other in links.measured_from(peer):
+                if links.seconds(peer, other) < 0.5 * links.usual_s(other):
+                    near.add(other)
+        if not near:
+            return kept
+        owners = {a.peer.peer_id: index for index, a in enumerate(self.usable) if a.peer.peer_id in near}
+        found = np.flatnonzero(np.isin(candidates.owner, list(owners.values())))
+        best = found[np.argsort(self._scores[candidates.owner[found]], kind="stable")[: MOST_CANDIDATES // 2]]
+        return np.unique(np.concatenate([kept, best]))
+
+    def solve(self, without: PeerId | None = None) -> Plan | None:
+        candidates = self._kept
+        if candidates is None:
+            return None
+        if without is not None:
+            others = [index for index, a in enumerate(self.usable) if a.peer.peer_id != without]
+            candidates = candidates.take(np.flatnonzero(np.isin(candidates.owner, others)))
+        if len(candidates) == 0:
+            return None
+        found = search(candidates, self._network(candidates), self.wanted)
+        return None if found is None else self._plan(candidates, found[1])
+
+    def _network(self, candidates: Candidates) -> Network:
+        owners, where = np.unique(candidates.owner, return_inverse=True)
+        peers = [self.usable[index].peer.peer_id for index in owners]
+        heights = np.array([self.knowledge.links.height_s(peer) for peer in peers])
+        prompt_s = self._bytes_a_token() / self.knowledge.links.default_bytes_per_s
+        between = heights[:, None] + heights + prompt_s
+        at = {peer: index for index, peer in enumerate(peers)}
+        for index, peer in enumerate(peers):
+            for other in self.knowledge.links.measured_from(peer):
+                if other in at:
+                    between[index, at[other]] = self._link_cost(peer, other)
+        np.fill_diagonal(between, 0.0)
+        before, after = self.knowledge.before, self.knowledge.after
+        entry = np.array([self._link_cost(before, peer) if before else 0.0 for peer in peers])
+        exit_ = np.array([self._link_cost(peer, after) if after else 0.0 for peer in peers])
+        return Network(between[np.ix_(where, where)], self.ring, entry[where], exit_[where])
+
+    def _link_cost(self, source: PeerId, target: PeerId) -> float:
+        links = self.knowledge.links
+        prompt_s = self._bytes_a_token() / links.bytes_per_s(source, target)
+        return links.seconds(source, target) + links.risk_s(source, target) + prompt_s
+
+    def _plan(self, candidates: Candidates, legs: list[Leg]) -> Plan:
+        """The same costs without the luck that spreads the load."""
+        links, demand = self.knowledge.links, self.demand
+        chosen = [(int(candidates.owner[index]), LayerRange(start, end)) for index, start, end in legs]
+        hops: list[PlannedHop] = []
+        cost_s = 0.0
+        previous = self.usable[chosen[-1][0]].peer.peer_id if self.ring else self.knowledge.before
+        for index, layers in chosen:
+            a = self.usable[index]
+            peer = a.peer.peer_id
+            prefill_s = a.prefill_s_per_token_layer * len(layers) * demand.prompt_tokens
+            head_s = a.head_s if layers.end == a.layers.end == self.wanted.end else 0.0
+            planned = PlannedHop(
+                hop=Hop(a.peer, layers),
+                link_s=links.seconds(previous, peer) if previous else 0.0,
+                overhead_s=self.knowledge.hop_s,
+                queue_s=self.queues[index],
+                compute_s=a.step_s + a.decode_s_per_layer * len(layers) + head_s,
+                prefill_s=prefill_s,
+            )
+            cost_s += planned.decode_s + self.penalties[index] + prefill_s / demand.new_tokens
+            if previous and previous != peer:
+                cost_s += self._link_cost(previous, peer) - planned.link_s
+            hops.append(planned)
+            previous = peer
+        decode_s = sum(planned.decode_s for planned in hops)
+        if not self.ring and previous and self.knowledge.after:
+            cost_s += self._link_cost(previous, self.knowledge.after)
+            decode_s += links.seconds(previous, self.knowledge.after)
+        return Plan(tuple(hops), cost_s, decode_s, self._prefill_s(hops, decode_s))
+
+    def _prefill_s(self, hops: list[PlannedHop], decode_s: float) -> float:
+        """A pipeline of chunks: the first one through all stages, the rest behind the slowest stage or link."""
+        tokens, links = self.demand.prompt_tokens, self.knowledge.links
+        if tokens == 0:
+            return decode_s
+        share = min(1.0, self.demand.chunk_tokens / tokens)
+        peers = [planned.hop.peer.peer_id for planned in hops]
+        ways = [tokens * self.demand.activation_bytes / links.bytes_per_s(a, b) for a, b in itertools.pairwise(peers)]
+        works = [planned.prefill_s for planned in hops]
+        through_s = sum(works) + sum(ways)
+        fixed_s = sum(planned.link_s + planned.overhead_s + planned.queue_s for planned in hops)
+        return fixed_s + share * through_s + (1 - share) * max(works + ways)
+
+    def left_out(self, best: Plan) -> tuple[tuple[PeerId, str], ...]:
+        used = {planned.hop.peer.peer_id for planned in best.hops}
+        named = [(peer, reason) for peer, reason in self.refused.items() if peer not in used]
+        order = np.argsort(self._scores, kind="stable")[: MOST_NAMED + len(used)]
+        slower = [index for index in order if self.usable[index].peer.peer_id not in used][:MOST_NAMED]
+        named += [(self.usable[index].peer.peer_id, self._reason(int(index), best)) for index in slower]
+        return tuple(named)
+
+    def _reason(self, index: int, best: Plan) -> str:
+        if self.penalties[index] > 0:
+            return f"it failed recently, which counts {self.penalties[index]:.0f} s a token"
+        at_best_s = float(self._scores[index])
+        if not np.isfinite(at_best_s):
+            return "no route with room leads through it"
+        if at_best_s <= best.cost_s * (1 + self.knowledge.spread):
+            return "no faster: the chosen route is as good"
+        return f"slower: at best {at_best_s * 1e3:.1f} ms a token through it, {best.cost_s * 1e3:.1f} without"
+
+    def refusal(self) -> str:
+        held = [a.layers for a in self.usable]
+        gaps = missing_layers(held, self.wanted)
+        if not gaps:
+            return f"no peers with room for {self.demand.tokens} tokens form a route over layers {self.wanted}"
+        text = nobody_serves(gaps)
+        reasons = {
+            f"{a.peer.peer_id[-6:]} [{a.layers}]: {self.refused[a.peer.peer_id]}"
+            for a in self._given
+            if a.peer.peer_id in self.refused
+            and any(a.layers.start < gap.end and gap.start < a.layers.end for gap in gaps)
+        }
+        return f"{text}, except {'; '.join(sorted(reasons)[:4])}" if reasons else text
+
+
+def usable_layers(announcement: Announcement, demand: Demand) -> int:
+    """How many layers of a peer the session may use: ``kv_tokens_free`` counts tokens over all of its layers."""
+    held = len(announcement.layers)
+    if demand.tokens <= 0:
+        return held
+    room = announcement.kv_tokens_free * (held + demand.log_layers) / demand.tokens - demand.log_layers
+    return held if announcement.kv_tokens_free >= demand.tokens else max(0, min(held, int(room)))
+
+
+def _parts(held: LayerRange, wanted: LayerRange, room: int, most: int | None) -> list[tuple[int, int]]:
+    """The whole range where there is room for it, else its parts of ``room`` layers: all of them, or about ``most``."""
+    start, end = max(held.start, wanted.start), min(held.end, wanted.end)
+    if end - start <= room:
+        return [(start, end)]
+    step = 1 if most is None else max(1, (end - start - room) // most)
+    return [(first, first + room) for first in range(start, end - room + 1, step)]

@@ -1,0 +1,131 @@
+"""Messages on the wire: parsing that trusts nothing, and the few conversions to our own types.
+
+The messages themselves are in ``protocol.proto``. A frame that doesn't parse, or whose fields make no
+sense, raises :class:`ProtocolError`; nothing is allocated in proportion to a number that a peer claims.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from swarm import protocol_pb2 as pb
+from swarm.errors import BadTensor, ProtocolError, SwarmError, WrongRange, from_code
+from swarm.sampling import MAX_LOGPROBS, SampleResult
+from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number, by the dtypes that may travel."""
+
+MAX_ADDRESSES = 16
+MAX_MULTIADDR_CHARS = 256
+MAX_HOPS = 256
+LEAST_LOGPROB = -9999.0
+"""Stands for every token that is less likely; OpenAI's API says it so, too."""
+MOST_LOGPROB = 1e-3
+"""Of a certain token, with some rounding."""
+
+Envelope = TypeVar(
+    "Envelope", pb.ControlRequest, pb.ControlReply, pb.LinkMessage, pb.InfoRequest, pb.InfoReply, pb.DelegateReply
+)
+
+
+def decode(kind: type[Envelope], frame: bytes) -> Envelope:
+    """One frame as the message ``kind``, with exactly one alternative set; raises :class:`ProtocolError`."""
+    message = kind()
+    try:
+        message.ParseFromString(frame)
+    except DecodeError as error:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is no {kind.__name__}") from error
+    if message.WhichOneof("kind") is None:
+        raise ProtocolError(f"an empty {kind.__name__}")
+    return message
+
+
+def address_to_wire(address: PeerAddress) -> pb.Address:
+    return pb.Address(peer_id=address.peer_id, multiaddrs=address.multiaddrs)
+
+
+def address_from_wire(address: pb.Address) -> PeerAddress:
+    if not address.peer_id or len(address.peer_id) > 128:
+        raise ProtocolError("an address without a usable peer id")
+    if len(address.multiaddrs) > MAX_ADDRESSES or any(len(m) > MAX_MULTIADDR_CHARS for m in address.multiaddrs):
+        raise ProtocolError(f"more than {MAX_ADDRESSES} addresses, or one over {MAX_MULTIADDR_CHARS} characters")
+    return PeerAddress(PeerId(address.peer_id), tuple(address.multiaddrs))
+
+
+def error_to_wire(error: SwarmError, peer_id: PeerId | None = None, epoch: int = 0) -> pb.Error:
+    return pb.Error(code=error.code, message=error.message[:1000], peer_id=peer_id or "", epoch=epoch)
+
+
+def error_from_wire(error: pb.Error) -> SwarmError:
+    return from_code(error.code, error.message)
+
+
+def rows_to_wire(data: bytes, dtype: str, width: int) -> pb.Tensor:
+    """``data``: row-major ``[rows, width]`` of ``dtype``."""
+    return pb.Tensor(dtype=dtype, shape=(len(data) // (width * ITEM_BYTES[dtype]), width), data=data)
+
+
+def rows_from_wire(tensor: pb.Tensor, dtype: str, width: int, max_rows: int) -> bytes:
+    """The bytes of hidden states ``[rows, width]``, checked before anything is built of them.
+
+    Raises :class:`BadTensor` on another dtype, shape or byte count. That the values are finite is
+    checked where they become a tensor, in the engine.
+    """
+    if tensor.dtype != dtype:
+        raise BadTensor(f"hidden states of dtype {tensor.dtype[:20]!r}; this model uses {dtype}")
+    if len(tensor.shape) != 2 or tensor.shape[1] != width or not 0 < tensor.shape[0] <= max_rows:
+        raise BadTensor(f"hidden states of shape {list(tensor.shape)[:4]}; expected [1 to {max_rows}, {width}]")
+    if len(tensor.data) != tensor.shape[0] * width * ITEM_BYTES[dtype]:
+        raise BadTensor(f"hidden states of shape {list(tensor.shape)} in {len(tensor.data)} bytes")
+    return tensor.data
+
+
+def logprobs_to_wire(sampled: SampleResult) -> bytes:
+    """``pb.Logprobs``, serialised: small enough to be kept until the owner has it."""
+    return pb.Logprobs(
+        logprob=max(sampled.logprob, LEAST_LOGPROB),
+        top_ids=[token_id for token_id, _ in sampled.top],
+        top_logprobs=[max(value, LEAST_LOGPROB) for _, value in sampled.top],
+    ).SerializeToString()
+
+
+def logprobs_from_wire(told: pb.Logprobs, vocab_size: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """A token's own log-probability, and the likeliest tokens with theirs. Raises :class:`ProtocolError`."""
+    values = (told.logprob, *told.top_logprobs)
+    if not all(LEAST_LOGPROB <= value <= MOST_LOGPROB for value in values):
+        raise ProtocolError("a log-probability that is none")
+    if len(told.top_ids) != len(told.top_logprobs) or len(told.top_ids) > MAX_LOGPROBS:
+        raise ProtocolError(f"{len(told.top_ids)} likeliest tokens with {len(told.top_logprobs)} log-probabilities")
+    if any(token_id >= vocab_size for token_id in told.top_ids):
+        raise ProtocolError(f"one of the likeliest tokens is not in the vocabulary of {vocab_size}")
+    return told.logprob, tuple(zip(told.top_ids, told.top_logprobs, strict=True))
+
+
+def timing_to_wire(timing: HopTiming) -> pb.HopTiming:
+    return pb.HopTiming(
+        peer_id=timing.peer_id,
+        start=timing.layers.start,
+        end=timing.layers.end,
+        queue_us=min(int(timing.queue_s * 1e6), 2**32 - 1),
+        compute_us=min(int(timing.compute_s * 1e6), 2**32 - 1),
+        batch=timing.batch,
+        link_us=min(int(timing.link_s * 1e6), 2**32 - 1),
+    )
+
+
+def timing_from_wire(timing: pb.HopTiming) -> HopTiming:
+    try:
+        layers = LayerRange(timing.start, timing.end)
+    except WrongRange as error:
+        raise ProtocolError(f"a hop's time with {error.message}") from None
+    return HopTiming(
+        peer_id=PeerId(timing.peer_id[:128]),
+        layers=layers,
+        queue_s=timing.queue_us / 1e6,
+        compute_s=timing.compute_us / 1e6,
+        batch=timing.batch,
+        link_s=timing.link_us / 1e6,
+    )

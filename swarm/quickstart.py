@@ -1,0 +1,73 @@
+"""``bin/quickstart``: three peers on this machine answer one prompt, or with ``--web`` serve the console."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from swarm.errors import SwarmError
+from swarm.local import LocalSwarm
+from swarm.types import LayerRange
+
+MODEL = "smollm2-135m"
+RANGES = (LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30))
+PROMPT = "Why is the sky blue? Answer in two sentences."
+USAGE = """\
+usage: bin/quickstart [PROMPT...]    answer a prompt, then stop
+       bin/quickstart --web [PORT]   a console in the browser; Ctrl-C stops it"""
+PORT = "8000"
+
+
+def _say(text: str) -> None:
+    print(f"quickstart: {text}", file=sys.stderr, flush=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    if arguments[:1] == ["--web"]:
+        return _web(arguments[1:])
+    prompt = " ".join(arguments).strip() or PROMPT
+    signal.signal(signal.SIGTERM, _interrupt)
+    _say(f"three peers with ten of {MODEL}'s thirty layers each, on this machine only")
+    try:
+        with LocalSwarm(MODEL, RANGES, report=_say) as swarm:
+            _say(f"asking: {prompt}")
+            joins = [part for address in swarm.initial_peers for part in ("--initial-peers", address)]
+            command = [sys.executable, "-m", "swarm.cli", "generate", "--chat", *joins, "--", prompt]
+            code = subprocess.run(command, check=False).returncode
+    except SwarmError as error:
+        _say(error.message)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        _say("all peers are stopped")
+    if code == 0:
+        command_path = os.path.relpath(Path(sys.executable).with_name("swarm"))
+        _say(f"next: {command_path} chaos kills peers in the middle of generations, and compares the tokens")
+    return code
+
+
+def _web(arguments: list[str]) -> int:
+    """The gateway starts the peers itself, so that its console may stop them."""
+    if len(arguments) > 1 or not all(argument.isdecimal() for argument in arguments):
+        print(USAGE, file=sys.stderr)
+        return 2
+    _say(f"three peers with ten of {MODEL}'s thirty layers each, and a console, on this machine only")
+    starts = [part for layers in RANGES for part in ("--start", str(layers))]
+    port = arguments[0] if arguments else PORT
+    command = [sys.executable, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
+    os.execve(sys.executable, command, {k: v for k, v in os.environ.items() if not k.startswith("SWARM_")})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

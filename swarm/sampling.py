@@ -1,0 +1,255 @@
+"""How the next token is chosen: parameters, and a sampler whose randomness is a function of seed and position.
+
+A sampled generation has to survive the loss of a peer as exactly as a greedy one: the replacement computes the same
+logits up to rounding, and must draw the same token. So there is no generator state to lose. The noise of token id
+``i`` at position ``p`` is a pure function of ``(seed, p, i)``, taken from Philox (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011), and the token is chosen by the Gumbel-max trick (Gumbel 1954; Maddison et
+al., "A* sampling", NIPS 2014): ``argmax(logits / temperature + gumbel noise)`` is an exact draw from the softmax.
+Unlike a draw by inverting the cumulative distribution, where one rounding error shifts every later boundary, this
+changes its answer only if the two best candidates were within rounding of each other, as greedy decoding would.
+
+Order and meaning of the filters are those of transformers' logits processors: bias, penalties, temperature,
+``top_k``, ``top_p``, ``min_p``. numpy only: clients and gateways sample too, and need no torch for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from swarm import protocol_pb2
+from swarm.errors import BadRequest, BadTensor
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.intp]
+
+MAX_TEMPERATURE: Final = 100.0
+MAX_REPETITION_PENALTY: Final = 100.0
+MAX_PENALTY: Final = 2.0
+"""Of presence and frequency, either sign; as OpenAI has it."""
+MAX_BIAS: Final = 100.0
+MAX_BIASES: Final = 1024
+MAX_LOGPROBS: Final = 20
+
+_BLOCK: Final = 64
+_NUCLEUS_GUESSES: Final = (1e-2, 1e-4, 1e-6)
+
+
+GREEDY_BELOW = 1e-5
+"""A temperature under this is greedy: logits divided by it would leave float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """One session's wishes. Raises :class:`BadRequest`, naming the limit, for values without a meaning."""
+
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and generated tokens, as in transformers (Keskar et al., CTRL, 2019)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from each token that was generated already, as OpenAI has it; the prompt does not count."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time that a token was generated."""
+    seed: int = 0
+    """Whoever wants variety draws one: equal seeds give equal texts."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logprobs: int = 0
+    """How many alternatives to report."""
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
+        _within("top_p", self.top_p, 0.0, 1.0)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY)
+        _within("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _within("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _whole("top_k", self.top_k, 2**32 - 1)
+        _whole("seed", self.seed, 2**64 - 1)
+        _whole("logprobs", self.logprobs, MAX_LOGPROBS)
+        for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
+            if value == 0:
+                raise BadRequest(f"{name} must be above 0; 1 switches it off")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise BadRequest(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_BIASES}")
+        for token_id, bias in self.logit_bias.items():
+            _whole("a token id in logit_bias", token_id, 2**32 - 1)
+            _within(f"logit_bias of token {token_id}", bias, -MAX_BIAS, MAX_BIAS)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """For who opens a session; :func:`sample` ignores what is outside. Raises :class:`BadRequest`."""
+        for token_id in self.logit_bias:
+            if token_id >= vocab_size:
+                raise BadRequest(f"logit_bias names token {token_id}, the vocabulary has {vocab_size}")
+
+    def to_wire(self) -> protocol_pb2.Sampling:
+        return protocol_pb2.Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            logit_bias=dict(self.logit_bias),
+            logprobs=self.logprobs,
+        )
+
+    @classmethod
+    def from_wire(cls, message: protocol_pb2.Sampling) -> SamplingParams:
+        """Fields that protobuf leaves out are 0; for ``top_p`` and ``repetition_penalty`` that means: off."""
+        return cls(
+            temperature=_decimal(message.temperature),
+            top_k=message.top_k,
+            top_p=_decimal(message.top_p) or 1.0,
+            min_p=_decimal(message.min_p),
+            repetition_penalty=_decimal(message.repetition_penalty) or 1.0,
+            presence_penalty=_decimal(message.presence_penalty),
+            frequency_penalty=_decimal(message.frequency_penalty),
+            seed=message.seed,
+            logit_bias={token_id: _decimal(bias) for token_id, bias in message.logit_bias.items()},
+            logprobs=message.logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    token_id: int
+    logprob: float
+    """By the model itself: before penalties, temperature and filters."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The ``logprobs`` likeliest tokens, likeliest first, with their log-probabilities."""
+
+
+def sample(
+    logits: Floats, params: SamplingParams, position: int, history: Sequence[int], prompt_length: int
+) -> SampleResult:
+    """The token at ``position``, from ``logits`` ``[vocabulary]``.
+
+    ``history`` is every token before it, of which the first ``prompt_length`` are the prompt. Raises
+    :class:`BadTensor` if the largest logit is not finite.
+    """
+    if logits.ndim != 1 or not math.isfinite(highest := float(logits.max())):
+        raise BadTensor(f"logits {list(logits.shape)} without a finite maximum")
+    wanted = _penalised(logits, params, history[:position], prompt_length)
+    token_id = int(wanted.argmax()) if params.temperature < GREEDY_BELOW else _draw(wanted, params, position)
+    normaliser = highest + math.log(float(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
+    top: tuple[tuple[int, float], ...] = ()
+    if params.logprobs:
+        best = _largest(logits, params.logprobs)
+        best = best[np.lexsort((best, -logits[best]))][: params.logprobs]
+        top = tuple((int(index), float(logits[index]) - normaliser) for index in best)
+    return SampleResult(token_id, float(logits[token_id]) - normaliser, top)
+
+
+def surviving(logits: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
+    """The token ids that may be drawn, ascending, and their logits divided by the temperature."""
+    scores = logits / np.float32(params.temperature)
+    ids = _largest(scores, params.top_k) if 0 < params.top_k < len(scores) else None
+    kept = scores if ids is None else scores[ids]
+    if params.top_p < 1:
+        chosen = _nucleus(kept, params.top_p)
+        ids, kept = chosen if ids is None else ids[chosen], kept[chosen]
+    if params.min_p > 0:
+        chosen = np.flatnonzero(kept >= kept.max() + np.float32(math.log(params.min_p)))
+        ids, kept = chosen if ids is None else ids[chosen], kept[chosen]
+    return np.arange(len(scores)) if ids is None else ids, kept
+
+
+def _draw(logits: Floats, params: SamplingParams, position: int) -> int:
+    ids, scores = surviving(logits, params)
+    if len(ids) == 1:
+        return int(ids[0])
+    # The raw stream of a bit generator is fixed for good; the methods of numpy's Generator may change. One 64-bit
+    # word gives the noise of two neighbouring ids, and all are drawn, so that an id's noise never depends on which
+    # others survive; only the survivors pay for logarithms.
+    words = np.random.Philox(key=np.array([params.seed, position], dtype=np.uint64)).random_raw((len(logits) + 1) // 2)
+    bits = words.astype("<u8", copy=False).view("<u4")[ids]
+    uniform = (bits + 0.5) * 2.0**-32
+    return int(ids[(scores - np.log(-np.log(uniform))).argmax()])
+
+
+def _penalised(logits: Floats, params: SamplingParams, history: Sequence[int], prompt_length: int) -> Floats:
+    generated = history[prompt_length:]
+    repeats = params.repetition_penalty != 1 and len(history) > 0
+    counts = (params.presence_penalty != 0 or params.frequency_penalty != 0) and len(generated) > 0
+    if not (repeats or counts or params.logit_bias):
+        return logits
+    out = logits.copy()
+    for token_id, bias in params.logit_bias.items():
+        if token_id < len(out):
+            out[token_id] += np.float32(bias)
+    if repeats:
+        seen = np.unique(np.asarray(history, dtype=np.intp))
+        seen = seen[seen < len(out)]
+        scores = out[seen]
+        penalty = np.float32(params.repetition_penalty)
+        out[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    if counts:
+        seen, times = np.unique(np.asarray(generated, dtype=np.intp), return_counts=True)
+        seen, times = seen[seen < len(out)], times[seen < len(out)]
+        out[seen] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * times.astype("f4")
+    return out
+
+
+def _largest(scores: Floats, count: int) -> Ids:
+    """Ids of all scores at least as large as the ``count``-th largest, ascending: ties stay, as in transformers.
+
+    Selecting in the whole vocabulary takes most of a millisecond. The ``count``-th largest of the maxima of blocks
+    is a lower bound that leaves few candidates.
+    """
+    blocks = len(scores) // _BLOCK
+    if count * 2 < blocks:
+        maxima = scores[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+        bound = np.partition(maxima, blocks - count)[blocks - count]
+        ids = np.flatnonzero(scores >= bound)
+    else:
+        ids = np.arange(len(scores))
+    candidates = scores[ids]
+    least = np.partition(candidates, len(candidates) - count)[len(candidates) - count]
+    kept: Ids = ids[candidates >= least]
+    return kept
+
+
+def _nucleus(scores: Floats, top_p: float) -> Ids:
+    """Indices, ascending, of the likeliest tokens whose probability reaches ``top_p`` together (Holtzman et al., 2020).
+
+    A token stays if those ahead of it do not reach ``top_p`` yet, so at least one does. Only as many are sorted as
+    hold the nucleus for sure: those above a bound, if their sum reaches it.
+    """
+    weights = np.exp(scores - scores.max())
+    needed = top_p * float(weights.sum(dtype=np.float64))
+    for bound in (*_NUCLEUS_GUESSES, 0.0):
+        ids = np.flatnonzero(weights >= bound)
+        ahead = weights[ids].astype(np.float64)
+        if bound == 0 or ahead.sum() >= needed:
+            break
+    order = np.argsort(-ahead, kind="stable")
+    before = np.cumsum(ahead[order]) - ahead[order]
+    kept: Ids = np.sort(ids[order[: max(1, int(np.searchsorted(before, needed)))]])
+    return kept
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that float32 rounds to ``value``: 0.7 comes off the wire as 0.7."""
+    return float(str(np.float32(value)))
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise BadRequest(f"{name} must be between {low:g} and {high:g}, not {value!r}")
+
+
+def _whole(name: str, value: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
+        raise BadRequest(f"{name} must be a whole number from 0 to {high}, not {value!r}")

@@ -1,0 +1,158 @@
+"""One generation: a route, the tokens that come round it, and what to do when it breaks.
+
+After :class:`swarm.chain.Chain` has established a route, the tokens go round the ring by themselves and the
+owner only listens: it commits tokens, watches heartbeats and progress, and has the chain mended when a hop
+is lost or leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+
+from swarm import protocol_pb2 as pb
+from swarm.chain import RETRY_FIRST_S, RETRY_MOST_S, Chain, HopLost, Rebuild, View
+from swarm.config import Settings
+from swarm.errors import ProtocolError, TooLong
+from swarm.health import Health
+from swarm.models import ModelProfile
+from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
+from swarm.transport import Transport
+from swarm.types import Announcement, PeerId, Route, SessionId
+from swarm.watching import HandoverReady, Watch
+
+__all__ = ["Generated", "GenerationRequest", "Rebuild", "RouteChanged", "Session", "View"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteChanged:
+    """The session runs on ``route`` from now on."""
+
+    epoch: int
+    route: Route
+    reason: str
+    """``opened``, or what happened to whom."""
+    cause: str = "opened"
+    """``opened``, ``leaving``, or the code of the error by which a hop was lost; ``lost`` if nobody told."""
+
+
+class Session:
+    """An ``async with``; iterate :meth:`events` once. Leaving the block frees every stage."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        view: View,
+        profile: ModelProfile,
+        request: GenerationRequest,
+        settings: Settings,
+        health: Health,
+    ) -> None:
+        total = len(request.prompt) + request.max_tokens
+        limit = min(profile.max_positions, settings.peer.max_cache_tokens_per_session)
+        if len(request.prompt) >= limit:
+            raise TooLong(
+                f"the prompt has {len(request.prompt)} tokens; the limit is {limit} with at least one to come"
+            )
+        self.session_id = SessionId(secrets.token_hex(16))
+        self.transcript = Transcript(request, min(total, limit), profile.vocab_size)
+        self._settings = settings
+        self._view = view
+        self._health = health
+        self._tasks = asyncio.TaskGroup()
+        self._chain = Chain(self.session_id, self.transcript, transport, view, profile, settings, health, self._tasks)
+        self._watch = Watch(self._chain, settings)
+
+    async def __aenter__(self) -> Session:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._chain.close()
+        await self._tasks.__aexit__(None, None, None)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.transcript.finish_reason
+
+    @property
+    def rebuilds(self) -> list[Rebuild]:
+        return self._chain.rebuilds
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the prompt that every stage had from an earlier session."""
+        return self._chain.reused
+
+    @property
+    def has_route(self) -> bool:
+        """False while the session is being opened or rebuilt."""
+        return self._chain.complete
+
+    @property
+    def route(self) -> Route:
+        return self._chain.route
+
+    async def events(self) -> AsyncGenerator[RouteChanged | Generated, None]:
+        """Until the end of text or ``max_tokens``. Raises :class:`SwarmError` when no route can be had."""
+        chain, fruitless = self._chain, 0
+        reason = cause = "opened"
+        await chain.establish(reason)
+        while True:
+            yield RouteChanged(chain.epoch, chain.route, reason, cause)
+            known, begun = len(self.transcript), self.transcript.generated
+            promised = {a.peer.peer_id: a for a in self._view.announcements()}
+            try:
+                async for token in self._listen():
+                    if token.index > begun and not self.transcript.request.speculate:
+                        self._note_paces(token, promised)  # not of the first: its pass had more rows than one
+                    yield token
+                return
+            except HopLost as loss:
+                fruitless = 0 if len(self.transcript) > known else fruitless + 1
+                if fruitless > self._settings.recovery.max_rebuilds:
+                    raise loss.error from None
+                reason, cause = await chain.bury(loss), loss.error.code
+            except HandoverReady as ready:
+                reason, cause = await chain.replace(ready.handover), "leaving"
+            if fruitless > 1:
+                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** (fruitless - 2), RETRY_MOST_S))
+            await chain.establish(reason)
+
+    async def _listen(self) -> AsyncGenerator[Generated, None]:
+        """Tokens until the end. Raises ``HopLost`` or ``HandoverReady`` when the route has to change."""
+        watch, transcript = self._watch, self.transcript
+        watch.begin()
+        while True:
+            if transcript.fresh:
+                watch.moved()  # once: tokens of one pass are one step
+            while transcript.fresh:
+                watch.waiting()
+                yield transcript.fresh.popleft()
+            if transcript.finish_reason is not None:
+                self._chain.praise()
+                return
+            output = await watch.output()
+            if output is not None:
+                await self._take(output)
+            watch.check()
+
+    def _note_paces(self, token: Generated, promised: Mapping[PeerId, Announcement]) -> None:
+        now = asyncio.get_running_loop().time()
+        for timing in token.hops:
+            if timing.peer_id in promised:
+                self._health.paces.note(promised[timing.peer_id], timing, now)
+
+    async def _take(self, output: pb.Output) -> None:
+        known = len(self.transcript)
+        try:
+            self.transcript.commit(output)
+        except ProtocolError as error:
+            raise HopLost(self._chain.controls[-1], error) from None
+        if self.transcript.finish_reason is None:
+            await self._chain.feed_from(known)

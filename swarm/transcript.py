@@ -1,0 +1,132 @@
+"""What a session is to generate, and what it has: the committed tokens, the only truth about it. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from swarm import protocol_pb2 as pb
+from swarm.errors import BadRequest, ProtocolError
+from swarm.protocol import logprobs_from_wire, timing_from_wire
+from swarm.sampling import SamplingParams
+from swarm.types import HopTiming
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What to generate. ``prompt`` is token ids."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    end_ids: frozenset[int]
+    no_kv_cache: bool = False
+    speculate: bool = False
+    """Drafts may be tried; they never change the text."""
+    generated: tuple[int, ...] = ()
+    """Tokens that an earlier owner of this generation committed already; it goes on after them."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise BadRequest("the prompt is empty")
+        if self.max_tokens < 1:
+            raise BadRequest("max_tokens must be at least 1")
+        if len(self.generated) >= self.max_tokens:
+            raise BadRequest(f"all {self.max_tokens} tokens were generated already")
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One committed token."""
+
+    index: int
+    token_id: int
+    hops: tuple[HopTiming, ...]
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Transcript:
+    """``tokens`` holds prompt and generated tokens; they are appended at its end only, each once."""
+
+    def __init__(self, request: GenerationRequest, stop_at: int, vocab_size: int) -> None:
+        """``stop_at``: number of tokens, prompt included, at which the generation ends."""
+        self.request = request
+        self.stop_at = stop_at
+        self.tokens: list[int] = [*request.prompt, *request.generated]
+        self.fresh: deque[Generated] = deque()
+        """Committed, and not yet given to the user."""
+        self.finish_reason: FinishReason | None = None
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def kept(self) -> int:
+        """Positions before this one may stay at the stages when the route changes."""
+        return len(self.tokens)
+
+    @property
+    def unchanged(self) -> int:
+        """Positions before this one have had the same token since the session began."""
+        return len(self.tokens)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def reusable(self) -> bool:
+        """Stages may use for it what they computed in earlier sessions, and the other way round."""
+        return not self.request.no_kv_cache
+
+    @property
+    def step(self) -> pb.Step | None:
+        """Tokens go round the ring, not in steps."""
+        return None
+
+    def describe(self, message: pb.Open, *, last: bool) -> None:
+        """What a stage, and the ``last`` one above all, has to know of this generation."""
+        request = self.request
+        message.no_kv_cache = request.no_kv_cache
+        if last:
+            message.sampling.CopyFrom(request.sampling.to_wire())
+            message.token_ids.extend(self.tokens)
+            message.end_ids.extend(sorted(request.end_ids))
+            message.stop_at = self.stop_at
+            message.prompt_length = len(request.prompt)
+            message.speculate = request.speculate
+
+    def commit(self, output: pb.Output) -> None:
+        """The commit rule: a token that is known is passed over, the next one is taken, a later one is refused.
+
+        Raises :class:`ProtocolError` for a later one, and for one that is not in the vocabulary.
+        """
+        hops = tuple(timing_from_wire(timing) for timing in output.hops)  # of one pass: they go to its first token
+        for offset, token_id in enumerate(output.token_ids):
+            position = output.start + 1 + offset
+            if position < len(self.tokens) or self.finish_reason is not None:
+                continue
+            if position > len(self.tokens):
+                raise ProtocolError(f"token {position} came before {len(self.tokens)}")
+            if token_id >= self._vocab_size:
+                raise ProtocolError(f"token id {token_id} is not in the vocabulary of {self._vocab_size}")
+            self._append(
+                token_id,
+                hops if offset == 0 else (),
+                output.logprobs[offset] if offset < len(output.logprobs) else None,
+            )
+
+    def _append(self, token_id: int, hops: tuple[HopTiming, ...], logprobs: pb.Logprobs | None) -> None:
+        logprob, top = logprobs_from_wire(logprobs, self._vocab_size) if logprobs else (None, ())
+        token = Generated(self.generated, token_id, hops, logprob, top)
+        self.tokens.append(token_id)
+        self.fresh.append(token)
+        if token_id in self.request.end_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.stop_at:
+            self.finish_reason = "length"

@@ -1,0 +1,142 @@
+"""Listening to the hops of a chain: what the last one puts out, and who is lost, silent, stuck or about to leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from swarm import protocol_pb2 as pb
+from swarm.chain import Chain, HopLost
+from swarm.config import Settings
+from swarm.control import Event, HopControl
+from swarm.errors import DeadlineExceeded, SwarmError
+from swarm.handover import Handover
+from swarm.protocol import error_from_wire
+
+
+class HandoverReady(Exception):
+    """The successors of a leaving hop are warm."""
+
+    def __init__(self, handover: Handover) -> None:
+        super().__init__("the successors of a leaving hop are warm")
+        self.handover = handover
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Measured step times, for the step deadline."""
+
+    gaps: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+
+    @property
+    def latest_s(self) -> float:
+        return self.gaps[-1] if self.gaps else 0.05
+
+    def deadline_s(self, settings: Settings) -> float:
+        measured = statistics.median(self.gaps) if self.gaps else 0.0
+        return max(settings.timeouts.step_floor_s, settings.timeouts.step_factor * measured)
+
+
+class Watch:
+    """Over ``chain``; :meth:`begin` after each :meth:`Chain.establish`, then :meth:`output` again and again."""
+
+    def __init__(self, chain: Chain, settings: Settings) -> None:
+        self._chain = chain
+        self._settings = settings
+        self._pace = _Pace()
+        self._began = self._moved_at = self._checked = 0.0
+
+    def begin(self) -> None:
+        """The route is new: everybody is given their time from now on."""
+        self._began = self._moved_at = self._checked = _now()
+        for control in self._chain.controls:
+            control.last_heard = self._began
+
+    def waiting(self) -> None:
+        """Something was asked of the hops just now; the step deadline counts from here."""
+        self._began = self._moved_at = _now()
+
+    def moved(self) -> None:
+        """A step came to its end."""
+        self._pace.gaps.append(_now() - self._moved_at)
+        self.waiting()
+
+    async def output(self) -> pb.Output | None:
+        """The last hop's next output; ``None`` after anything else, and after half a heartbeat of silence.
+
+        Raises ``HopLost`` or ``HandoverReady`` when the route has to change.
+        """
+        chain = self._chain
+        tick = self._settings.timeouts.heartbeat_s / 2
+        event: Event | Handover | None = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(tick):
+                control, event = await chain.events.get()
+        late = _now() - self._checked - 2 * tick
+        if late > 0:
+            # This process itself stood still (a suspended laptop, a busy machine): nobody is to blame.
+            self._began = _now()
+            for silent in chain.controls:
+                silent.last_heard += late
+        self._checked = _now()
+        if isinstance(event, pb.Output) and control is chain.controls[-1]:
+            return event
+        if event is not None:
+            self._consider(control, event)
+        return None
+
+    def check(self, *, awaited: bool = True) -> None:
+        """Raises ``HopLost`` for a hop that is silent or, if an output is ``awaited``, doesn't move."""
+        self._check_silence()
+        if awaited:
+            self._check_progress()
+
+    def _consider(self, control: HopControl, event: Event | Handover) -> None:
+        """Anything but an output of the last hop."""
+        if isinstance(event, Handover):
+            if self._chain.is_due(event):
+                raise HandoverReady(event)
+            return
+        if control not in self._chain.controls:
+            return
+        if isinstance(event, SwarmError):
+            raise HopLost(control, event)
+        if isinstance(event, pb.Error) and event.epoch >= self._chain.epoch:
+            raise HopLost(self._blamed(control, event), error_from_wire(event))
+        if isinstance(event, pb.Status) and event.draining:
+            self._chain.prepare_handover(control, self._pace.latest_s)
+
+    def _check_silence(self) -> None:
+        timeouts = self._settings.timeouts
+        allowed = timeouts.heartbeat_s * timeouts.heartbeat_misses
+        for control in self._chain.controls:
+            silent = _now() - control.last_heard
+            if silent > allowed:
+                raise HopLost(control, DeadlineExceeded(f"no heartbeat for {silent:.1f} s"))
+
+    def _check_progress(self) -> None:
+        """A peer that beats but doesn't move is given the step deadline, and more while it computes."""
+        allowed = self._pace.deadline_s(self._settings)
+        if any(control.computing for control in self._chain.controls):
+            allowed *= self._settings.timeouts.step_slow_factor
+        waited = _now() - max(self._began, *(control.moved_at for control in self._chain.controls))
+        if waited <= allowed:
+            return
+        upstream = len(self._chain.transcript)
+        for control in self._chain.controls:
+            if control.have < upstream:
+                raise HopLost(control, DeadlineExceeded(f"no progress for {waited:.1f} s"))
+            upstream = control.have
+        raise HopLost(self._chain.controls[-1], DeadlineExceeded(f"no token for {waited:.1f} s"))
+
+    def _blamed(self, reporter: HopControl, error: pb.Error) -> HopControl:
+        """Whom an error is about: the hop that it names, if that is on the route, else who reported it."""
+        named = [c for c in self._chain.controls if c.hop.peer.peer_id == error.peer_id]
+        return named[0] if named else reporter
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

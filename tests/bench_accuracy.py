@@ -1,0 +1,86 @@
+"""What each choice of weights costs: perplexity of the built-in model on a fixed text, and agreement with float32.
+
+``agreement`` is the share of positions whose most likely token is float32's, ``error`` the mean difference of the
+logarithms of the probability that the token that follows was given.
+``python -m tests.bench_accuracy [--weights int8,int4] [--model REF] [--text FILE] [--json]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from peers.shard import Shard, Step
+from peers.weights import open_source
+from swarm.models import TextTokenizer, config_dict, load_profile, resolve, tokenizer_files
+from swarm.types import LayerRange
+
+TEXT = Path(__file__).with_name("accuracy_text.txt")
+"""The beginning of Alice's Adventures in Wonderland (Carroll, 1865), and passages of other kinds."""
+WINDOW = 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a choice may be as a dtype; the others are weights of a float32 model."""
+
+
+def load(model: str, dtype: str, weights: str) -> Shard:
+    reference = resolve(model, dtype, weights=weights)
+    profile = load_profile(reference)
+    layers = LayerRange(0, profile.num_layers)
+    source = open_source(reference, layers)
+    return Shard.load(profile, config_dict(reference), source, layers, dtype=DTYPES[dtype])
+
+
+def windows_of(model: str, text: str) -> list[list[int]]:
+    """Token ids, in windows that each start from nothing."""
+    ids = TextTokenizer(tokenizer_files(resolve(model))).encode(text)
+    return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
+
+
+def log_probabilities(shard: Shard, windows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each position of each window but its last: that of the token that follows, and the likeliest token."""
+    found, likeliest = [], []
+    for ids in windows:
+        (output,) = shard.run([Step(shard.layers, shard.new_cache(shard.layers, len(ids)), 0, ids, head_rows=len(ids))])
+        assert output.logits is not None
+        logits = output.logits[:-1]
+        likeliest.append(logits.argmax(-1))
+        found.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    return torch.cat(found), torch.cat(likeliest)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", type=Path, default=TEXT)
+    parser.add_argument("--weights", default="bfloat16,int8,int4")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    windows = windows_of(options.model, options.text.read_text(encoding="utf-8"))
+    base, first = log_probabilities(load(options.model, "float32", "auto"), windows)
+    choices = {"float32": ("float32", "auto"), "bfloat16 throughout": ("bfloat16", "auto")}
+    choices |= {f"weights {weights}": ("float32", weights) for weights in options.weights.split(",")}
+    if not options.json:
+        print(f"{sum(map(len, windows))} tokens in windows of {WINDOW}\n")
+        print(f"{'':20} {'perplexity':>10} {'agreement':>10} {'error':>8} {'MB':>7}")
+    for name, (dtype, weights) in choices.items():
+        shard = load(options.model, dtype, weights)
+        found, likeliest = log_probabilities(shard, windows)
+        figures = {
+            "perplexity": float(torch.exp(-found.mean())),
+            "agreement": float((likeliest == first).float().mean()),
+            "error": float((found - base).abs().mean()),
+            "weights_mb": shard.size_bytes / 1e6,
+        }
+        if options.json:
+            print(json.dumps({"choice": name, **figures}), flush=True)
+        else:
+            perplexity, agreement, error, size = figures.values()
+            print(f"{name:20} {perplexity:10.3f} {agreement:10.2%} {error:8.4f} {size:7.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The console in a real Chromium, on real peers: what a user sees, starts and kills there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm.models import resolve, tokenizer_files
+from swarm.tokenizer import TextTokenizer
+from tests.live.helpers import MODEL, THIRDS, Reference, is_gone
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (bin/setup test)")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ROOT = Path(__file__).parents[2]
+PROMPT = "The history of the bridge begins with"
+TOKENS = 48
+WAIT_MS = 60_000
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.timeout(150, func_only=True),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a gateway that has started a peer for each third of the layers."""
+    starts = [part for layers in THIRDS for part in ("--start", str(layers))]
+    log = tmp_path_factory.mktemp("gateway") / "log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "swarm.cli", "gateway", "--port", "0", "--model", MODEL, "--json", *starts],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=ROOT,
+            env=environment,
+        )
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()  # ends with the process, and that with its own deadlines
+            assert line, log.read_text()
+            yield json.loads(line)["url"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                assert process.wait(30) == 0, log.read_text()
+            finally:
+                process.kill()
+                process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: playwright.Browser) -> Iterator[playwright.Page]:
+    """A fresh tab; nothing may be reported on its console, such as a violation of the content security policy."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    tab = context.new_page()
+    tab.set_default_timeout(WAIT_MS)
+    said: list[str] = []
+    tab.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    yield tab
+    context.close()
+    assert said == []
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> str:
+    """What ``transformers`` continues with."""
+    tokenizer = TextTokenizer(tokenizer_files(resolve(MODEL)))
+    return tokenizer.decode(reference.greedy(tokenizer.encode(PROMPT), TOKENS))
+
+
+def ask(page: playwright.Page, url: str) -> None:
+    page.goto(url)
+    page.get_by_text("Continue", exact=True).click()
+    page.fill("#max-tokens", str(TOKENS))
+    page.fill("#temperature", "0")
+    page.fill("#prompt", PROMPT)
+    page.press("#prompt", "Enter")
+
+
+def text_of(page: playwright.Page) -> str:
+    """Once it is complete."""
+    page.locator("#transcript .answer .end").wait_for()
+    parts = "e => [...e.childNodes].filter(n => n.nodeType === Node.TEXT_NODE).map(n => n.data).join('')"
+    return str(page.locator("#transcript .answer").evaluate(parts))
+
+
+def lane(page: playwright.Page, peer_id: str) -> playwright.Locator:
+    return page.locator(f'#timeline .lane[data-peer="{peer_id}"]')
+
+
+def guesses(page: playwright.Page) -> int:
+    """Tokens that were guessed ahead: they came with the pass of another, which has the bar."""
+    return int(page.locator("#timeline .guess").count())
+
+
+def start_spare(page: playwright.Page, url: str) -> str:
+    """A peer for the middle third, started from the page; its id."""
+    page.goto(f"{url}/peers?layers=10:20")
+    before = page.locator(".own-peer").count()
+    page.get_by_role("button", name="Start a peer").click()
+    page.get_by_text("is starting.").wait_for()
+    started = page.locator(".own-peer").nth(before)
+    started.locator(".state.serving").wait_for()
+    return str(started.locator("code").get_attribute("title"))
+
+
+def test_a_prompt_streams_and_each_hop_has_its_bars(page: playwright.Page, gateway: str, expected: str) -> None:
+    ask(page, gateway)
+    page.locator("#chain .hop").nth(2).wait_for()
+    assert text_of(page) == expected
+    ranges = page.locator("#chain .hop .line:nth-child(2) span:first-child").all_inner_texts()
+    assert ranges == [str(layers) for layers in THIRDS]
+    for hop in page.locator("#chain .hop").all():
+        bars = lane(page, str(hop.get_attribute("data-peer"))).locator(".bar-compute")
+        assert bars.count() == TOKENS - guesses(page)
+    assert page.locator("#timeline .lane-label").get_by_text("p50").count() == 4
+    assert page.locator("#events li").count() == 0
+
+
+def test_escape_stops_it_and_a_hostile_prompt_stays_text(page: playwright.Page, gateway: str) -> None:
+    page.goto(gateway)
+    hostile = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    page.fill("#max-tokens", "2000")
+    page.fill("#prompt", hostile)
+    page.press("#prompt", "Enter")
+    page.locator("#timeline .bar-compute").nth(6).wait_for(state="attached")
+    page.keyboard.press("Escape")
+    page.locator("#transcript .answer .end", has_text="stopped").wait_for()
+    assert page.locator("#transcript .user").inner_text() == hostile
+    assert page.locator("#transcript img, #transcript script").count() == 0
+
+
+def test_a_peer_started_from_the_page_joins_and_is_on_the_map(page: playwright.Page, gateway: str) -> None:
+    peer_id = start_spare(page, gateway)
+    page.locator(".own-peer button", has_text="Log").last.click()
+    page.locator("#log-text", has_text="serving layers 10:20").wait_for()
+    page.goto(f"{gateway}/swarm")
+    row = page.locator(f"#peer-{peer_id}")
+    row.locator(".state.serving").wait_for()
+    assert row.locator(".range").inner_text() == "10:20"
+    page.locator(".verdict.good").wait_for()
+
+
+def test_a_peer_killed_from_the_page_leaves_the_text_as_it_was(
+    page: playwright.Page, gateway: str, expected: str
+) -> None:
+    start_spare(page, gateway)
+    ask(page, gateway)
+    middle = page.locator("#chain .hop").nth(1)
+    victim = str(middle.get_attribute("data-peer"))
+    lane(page, victim).locator(".bar-compute").nth(9).wait_for(state="attached")
+    middle.get_by_role("button", name="Kill").click()
+
+    assert text_of(page) == expected
+    told = page.locator("#events li .what").inner_text()
+    assert f"lost {victim[-6:]}, layers 10:20 taken by" in told
+    assert "stall" in page.locator("#events li .stall").inner_text()
+    assert page.locator("#chain .hop.lost").get_attribute("data-peer") == victim
+    heir = str(page.locator("#chain .hop.fresh").get_attribute("data-peer"))
+    counts = [lane(page, peer).locator(".bar-compute").count() for peer in (victim, heir)]
+    assert sum(counts) == TOKENS - guesses(page), "each pass's bar stands in the lane of the peer that computed it"
+    assert min(counts) > 0
+    assert "gone" in str(lane(page, victim).get_attribute("class"))
+    assert page.locator("#timeline .break").count() >= 4, "the break goes through the lanes"
+    label = str(page.locator("#timeline .strip text").text_content())
+    assert label.startswith(f"{victim[-6:]} → {heir[-6:]}, stall")
+    assert page.locator("#transcript .seam").count() == 1
+
+    page.goto(f"{gateway}/peers")
+    listed = json.loads(page.request.get(f"{gateway}/api/peers").text())["peers"]
+    killed = next(peer for peer in listed if peer["peer_id"] == victim)
+    assert (killed["state"], killed["detail"]) == ("left", "killed")
+    assert is_gone(killed["pid"])

@@ -1,0 +1,260 @@
+"""The session on a quiet simulated network, and one accident at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+from swarm.delegation import DelegatedSession
+from swarm.errors import Busy, NoRoute
+from swarm.sampling import SamplingParams
+from swarm.session import Session
+from swarm.testing import SimTransport
+from swarm.transcript import Generated, GenerationRequest
+from swarm.types import SessionId
+from tests.sim.world import PROFILE, SETTINGS, LayerRange, Outcome, SimPeer, World, run_virtual
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+
+
+def run(seed: int, ranges: list[LayerRange], schedule: object = None, tokens: int = 12, **extra: object) -> Outcome:
+    async def main() -> Outcome:
+        world = World(seed)
+        for layers in ranges:
+            await world.add_peer(layers)
+        bound = (lambda session, index: schedule(world, session, index)) if callable(schedule) else None
+        outcome = await world.generate(PROMPT, tokens, bound, **extra)
+        expected = world.decoder.generate(PROMPT, tokens, seed, frozenset())
+        assert outcome.error is None, outcome.error
+        assert outcome.tokens == expected
+        await world.settle()
+        return outcome
+
+    return run_virtual(main)
+
+
+def test_one_peer() -> None:
+    run(1, [LayerRange(0, 6)])
+
+
+def test_three_peers() -> None:
+    outcome = run(2, [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)])
+    assert len(outcome.routes) == 1
+
+
+def test_without_kv_cache() -> None:
+    run(3, [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)], no_kv_cache=True)
+
+
+def test_a_killed_peer_is_replaced_at_every_position() -> None:
+    for victim in range(3):
+
+        def kill(world: World, session: Session, index: int, victim: int = victim) -> None:
+            if index == 4 and not session.rebuilds:
+                world.kill(world.peer_of(session, victim), forget=True)
+
+        ranges = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)] * 2
+        outcome = run(4 + victim, ranges, kill)
+        assert len(outcome.session.rebuilds) == 1
+
+
+def test_a_draining_peer_is_left_without_a_replay_of_others() -> None:
+    def drain(world: World, session: Session, index: int) -> None:
+        if index == 3:
+            world.drain(world.peer_of(session, 1))
+
+    ranges = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6), LayerRange(2, 4)]
+    outcome = run(8, ranges, drain, tokens=200)
+    assert outcome.session.rebuilds[0].reason.endswith("is leaving")
+
+
+THIRDS = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)]
+
+
+def test_a_healthy_replacement_is_not_blamed_for_the_death_that_it_repairs() -> None:
+    async def main() -> None:
+        world = World(21)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        victims: list[SimPeer] = []
+
+        def kill(session: Session, index: int) -> None:
+            if index == 4 and not victims:
+                victims.append(world.peer_of(session, 1))
+                world.kill(victims[0], forget=False)
+
+        outcome = await world.generate(PROMPT, 12, kill)
+        assert outcome.error is None
+        dead = victims[0].node.address.peer_id
+        for peer in world.peers:
+            peer_id = peer.node.address.peer_id
+            assert (world.health.cause(peer_id) is not None) == (peer_id == dead)
+
+    run_virtual(main)
+
+
+def test_without_a_replacement_the_session_waits_and_then_names_the_missing_layers() -> None:
+    async def main() -> None:
+        world = World(22)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+
+        def kill(session: Session, index: int) -> None:
+            if index == 4:
+                world.kill(world.peer_of(session, 1), forget=True)
+
+        began = asyncio.get_running_loop().time()
+        outcome = await world.generate(PROMPT, 12, kill)
+        waited = asyncio.get_running_loop().time() - began
+        assert isinstance(outcome.error, NoRoute)
+        assert "2:4" in outcome.error.message
+        wait_s = world.settings.recovery.wait_s
+        assert wait_s <= waited < wait_s + 10
+        assert len(outcome.tokens) == 5, "what was generated stays"
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_session_goes_on_when_a_replacement_joins_while_it_waits() -> None:
+    def kill(world: World, session: Session, index: int) -> None:
+        if index == 4 and len(world.peers) == 3:
+            world.kill(world.peer_of(session, 2), forget=True)
+            world.later(12.0, world.add_peer(LayerRange(4, 6)))
+
+    outcome = run(23, THIRDS, kill)
+    assert len(outcome.session.rebuilds) == 1
+    assert outcome.session.rebuilds[0].duration_s > 11
+
+
+def test_a_frozen_peer_is_replaced_and_its_late_frames_change_nothing() -> None:
+    def freeze(world: World, session: Session, index: int) -> None:
+        if index == 4 and not session.rebuilds:
+            peer = world.peer_of(session, 1)
+            peer.node.freeze()
+            asyncio.get_running_loop().call_later(4.0, peer.node.resume)
+
+    outcome = run(24, [*THIRDS, LayerRange(2, 4)], freeze, tokens=150)
+    assert len(outcome.session.rebuilds) == 1
+
+
+def test_losing_all_hops_but_one() -> None:
+    def kill(world: World, session: Session, index: int) -> None:
+        if index == 4 and not session.rebuilds:
+            for position in (0, 1):
+                world.kill(world.peer_of(session, position), forget=True)
+
+    outcome = run(25, [*THIRDS, *THIRDS], kill)
+    assert sorted(str(layers) for layers, _ in outcome.session.rebuilds[0].replayed) == ["0:2", "2:4"]
+
+
+def test_a_neighbour_that_also_holds_the_lost_layers_takes_them() -> None:
+    def kill(world: World, session: Session, index: int) -> None:
+        if index == 4 and not session.rebuilds:
+            world.kill(world.peers[1], forget=True)
+
+    outcome = run(26, [LayerRange(0, 2), LayerRange(2, 6), LayerRange(0, 4), LayerRange(4, 6)], kill)
+    assert outcome.session.finish_reason == "length"
+
+
+def test_without_checkpoints_upstream_computes_again_and_the_tokens_are_the_same() -> None:
+    settings = replace(SETTINGS, peer=replace(SETTINGS.peer, checkpoints=False))
+
+    async def main() -> None:
+        world = World(27, settings=settings)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+
+        def kill(session: Session, index: int) -> None:
+            if index == 4 and not session.rebuilds:
+                world.kill(world.peer_of(session, 2), forget=True)
+
+        outcome = await world.generate(PROMPT, 12, kill)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate(PROMPT, 12, 27, frozenset())
+
+    run_virtual(main)
+
+
+def test_the_death_of_the_owners_own_daemon_blames_nobody_and_recomputes_nothing() -> None:
+    def restart(world: World, session: Session, index: int) -> None:
+        if index == 4 and not session.rebuilds:
+            world.owner.restart_daemon()
+
+    outcome = run(28, [*THIRDS, *THIRDS], restart)
+    assert outcome.session.rebuilds[0].replayed == tuple((layers, 0) for layers in THIRDS)
+
+
+def test_a_full_peer_says_busy_and_another_takes_the_session() -> None:
+    async def main() -> None:
+        world = World(29)
+        for layers in [*THIRDS, LayerRange(2, 4)]:
+            await world.add_peer(layers)
+        full = world.peers[1]
+        full.service.table.budget.reserve(SessionId("another"), full.service.table.budget.free_bytes)
+        outcome = await world.generate(PROMPT, 12)
+        assert outcome.error is None
+        assert full.node.address.peer_id not in [hop.peer.peer_id for hop in outcome.routes[0].route.hops]
+
+    run_virtual(main)
+
+
+def test_refused_by_everybody_says_the_limit() -> None:
+    async def main() -> None:
+        world = World(30)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        full = world.peers[1]
+        full.service.table.budget.reserve(SessionId("another"), full.service.table.budget.free_bytes)
+        outcome = await world.generate(PROMPT, 12)
+        assert isinstance(outcome.error, Busy)
+        assert "KV budget" in outcome.error.message
+        await asyncio.sleep(30)
+        assert all(not peer.service.table.runners for peer in world.peers), "the others were opened and are freed"
+
+    run_virtual(main)
+
+
+def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_committed_tokens() -> None:
+    async def main() -> None:
+        world = World(31)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        owners = [world.peers[0], world.peers[4]]
+        request = GenerationRequest(tuple(PROMPT), 20, SamplingParams(seed=31), frozenset())
+        via = [peer.node.address for peer in owners]
+        session = DelegatedSession(SimTransport(world.owner), via, PROFILE, request, world.settings)
+        tokens: list[int] = []
+        async with session:
+            async for event in session.events():
+                if isinstance(event, Generated):
+                    assert event.index == len(tokens)
+                    tokens.append(event.token_id)
+                    if len(tokens) == 7:
+                        world.kill(owners[0], forget=True)
+        assert tokens == world.decoder.generate(PROMPT, 20, 31, frozenset())
+        assert session.finish_reason == "length"
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_thin_client_that_goes_away_frees_every_stage() -> None:
+    async def main() -> None:
+        world = World(32)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        request = GenerationRequest(tuple(PROMPT), 20, SamplingParams(seed=32), frozenset())
+        session = DelegatedSession(
+            SimTransport(world.owner), [world.peers[1].node.address], PROFILE, request, world.settings
+        )
+        async with session, contextlib.aclosing(session.events()) as events:
+            async for event in events:
+                if isinstance(event, Generated) and event.index == 3:
+                    break
+        await asyncio.sleep(2.0)
+        assert all(not peer.service.table.runners for peer in world.peers)
+        await world.settle()
+
+    run_virtual(main)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peers.attention import Span, spans_of, swarm_attention
+from peers.kv_cache import SequenceCache
+from swarm.errors import UnsupportedModel
+from swarm.types import LayerRange
+
+LAYER = 7
+LAYERS = LayerRange(6, 9)
+HEAD_DIM = 8
+
+
+class Module(nn.Module):
+    layer_idx = LAYER
+
+
+def expected(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None, scaling: float
+) -> torch.Tensor:
+    """Attention by its definition, for one session: ``[heads, rows, head_dim]`` against all keys so far."""
+    heads, rows, _ = query.shape
+    group = heads // keys.shape[0]
+    out = torch.empty_like(query)
+    for head in range(heads):
+        for row in range(rows):
+            position = start + row
+            first = 0 if window is None else max(0, position - window + 1)
+            seen = keys[head // group, first : position + 1]
+            weights = torch.softmax(seen @ query[head, row] * scaling, 0)
+            out[head, row] = weights @ values[head // group, first : position + 1]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_each_session_attends_to_its_own_past(heads: int, kv_heads: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    shapes = [(0, 5), (3, 1), (9, 4), (0, 1), (12, 1), (1, 2)]
+    caches, history = [], []
+    for start, count in shapes:
+        cache = SequenceCache(LAYERS, kv_heads, HEAD_DIM, 16, torch.float32)
+        past = torch.randn(2, kv_heads, start + count, HEAD_DIM)
+        cache.write(LAYER, 0, past[0, :, :start], past[1, :, :start])
+        caches.append(cache)
+        history.append(past)
+    starts, counts = [start for start, _ in shapes], [count for _, count in shapes]
+    key = torch.cat([past[0, :, start:] for past, start in zip(history, starts, strict=True)], dim=1)[None]
+    value = torch.cat([past[1, :, start:] for past, start in zip(history, starts, strict=True)], dim=1)[None]
+    query = torch.randn(1, sum(counts), heads, HEAD_DIM).transpose(1, 2)
+    spans = spans_of(caches, starts, counts)
+    out, weights = swarm_attention(Module(), query, key, value, None, scaling=0.3, spans=spans, sliding_window=window)
+    assert weights is None
+    assert out.shape == (1, sum(counts), heads, HEAD_DIM)
+    for span, past in zip(spans, history, strict=True):
+        rows = slice(span.offset, span.offset + span.count)
+        wanted = expected(query[0, :, rows], past[0], past[1], span.start, window, 0.3)
+        torch.testing.assert_close(out[0, rows].transpose(0, 1), wanted, atol=1e-6, rtol=1e-5)
+        stored_keys, stored_values = span.cache.layer(LAYER)
+        assert torch.equal(stored_keys[:, : past.shape[2]], past[0])
+        assert torch.equal(stored_values[:, : past.shape[2]], past[1])
+
+
+def test_a_mask_is_built_once_for_all_layers_of_a_kind() -> None:
+    span = Span(SequenceCache(LAYERS, 1, HEAD_DIM, 16, torch.float32), start=4, count=3, offset=0)
+    like = torch.zeros(1)
+    assert span.mask(None, like) is span.mask(None, like)
+    assert span.mask(5, like) is span.mask(5, like)
+    assert span.mask(5, like) is not span.mask(None, like)
+
+
+def test_a_first_chunk_needs_no_mask() -> None:
+    span = Span(SequenceCache(LAYERS, 1, HEAD_DIM, 16, torch.float32), start=0, count=5, offset=0)
+    assert span.mask(None, torch.zeros(1)) is None
+    assert span.mask(5, torch.zeros(1)) is None
+    assert span.mask(4, torch.zeros(1)) is not None
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"spans": None}])
+def test_what_it_would_compute_wrongly_is_refused(extra: dict[str, object]) -> None:
+    rows = torch.zeros(1, 2, 1, HEAD_DIM)
+    options: dict[str, object] = {"spans": [], **extra}
+    with pytest.raises(UnsupportedModel, match="Module"):
+        swarm_attention(Module(), rows, rows, rows, None, **options)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""What ``swarm bench`` concludes from token times."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from swarm.bench.processes import cpu_s, peak_mb
+from swarm.bench.runs import Run, hop_shares, percentile, ratio, throughput
+from swarm.bench.sections import Figure
+from swarm.commands.bench import rendered
+from swarm.errors import SwarmError
+from swarm.local import even_ranges
+from swarm.sample_text import sample_prompt
+from swarm.types import HopTiming, LayerRange, PeerId
+
+
+def run(*times: float) -> Run:
+    return Run([0] * len(times), list(times))
+
+
+def test_a_run_counts_from_its_first_token() -> None:
+    one = run(0.5, 0.6, 0.7, 0.9)
+    assert one.ttft_s == 0.5
+    assert one.tokens_per_second == pytest.approx(3 / 0.4)
+    assert one.gaps == pytest.approx([0.1, 0.1, 0.2])
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    values = [float(value) for value in range(100, 0, -1)]
+    assert [percentile(values, share) for share in (0.5, 0.95, 1.0)] == [50, 95, 100]
+    assert percentile([7.0], 0.5) == 7
+
+
+def test_throughput_counts_while_all_decode() -> None:
+    assert throughput([run(1.0, 2.0, 3.0)]) == pytest.approx(1.0)
+    assert throughput([run(1.0, 2.0, 3.0, 4.0), run(2.0, 2.5, 3.0)]) == pytest.approx(3.0)
+    assert throughput([run(0.0, 1.0), run(2.0, 4.0)]) == pytest.approx(3 / 4), "one after the other"
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    assert ratio([10, 5, 20], [5, 2.5, 10]) == 2
+
+
+def test_hops_share_a_tokens_time_with_the_wire() -> None:
+    def timings(scale: float) -> tuple[HopTiming, ...]:
+        return tuple(HopTiming(PeerId("p"), LayerRange(i, i + 1), 0.01 * scale, 0.1, 1) for i in range(2))
+
+    one = Run([1, 2, 3], [1.0, 1.25, 1.5], [timings(9), timings(1), timings(1)])
+    shares, rest = hop_shares([one])
+    assert [(share.layers, share.queue_s, share.compute_s) for share in shares] == [
+        ("0:1", 0.01, 0.1),
+        ("1:2", 0.01, 0.1),
+    ]
+    assert rest == pytest.approx(0.03)
+    assert hop_shares([run(1.0, 2.0)]) == ([], 0.0)
+
+
+def test_peak_memory_of_this_process_and_of_none() -> None:
+    assert peak_mb(1) >= 0
+    with pytest.raises(SwarmError, match="can't be read"):
+        peak_mb(2**22 + 1)
+
+
+def test_processor_time_is_counted_with_children() -> None:
+    before_s = cpu_s([os.getpid()])
+    sum(range(3_000_000))
+    assert 0 < cpu_s([os.getpid()]) - before_s < 30
+    assert cpu_s([]) == 0
+
+
+def test_ranges_are_even_and_cover_everything() -> None:
+    assert [str(layers) for layers in even_ranges(30, 3)] == ["0:10", "10:20", "20:30"]
+    assert [str(layers) for layers in even_ranges(22, 3)] == ["0:7", "7:14", "14:22"]
+    assert [str(layers) for layers in even_ranges(2, 3)] == ["0:1", "1:2"]
+
+
+def test_a_sample_prompt_has_any_length_and_beginning() -> None:
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+    assert bytes(sample_prompt(Letters(), 14)) == b"The lighthouse"
+    assert bytes(sample_prompt(Letters(), 10, shift=4)) == b"lighthouse"
+    assert len(sample_prompt(Letters(), 5000, shift=999)) == 5000
+
+
+def test_figures_are_a_table_by_section() -> None:
+    lines = rendered([Figure("a", "x", 1.234, "ms"), Figure("a", "y", 10.0, "MiB"), Figure("b", "z", 2.0, "")])
+    assert lines[1:] == ["a        x       1.23  ms", "         y         10  MiB", "b        z          2"]

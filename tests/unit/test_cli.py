@@ -1,0 +1,218 @@
+"""What the commands draw, and how they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from swarm.cli import app
+from swarm.commands.bench import chosen
+from swarm.commands.chat import LEAST_ANSWER_TOKENS, converse, fitting
+from swarm.commands.drawing import ASCII, UNICODE, bar, cells, counts_line, pen_for, ruler
+from swarm.commands.plan import rendered as rendered_plan
+from swarm.commands.status import as_event, rendered, status_of
+from swarm.commands.tables import Cell, table
+from swarm.errors import BadRequest, TooLong
+from swarm.models import ModelProfile
+from swarm.plans import Plan, PlannedHop
+from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Token
+
+NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
+
+
+def profile(num_layers: int) -> ModelProfile:
+    return ModelProfile(
+        model_id=ModelId("m@0123456789abcdef"),
+        name="m",
+        architecture="llama",
+        num_layers=num_layers,
+        hidden_size=8,
+        vocab_size=100,
+        num_kv_heads=2,
+        head_dim=4,
+        max_positions=128,
+        dtype="float32",
+        end_ids=(0,),
+        layer_bytes=1_000_000,
+        embedding_bytes=500_000,
+        head_bytes=500_000,
+    )
+
+
+def peer(name: str, start: int, end: int, state: PeerState = PeerState.SERVING) -> Announcement:
+    return Announcement(
+        peer=PeerAddress(PeerId(f"12D3KooW{name}")),
+        model=ModelId("m@0123456789abcdef"),
+        layers=LayerRange(start, end),
+        state=state,
+        version="0.1.0",
+        decode_s_per_layer=0.002,
+        prefill_s_per_token_layer=0.0001,
+        kv_tokens_free=61_000,
+        sessions=2,
+    )
+
+
+def test_a_bar_has_one_cell_a_layer_or_shares_them() -> None:
+    assert bar(LayerRange(2, 5), cells(6, 64), ASCII) == "..###."
+    assert bar(LayerRange(2, 5), cells(6, 64), ASCII, serving=False) == "..===."
+    deep = cells(100, 10)
+    assert [str(column) for column in deep[:2]] == ["0:10", "10:20"]
+    assert bar(LayerRange(9, 21), deep, ASCII) == "###......."
+    assert sum(map(len, cells(100, 64))) == 100
+
+
+def test_counts_are_of_the_weakest_layer_and_end_at_nine() -> None:
+    assert counts_line([0, 1, 9, 10], cells(4, 64)) == "019+"
+    assert counts_line([3, 0, 5, 5], cells(4, 2)) == "05"
+
+
+def test_the_ruler_names_layers() -> None:
+    assert ruler(cells(25, 64)) == "0         10        20   "
+    assert ruler(cells(200, 20)) == "0         100       "
+
+
+def test_a_terminal_without_unicode_gets_ascii() -> None:
+    assert pen_for("utf-8") is UNICODE
+    assert pen_for("latin-1") is ASCII
+    assert pen_for(None) is ASCII
+
+
+def test_colours_do_not_count_for_the_width() -> None:
+    rows = [("a", Cell("long word", "red")), ("bb", Cell("x"))]
+    plain = table(("n", "text"), rows, right=("n",))
+    assert plain == [" n  text", " a  long word", "bb  x"]
+    coloured = table(("n", "text"), rows, right=("n",), coloured=True)
+    assert coloured == [plain[0], " a  \x1b[31mlong word\x1b[0m", plain[2]]
+
+
+def test_status_is_a_picture_with_what_is_missing() -> None:
+    peers = [
+        (peer("AAAAAA", 4, 6, PeerState.DRAINING), 3.0),
+        (peer("BBBBBB", 0, 3), 7.0),
+        (peer("CCCCCC", 2, 5), math.inf),
+    ]
+    lines = rendered(status_of(profile(6), peers), ASCII, 64)
+    assert lines[2:7] == [
+        "peer    0       layers  state     a token  load  KV free  age  version",
+        "BBBBBB  ###...  0:3     serving    6.0 ms     2      61k  7 s  0.1.0",
+        "CCCCCC  ..###.  2:5     serving    6.0 ms     2      61k    ?  0.1.0",
+        "AAAAAA  ....==  4:6     draining   4.0 ms     2      61k  3 s  0.1.0",
+        "peers   112110",
+    ]
+    assert lines[-1].startswith("nobody serves layers 5:6: 1 of 6 layers, 2 MB of weights")
+    assert not any("\x1b" in line for line in lines)
+    event = as_event(status_of(profile(6), peers))
+    assert event["missing"] == [[5, 6]]
+    assert event["peers_of_layer"] == [1, 1, 2, 1, 1, 0]
+    assert [entry["age_s"] for entry in event["peers"]] == [7.0, None, 3.0]
+    json.dumps(event, allow_nan=False)
+
+
+def test_status_of_a_swarm_without_peers() -> None:
+    lines = rendered(status_of(profile(4), []), ASCII, 64)
+    assert lines[3] == "peers  0000"
+    assert "nobody serves layers 0:4" in lines[-1]
+
+
+def test_a_plan_is_a_table_with_what_was_left_out() -> None:
+    hops = tuple(
+        PlannedHop(Hop(PeerAddress(PeerId(f"12D3KooW{name}")), layers), 0.002, 0.001, 0.0, 0.01, 0.1)
+        for name, layers in (("AAAAAA", LayerRange(0, 3)), ("BBBBBB", LayerRange(3, 6)))
+    )
+    left_out = tuple((PeerId(f"{number:06}"), "slower") for number in range(10))
+    lines = rendered_plan(Plan(hops, 0.03, 0.025, 0.4, left_out), 100)
+    assert lines[2] == "  1  BBBBBB  3:6     2.0 ms  0.0 ms  10.0 ms"
+    assert "25.0 ms a token (40.0 tokens a second)" in lines[4]
+    assert lines[-1] == "left out: 2 more"
+
+
+class Words:
+    """A client whose tokenizer makes a token of each word, and two for each message."""
+
+    @property
+    def tokenizer(self) -> Words:
+        return self
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return [0 for message in messages for _ in range(2 + len(message["content"].split()))]
+
+
+def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system(capsys: pytest.CaptureFixture[str]) -> None:
+    client: Any = Words()
+    messages = [{"role": "system", "content": "be brief"}]
+    for number in range(4):
+        messages += [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": "yes " * 10}]
+    messages.append({"role": "user", "content": "and now"})
+    kept, prompt = fitting(messages, 1, client, 45 + LEAST_ANSWER_TOKENS)
+    assert [message["content"] for message in kept if message["role"] != "assistant"] == [
+        "be brief",
+        "question 2",
+        "question 3",
+        "and now",
+    ]
+    assert len(prompt) == 40
+    assert "first 4 messages are forgotten" in capsys.readouterr().err
+    assert len(messages) == 10
+    with pytest.raises(TooLong, match="this message has 102 tokens"):
+        fitting([{"role": "user", "content": "word " * 100}], 0, client, 100)
+
+
+class Parrot(Words):
+    """Answers with the number of tokens of the prompt."""
+
+    def __init__(self) -> None:
+        self.prompts: list[int] = []
+
+    def events(self, prompt: list[int], **options: Any) -> Iterator[Token]:
+        self.prompts.append(len(prompt))
+        yield Token(0, 1, f"that was {len(prompt)}")
+
+
+def test_a_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    client: Any = Parrot()
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo three\n/new\none\n"))
+    converse(client, {}, [], 1000)
+    assert client.prompts == [3, 3 + 5 + 4, 3]
+    assert capsys.readouterr().out == "that was 3\nthat was 12\nthat was 3\n"
+
+
+def test_names_are_chosen_in_their_own_order() -> None:
+    assert chosen([" c", "a", ""], ("a", "b", "c"), "letter") == ["a", "c"]
+    with pytest.raises(BadRequest, match="'d' is no letter; there are: a, b, c"):
+        chosen(["d"], ("a", "b", "c"), "letter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["generate", "hi"], 4, "no peer of a swarm is known; give the address"),
+        (["chat"], 4, "'swarm-peer serve' starts a peer"),
+        (["status"], 4, "bin/quickstart"),
+        (["plan"], 4, "bin/quickstart"),
+        (["status", "--initial-peers", "nonsense"], 2, "expected a list of multiaddrs"),
+        (["generate", "hi", "--initial-peers", NOBODY], 4, "connection refused; give the address"),
+        (["bench", "--only", "colour"], 2, "'colour' is no section; there are: speed"),
+        (["chaos", "--kinds", "kill,meteor"], 2, "'meteor' is no kind of fault; there are: kill"),
+        (["chaos", "--config", "/nowhere/settings.yaml"], 2, "/nowhere/settings.yaml: can't be read"),
+    ],
+)
+def test_refusals_are_one_line_and_an_exit_code(arguments: list[str], code: int, told: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code
+    assert told in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_with_json_a_refusal_is_an_event_too() -> None:
+    result = CliRunner().invoke(app, ["status", "--json"])
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["code"] == "unreachable"
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,489 @@
+"""The console: who may use it, what it shows, and that nothing in it is anything but text."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from swarm import quickstart
+from swarm.commands.peers import app as peers_app
+from swarm.errors import BadRequest, Busy
+from swarm.gateway import local_peers
+from swarm.gateway.console_events import changes, sse
+from swarm.gateway.console_guard import COOKIE, HEADERS, host_is_ours
+from swarm.gateway.console_live import Live
+from swarm.gateway.console_map import ticks
+from swarm.gateway.local_peers import LocalPeers, PeerSpec
+from swarm.gateway.serve import Server, listen
+from swarm.gateway.state import Access, GatewayState
+from swarm.types import Hop, LayerRange, PeerAddress, PeerState, Route
+from tests.console_world import ToldGenerations, announcement, peer_id, told_app, told_state
+
+HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>'
+PAGES = ("/", "/swarm", "/peers")
+
+# Says what a peer says: it loads, is ready, and leaves when it is asked to.
+FAKE_PEER = """
+import json, signal, sys, time
+def say(**event): print(json.dumps(event), flush=True)
+going = []
+signal.signal(signal.SIGTERM, lambda *_: going.append(1))
+say(event="loading", layers=[0, 10], percent=50)
+print("it loads", file=sys.stderr, flush=True)
+time.sleep(0.05)
+arguments = " ".join(sys.argv[1:])
+say(event="ready", peer_id="12D3KooWfake", addresses=["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWfake"], model="m@1",
+    layers=[0, 10], arguments=arguments)
+while not going: time.sleep(0.01)
+say(event="draining", sessions=0)
+say(event="left")
+"""
+
+
+@asynccontextmanager
+async def browser(state: GatewayState, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(told_app(state), client=options.pop("client", ("127.0.0.1", 5000)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", **options) as client:
+        yield client
+
+
+def token_of(state: GatewayState) -> dict[str, str]:
+    return {"X-Swarm-Token": state.access.control_token}
+
+
+def messages(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+# ---- who may use it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "ours"),
+    [
+        ("localhost:8000", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("192.168.1.7", True),
+        ("swarm.example", True),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+        ("[", False),
+    ],
+)
+def test_only_names_that_lead_nowhere_else_pass_for_this_gateway(header: str, ours: bool) -> None:
+    assert host_is_ours(header, Access(host="swarm.example")) is ours
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/api/token", "/api/status", "/static/console.js"])
+async def test_a_rebound_name_gets_nothing(path: str) -> None:
+    state = told_state()
+    async with browser(state) as client:
+        answer = await client.get(path, headers={"host": "evil.example:8000"})
+    assert answer.status_code == 403
+    assert state.access.control_token not in answer.text
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/api/status", "/static/console.js", "/static/nothing", "/api/peers/p9"])
+async def test_every_answer_has_the_strict_headers(path: str) -> None:
+    async with browser(told_state()) as client:
+        answer = await client.get(path)
+    policy = answer.headers["content-security-policy"]
+    assert policy == HEADERS["content-security-policy"]
+    assert "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+CHANGES = ("/api/peers", "/api/peers/p1/drain", "/api/peers/p1/kill", "/api/generate")
+
+
+@pytest.mark.parametrize("path", CHANGES)
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"X-Swarm-Token": "wrong"}, {"Authorization": "Bearer "}],
+    ids=["none", "wrong", "an empty key"],
+)
+async def test_what_changes_something_needs_the_token(path: str, headers: dict[str, str]) -> None:
+    async with browser(told_state()) as client:
+        answer = await client.post(path, headers=headers, json={})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["code"] == "forbidden"
+
+
+@pytest.mark.parametrize("path", CHANGES)
+async def test_a_page_of_another_site_changes_nothing_even_with_the_token(path: str) -> None:
+    state = told_state()
+    async with browser(state) as client:
+        headers = token_of(state) | {"origin": "http://localhost:9999"}
+        answer = await client.post(path, headers=headers, json={})
+    assert answer.status_code == 403
+    assert "another site" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("access", "client", "headers", "allowed"),
+    [
+        (Access(), "127.0.0.1", {}, True),
+        (Access(), "127.0.0.1", {"x-forwarded-for": "8.8.8.8"}, False),
+        (Access(host="0.0.0.0"), "127.0.0.1", {}, False),
+        (Access(host="0.0.0.0"), "192.168.1.9", {}, False),
+        (Access(host="0.0.0.0", allow_remote_control=True), "192.168.1.9", {}, True),
+    ],
+)
+async def test_peers_are_controlled_from_this_machine_only_unless_allowed(
+    access: Access, client: str, headers: dict[str, str], allowed: bool
+) -> None:
+    state = told_state(access=access)
+    async with browser(state, client=(client, 5000)) as page:
+        answer = await page.post("/api/peers/p1/kill", headers=token_of(state) | headers)
+        shown = (await page.get("/peers", headers=headers)).text
+    assert answer.json()["error"]["code"] == ("bad_request" if allowed else "forbidden")  # there is no p1
+    assert ("Start a peer</button>" in shown) is allowed
+
+
+async def test_with_a_key_everything_asks_for_it() -> None:
+    state = told_state(access=Access(api_key="secret"))
+    async with browser(state) as client:
+        for path in (*PAGES, "/api/token", "/api/status", "/live/swarm"):
+            answer = await client.get(path)
+            assert answer.status_code == 401, path
+            assert state.access.control_token not in answer.text
+        sent_away = await client.get("/", headers={"accept": "text/html"})
+        assert sent_away.headers["location"] == "/sign-in"
+        assert (await client.get("/api/status", headers={"Authorization": "Bearer wrong"})).status_code == 401
+        assert (await client.get("/api/status", headers={"Authorization": "Bearer secret"})).status_code == 200
+
+
+async def test_with_a_key_the_console_may_stand_behind_any_name() -> None:
+    headers = {"host": "swarm.example", "Authorization": "Bearer secret"}
+    async with browser(told_state(access=Access(host="0.0.0.0", api_key="secret"))) as client:
+        assert (await client.get("/swarm", headers=headers)).status_code == 200
+        assert (await client.get("/swarm", headers={"host": "swarm.example"})).status_code == 401
+
+
+async def test_signing_in_takes_the_key_and_leaves_a_cookie_that_is_not_the_key() -> None:
+    async with browser(told_state(access=Access(api_key="secret"))) as client:
+        wrong = await client.post("/sign-in", data={"key": "guess"})
+        assert (wrong.status_code, COOKIE in client.cookies) == (401, False)
+        right = await client.post("/sign-in", data={"key": "secret"})
+        assert right.status_code == 303
+        assert "secret" not in right.headers["set-cookie"]
+        assert {"HttpOnly", "SameSite=strict"} <= set(right.headers["set-cookie"].split("; "))
+        assert (await client.get("/api/status")).status_code == 200
+
+
+async def test_a_body_that_is_too_long_is_refused_before_it_is_kept() -> None:
+    state = told_state()
+    async with browser(state) as client:
+        answer = await client.post("/api/generate", headers=token_of(state), content=b" " * 1_100_000)
+    assert answer.status_code == 413
+
+
+# ---- what it shows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/sign-in"])
+async def test_pages_have_no_inline_script_or_style_and_name_no_other_host(path: str) -> None:
+    async with browser(told_state()) as client:
+        html = (await client.get(path)).text
+    assert re.findall(r"<script(?![^>]*\bsrc=)", html) == []
+    assert re.findall(r"\sstyle=|<style|\son[a-z]+=|javascript:", html) == []
+    assert re.findall(r"https?://", html) == []
+
+
+def test_scripts_and_styles_name_no_other_host() -> None:
+    static = Path(local_peers.__file__).parent / "static"
+    for name in ("console.css", "console.js", "generate.js", "timeline.js"):
+        found = re.findall(r"https?://[^\"')\s]*", (static / name).read_text(encoding="utf-8"))
+        assert set(found) <= {"http://www.w3.org/2000/svg"}, name
+    for name in ("console.js", "generate.js", "timeline.js"):
+        assert "innerHTML" not in (static / name).read_text(encoding="utf-8"), "texts are set as text"
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_hostile_names_and_versions_are_shown_as_text(path: str) -> None:
+    """The announcement of a peer is what any stranger may write."""
+    peer = PeerAddress(peer_id("A"), (f"/dns4/{HOSTILE}/tcp/1",))
+    stranger = announcement("A", 0, 30, peer=peer, version=HOSTILE)
+    async with browser(told_state([stranger])) as client:
+        html = (await client.get(path)).text
+    assert "<img" not in html.replace('<img src="/static/icon.svg"', "")
+    assert "<script>" not in html
+
+
+async def test_hostile_input_comes_back_as_text() -> None:
+    state = told_state()
+    async with browser(state) as client:
+        page = await client.get("/peers", params={"layers": HOSTILE})
+        said = await client.post("/peers/start", headers=token_of(state), data={"layers": HOSTILE})
+    for html in (page.text, said.text):
+        assert "<script>" not in html
+        assert "&lt;script&gt;" in html
+
+
+async def test_the_map_says_what_is_missing_and_what_would_fill_it() -> None:
+    peers = [announcement("A", 0, 10), announcement("B", 20, 30), announcement("C", 10, 20, state=PeerState.JOINING)]
+    live = Live(told_state(peers))
+    html = (await live.fragments("swarm", control=True))["map"]
+    assert "Nobody serves layers 10:20" in html
+    assert 'href="/peers?layers=10:20"' in html
+    assert 'href="/peers' not in (await live.fragments("swarm", control=False))["map"]
+    assert [run.count for run in (await live.map()).runs] == [1, 0, 1]
+    assert "3 peers, 20 of 30 layers" in html + (await live.fragments("swarm", control=True))["pill"]
+
+
+async def test_an_empty_swarm_and_an_old_announcement_are_told_in_words() -> None:
+    assert "No peer is announced" in (await Live(told_state([])).fragments("swarm", control=True))["map"]
+    state = told_state()
+    state.client.view.age_s = 31.0  # type: ignore[attr-defined]
+    assert "n stale" in (await Live(state).fragments("swarm", control=True))["map"]
+
+
+async def test_the_feed_sends_a_part_only_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.gateway.console_live.TICK_S", 0.001)
+    state = told_state()
+    feed = Live(state).feed("swarm", control=True)
+    first = {(await anext(feed)).splitlines()[0] for _ in range(2)}
+    assert first == {"event: pill", "event: map"}
+    state.client.view.peers.append(announcement("D", 0, 10))  # type: ignore[attr-defined]
+    assert "4 peers" in await anext(feed)
+    state.hub.close()
+    assert ["event: map" in part for part in [part async for part in feed]] == [True], "and then it ends"
+
+
+async def test_a_killed_peer_of_this_gateway_leaves_map_and_join_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The swarm hears of it only when its announcement has expired."""
+    state = told_state()
+    monkeypatch.setattr(LocalPeers, "gone", lambda self: {peer_id("B")})
+    live = Live(state)
+    assert [row.peer_id for row in (await live.map()).rows] == [peer_id("A"), peer_id("C")]
+    assert "Nobody serves layers 10:20" in (await live.fragments("swarm", control=True))["map"]
+    assert not any(peer_id("B") in address for address in live.join_addresses())
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 7, 22, 30, 80, 126, 4096])
+def test_the_axis_has_a_few_round_ticks(num_layers: int) -> None:
+    found = ticks(num_layers)
+    assert 1 <= len(found) <= 7
+    assert found[0] == 0
+    assert found[-1] < num_layers
+
+
+def test_join_instructions_warn_where_nobody_else_could_follow_them() -> None:
+    here = Live(told_state())
+    assert here.join_addresses()[0].startswith("/ip4/127.0.0.1/")
+    public = PeerAddress(peer_id("D"), (f"/ip4/93.184.216.34/tcp/31330/p2p/{peer_id('D')}",))
+    peers = [announcement("A", 0, 30), announcement("D", 0, 30, peer=public)]
+    assert Live(told_state(peers)).join_addresses()[0] == public.multiaddrs[0]
+
+
+# ---- generating -----------------------------------------------------------------------------------------------------
+
+
+def test_an_event_of_many_lines_stays_one_event() -> None:
+    assert sse("map", "a\nb") == "event: map\ndata: a\ndata: b\n\n"
+
+
+async def test_a_generation_is_told_with_its_hops_and_its_rebuild() -> None:
+    state = told_state()
+    generations: ToldGenerations = state.generations  # type: ignore[assignment]
+    generations.lost_at = 2
+    async with browser(state) as client:
+        answer = await client.post("/api/generate", headers=token_of(state), json={"prompt": "Why?", "max_tokens": 4})
+    told = messages(answer.text)
+    kinds = [message["event"] for message in told]
+    assert kinds == ["began", "route", "token", "token", "route", "token", "token", "done"]
+    assert told[1]["changes"] == []
+    assert told[4]["index"] == 2
+    lost = {"peer_id": peer_id("B"), "layers": [10, 20]}
+    taken = {"peer_id": peer_id("D"), "layers": [10, 20]}
+    assert told[4]["changes"] == [{"lost": lost, "taken_by": [taken]}]
+    assert [hop["peer_id"] for hop in told[-2]["hops"]] == [peer_id(letter) for letter in "ADC"]
+    assert told[-1]["finish_reason"] == "length"
+    assert "".join(m["text"] for m in told if m["event"] == "token") == "The sky looks blue "
+    assert generations.running == 0
+
+
+async def test_missing_layers_are_told_in_the_stream() -> None:
+    state = told_state()
+    state.generations.refuses = True  # type: ignore[attr-defined]
+    async with browser(state) as client:
+        answer = await client.post("/api/generate", headers=token_of(state), json={"prompt": "Why?"})
+    last = messages(answer.text)[-1]
+    assert last == {"event": "error", "code": "no_route", "message": "nobody serves layers 10:20"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"prompt": "a", "messages": [{"role": "user", "content": "b"}]},
+        {"prompt": "a", "max_tokens": 0},
+        {"prompt": "a", "unknown": 1},
+        {"messages": [{"role": "tool", "content": "b"}]},
+        {"prompt": 3},
+    ],
+)
+async def test_a_wrong_request_is_refused_in_words(body: dict[str, Any]) -> None:
+    state = told_state()
+    async with browser(state) as client:
+        answer = await client.post("/api/generate", headers=token_of(state), json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_a_rebuild_that_cuts_the_layers_anew_names_all_who_took_them() -> None:
+    def route(*hops: tuple[str, int, int]) -> Route:
+        return Route(tuple(Hop(PeerAddress(peer_id(p)), LayerRange(a, b)) for p, a, b in hops))
+
+    before = route(("A", 0, 10), ("B", 10, 20), ("C", 20, 30))
+    found = changes(before, route(("A", 0, 10), ("D", 10, 15), ("E", 15, 20), ("C", 20, 30)))
+    assert [change["lost"]["peer_id"] for change in found] == [peer_id("B")]
+    assert [hop["peer_id"] for hop in found[0]["taken_by"]] == [peer_id("D"), peer_id("E")]
+    assert changes(before, before) == []
+
+
+# ---- peers of this gateway ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"layers": "10"},
+        {"layers": "20:10"},
+        {"layers": "auto; rm"},
+        {"device": "tpu"},
+        {"device": "cuda:0 --model x"},
+        {"max_memory_mb": -1},
+        {"max_memory_mb": 3},
+        {"threads": -1},
+        {"model": "--identity=/etc/passwd"},
+        {"model": "a\nb"},
+        {"dtype": "float8"},
+    ],
+)
+def test_a_peer_that_could_not_run_is_not_started(asked: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        PeerSpec(**({"model": "smollm2-135m"} | asked))
+
+
+@asynccontextmanager
+async def fake_peers(folder: Path) -> AsyncIterator[LocalPeers]:
+    script = folder / "peer.py"
+    script.write_text(FAKE_PEER, encoding="utf-8")
+    async with LocalPeers(command=(sys.executable, str(script)), stop_s=5.0) as peers:
+        yield peers
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+async def test_a_peer_of_the_gateway_is_started_drained_and_listed(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        state = told_state(local_peers=local)
+        async with browser(state, headers=token_of(state)) as client:
+            body = {"layers": "0:10", "device": "cpu", "max_memory_mb": 900}
+            started = (await client.post("/api/peers", json=body)).json()
+            assert (started["name"], started["asked"]["layers"]) == ("p1", "0:10")
+            await local.serving("p1", 10.0)
+            listed = (await client.get("/api/peers")).json()["peers"]
+            assert [(p["state"], p["peer_id"], p["layers"]) for p in listed] == [("serving", "12D3KooWfake", [0, 10])]
+            assert (await client.get("/api/peers/p1/log")).json()["log"] == "it loads"
+            assert "it loads" in (await client.get("/peers/p1/log")).text
+            assert "12D3KooWfake"[-6:] in (await Live(state).fragments("peers", control=True))["own"]
+            shown = [(await Live(state).fragments("peers", control=may))["own"] for may in (True, False)]
+            assert ["Kill" in html for html in shown] == [True, False]
+            assert (await client.post("/peers/p1/drain")).status_code == 200
+            child = local._find("p1").child
+            assert child.wait(5.0) == 0
+            assert (await client.get("/api/peers/p1")).json()["state"] == "left"
+
+
+async def test_a_peer_is_given_what_was_asked_for_and_ways_to_join(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        spec = PeerSpec(model="smollm2-135m", layers="5:9", device="cpu", max_memory_mb=700, threads=2)
+        local.start(spec, ["/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"])
+        await local.serving("p1", 10.0)
+        ready = next(event for event in local._find("p1").child.events() if event["event"] == "ready")
+    assert ready["arguments"].split() == [
+        *("serve", "--json", "--model", "smollm2-135m", "--layers", "5:9", "--device", "cpu", "--dtype", "float32"),
+        *("--threads", "2", "--max-memory-mb", "700", "--initial-peers", "/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"),
+    ]
+
+
+async def test_a_killed_peer_is_gone_at_once_and_nothing_outlives_the_gateway(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        assert local.names() == {}
+        for _ in range(2):
+            local.start(PeerSpec(model="m"), [])
+        for name in ("p1", "p2"):
+            await local.serving(name, 10.0)
+        killed = local.kill("p1")
+        assert (killed.state, killed.detail) == ("left", "killed")
+        assert (local.names(), local.gone()) == ({"12D3KooWfake": "p2"}, {"12D3KooWfake"})
+        children = [local._find(name).child for name in ("p1", "p2")]
+        assert [child.alive for child in children] == [False, True]
+    assert [child.alive for child in children] == [False, False]
+
+
+async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        state = told_state(access=Access(api_key="secret"), local_peers=local)
+        with listen("127.0.0.1", 0) as sock:
+            ready = asyncio.Event()
+            server = Server(told_app(state), state.settings.gateway, ready.set, state.hub.close)
+            serving = asyncio.create_task(server.serve(sockets=[sock]))
+            await ready.wait()
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+            async def swarm_peers(*arguments: str, key: str = "secret") -> tuple[int, str, str]:
+                command = [*arguments, "--gateway", url, "--api-key", key]
+                done = await asyncio.to_thread(CliRunner().invoke, peers_app, command)
+                return done.exit_code, done.stdout, done.stderr
+
+            code, out, err = await swarm_peers("list")
+            assert (code, out) == (0, "")
+            assert "has started no peer" in err
+            code, out, _ = await swarm_peers("start", "--layers", "0:10", "--json")
+            assert (code, json.loads(out)["state"]) == (0, "serving")
+            code, out, _ = await swarm_peers("list")
+            assert out.splitlines()[1].split()[:4] == ["p1", "serving", "0:10", "KooWfake"[-6:]]
+            assert (await swarm_peers("start", "--layers", "9"))[0] == 2
+            assert (await swarm_peers("stop", "p7"))[0] == 2
+            assert (await swarm_peers("list", key="wrong"))[0] == 2
+            code, out, _ = await swarm_peers("stop", "p1", "--json")
+            assert (code, json.loads(out)["detail"]) == (0, "left the swarm")
+            server.should_exit = True
+            await serving
+            assert (await swarm_peers("list"))[0] == 4
+
+
+@pytest.mark.parametrize("arguments", [["--web", "x"], ["--web", "8000", "more"]])
+def test_the_quick_start_refuses_what_is_no_port(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert quickstart.main(arguments) == 2
+    assert "bin/quickstart --web [PORT]" in capsys.readouterr().err
+
+
+async def test_only_peers_of_this_gateway_can_be_stopped_and_not_too_many_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_peers, "MAX_PEERS", 1)
+    async with fake_peers(tmp_path) as local:
+        for act in (local.drain, local.kill, local.log, local.peer):
+            with pytest.raises(BadRequest, match="started no peer"):
+                act("p1")
+        local.start(PeerSpec(model="m"), [])
+        with pytest.raises(Busy, match="limit"):
+            local.start(PeerSpec(model="m"), [])

@@ -1,0 +1,99 @@
+"""The compute thread: prompts in pieces between the decode steps of others, with the results of the whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peers.engine import Engine
+from peers.executor import SampleRequest, StepReply, StepRequest, run
+from peers.shard import Shard
+from swarm.config import EngineSettings, Settings
+from swarm.errors import SwarmError
+from swarm.sampling import SamplingParams
+from swarm.types import LayerRange
+from tests.reference import ModelSource, profile_of
+
+LAYERS = LayerRange(0, 2)
+PROMPT = [(7 * i) % 90 + 1 for i in range(50)]
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def shard() -> Shard:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config).eval()
+    return Shard.load(profile_of(config), config.to_dict(), ModelSource(model), LAYERS)
+
+
+@pytest.fixture
+async def engine(shard: Shard) -> AsyncIterator[Engine]:
+    settings = replace(Settings(), engine=EngineSettings(max_batch_tokens=64, mixed_prefill_tokens=8))
+    async with Engine(shard, settings) as engine:
+        yield engine
+
+
+def step(engine: Engine, tokens: list[int], prompt: list[int] | None = None, start: int = 0) -> StepRequest:
+    history = [*(prompt or []), *tokens]
+    sample = SampleRequest(GREEDY, history, len(history), 1, ())
+    return StepRequest(LAYERS, engine.new_cache(LAYERS, 128), start, len(tokens), tokens, None, sample)
+
+
+async def test_a_prompt_runs_whole_when_nobody_decodes_and_in_pieces_when_somebody_does(engine: Engine) -> None:
+    batches: list[list[int]] = []
+    engine.pace.observe = lambda rows, waits_s, compute_s: batches.append(list(rows))
+    alone = await run(engine, step(engine, PROMPT))
+    assert batches == [[50]]
+
+    decoding = step(engine, [3])
+    first = await run(engine, decoding)
+    batches.clear()
+    prompt = asyncio.create_task(run(engine, step(engine, PROMPT)))
+    await asyncio.sleep(0)
+    token, history = first.tokens[0].token_id, [3]
+    while not prompt.done():
+        history.append(token)
+        sample = SampleRequest(GREEDY, history, 1, 1, ())
+        reply = await run(engine, replace(decoding, start=len(history) - 1, token_ids=[token], sample=sample))
+        token = reply.tokens[0].token_id
+    mixed = await prompt
+    assert sum(rows for batch in batches for rows in batch if rows > 1) == 50, "each row once"
+    assert max(rows for batch in batches for rows in batch) == 8
+    assert any(1 in batch and len(batch) > 1 for batch in batches), "a decode step went along with a piece"
+    assert mixed.tokens[0].token_id == alone.tokens[0].token_id
+
+
+async def test_hidden_states_of_pieces_are_those_of_the_whole(shard: Shard) -> None:
+    first = LayerRange(0, 1)
+    answers: list[StepReply] = []
+    for pieces in (64, 8):
+        settings = replace(Settings(), engine=EngineSettings(max_batch_tokens=pieces))
+        async with Engine(shard, settings) as engine:
+            cache = engine.new_cache(first, 64)
+            answers.append(await run(engine, StepRequest(first, cache, 0, 50, PROMPT, None)))
+            assert cache.length == 50
+    whole, cut = (torch.frombuffer(bytearray(answer.hidden), dtype=torch.float32) for answer in answers)
+    assert torch.allclose(whole, cut, atol=1e-5)
+
+
+async def test_a_piece_that_fails_fails_its_request_once(engine: Engine) -> None:
+    await run(engine, step(engine, [3]))  # somebody decodes
+    request = replace(step(engine, PROMPT), cache=engine.new_cache(LAYERS, 20))
+    with pytest.raises(SwarmError, match="exceed the 20"):
+        await run(engine, request)
+    assert engine.queue_length == 0
+    assert (await run(engine, step(engine, [3]))).tokens

@@ -1,0 +1,156 @@
+"""Whom a peer measures, when, and what it tells of it, on a network in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
+
+import pytest
+
+from peers.link_prober import MOST_REPORTS, LinkProber, worth_measuring
+from peers.links import MOST_MEASURED, Links
+from swarm import protocol_pb2 as pb
+from swarm.config import Settings
+from swarm.errors import DeadlineExceeded, Unreachable
+from swarm.protocol import decode
+from swarm.testing import Directory, Faults, SimNetwork, SimTransport, run_virtual
+from swarm.transport import LINK, Stream
+from swarm.types import Announcement, LayerRange, ModelId, PeerAddress, PeerId, PeerState
+
+T = TypeVar("T")
+ONE_WAY_S = 0.02
+SETTINGS = Settings()
+OWN = PeerId("own")
+
+
+def announced(name: str, layers: str, state: PeerState = PeerState.SERVING) -> Announcement:
+    return Announcement(
+        peer=PeerAddress(PeerId(name)),
+        model=ModelId("toy@0"),
+        layers=LayerRange.parse(layers),
+        state=state,
+        version="0",
+        decode_s_per_layer=0.001,
+        prefill_s_per_token_layer=0.0001,
+        kv_tokens_free=1000,
+    )
+
+
+async def answer_pings(stream: Stream) -> None:
+    while (frame := await stream.receive()) is not None:
+        await stream.send(pb.LinkMessage(pong=decode(pb.LinkMessage, frame).ping).SerializeToString())
+
+
+async def stay_silent(stream: Stream) -> None:
+    while await stream.receive() is not None:
+        pass
+
+
+def with_links(work: Callable[[Links, SimNetwork], Awaitable[T]]) -> T:
+    """Our own links in a network with two peers that answer and one that doesn't; virtual time."""
+
+    async def main() -> T:
+        network = SimNetwork(random.Random(1), Faults(latency_s=(ONE_WAY_S, ONE_WAY_S)))
+        own = SimTransport(network.add(OWN))
+        for name, handler in (("near", answer_pings), ("far", answer_pings), ("silent", stay_silent)):
+            await SimTransport(network.add(name)).serve(LINK, handler)
+        async with asyncio.TaskGroup() as tasks:
+            links = Links(own, tasks, SETTINGS.timeouts, lambda *_: None, lambda *_: None)
+            try:
+                return await work(links, network)
+            finally:
+                await links.aclose()
+
+    return run_virtual(main)
+
+
+def test_a_probe_measures_the_link_and_keeps_it_open() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        near = network.nodes[PeerId("near")]
+        await links.probe(near.address)
+        assert links.one_way_s(PeerId("near")) == pytest.approx(ONE_WAY_S)
+        assert links.measured[PeerId("near")].jitter_s == pytest.approx(0.0, abs=1e-6)
+        assert links.used_at(PeerId("near")) == 0.0, "a probe is no use"
+        assert len(near.streams) == 1
+        await asyncio.sleep(SETTINGS.timeouts.link_idle_s + 2)
+        assert not near.streams, "it is closed when nobody wants it"
+        assert links.one_way_s(PeerId("near")) == pytest.approx(ONE_WAY_S), "but remembered"
+
+    with_links(work)
+
+
+def test_a_probe_of_a_silent_peer_ends() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await links.probe(network.nodes[PeerId("silent")].address)
+        with pytest.raises(Unreachable):
+            await links.probe(PeerAddress(PeerId("nobody")))
+        assert not links.measured
+
+    with_links(work)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peers.links.MOST_MEASURED", 1)
+
+    async def work(links: Links, network: SimNetwork) -> None:
+        for name in ("near", "far"):
+            await links.probe(network.nodes[PeerId(name)].address)
+        assert set(links.measured) == {"far"}
+
+    with_links(work)
+    assert MOST_MEASURED >= 8 * MOST_REPORTS
+
+
+def test_newcomers_are_measured_within_seconds_and_everybody_again_after_the_period() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        view = Directory()
+        prober = LinkProber(links, view, OWN, LayerRange(0, 5), 10, SETTINGS)
+        running = asyncio.create_task(prober.run())
+        await asyncio.sleep(3)
+        assert prober.reports() == ()
+        for name in ("near", "silent"):
+            view.known[PeerId(name)] = announced(name, "5:10")
+        async with asyncio.timeout(5):
+            await prober.news.wait()
+        assert [(r.peer, r.seconds) for r in prober.reports()] == [("near", pytest.approx(ONE_WAY_S))]
+        first = links.measured[PeerId("near")].at
+        await asyncio.sleep(SETTINGS.discovery.ping_period_s + 5)
+        assert links.measured[PeerId("near")].at >= first + SETTINGS.discovery.ping_period_s
+        network.nodes[PeerId("near")].kill()
+        await asyncio.sleep(2 * SETTINGS.discovery.ping_period_s)
+        assert prober.reports() == (), "what is old is not told"
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    with_links(work)
+
+
+def test_who_is_gone_is_not_told_of() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        view = Directory({PeerId(name): announced(name, "5:10") for name in ("near", "far")})
+        prober = LinkProber(links, view, OWN, LayerRange(0, 5), 10, SETTINGS)
+        await prober.look()
+        assert {report.peer for report in prober.reports()} == {"near", "far"}
+        del view.known[PeerId("far")]
+        assert {report.peer for report in prober.reports()} == {"near"}
+
+    with_links(work)
+
+
+def test_followers_come_first_others_are_not_forgotten_and_the_number_is_bounded() -> None:
+    followers = [announced(f"follower {n}", "3:9") for n in range(20)]
+    others = [announced(f"other {n}", "0:5") for n in range(20)]
+    leaving = [announced("leaving", "5:10", PeerState.DRAINING)]
+    for own in ("a", "b"):
+        chosen = worth_measuring(PeerId(own), LayerRange(0, 5), 10, [*others, *leaving, *followers])
+        names = [peer.peer_id for peer in chosen]
+        assert [name.split()[0] for name in names] == ["follower"] * 6 + ["other"] * 2
+        assert chosen == worth_measuring(PeerId(own), LayerRange(0, 5), 10, [*followers, *others])
+    assert len(worth_measuring(OWN, LayerRange(0, 5), 10, followers)) == MOST_REPORTS
+    ring = worth_measuring(OWN, LayerRange(5, 10), 10, [announced("first", "0:5"), announced(OWN, "5:10")])
+    assert [peer.peer_id for peer in ring] == ["first"]

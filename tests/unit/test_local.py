@@ -1,0 +1,197 @@
+"""LocalSwarm with a stand-in for the peer: a script that speaks the same lines and has a child of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from swarm.errors import BadRequest, DeadlineExceeded, ModelError, SwarmError
+from swarm.local import LocalSwarm
+from swarm.types import LayerRange
+
+FAKE_PEER = """
+import json, os, signal, subprocess, sys, time
+args = sys.argv[1:]
+layers = args[args.index("--layers") + 1]
+joins = [value for flag, value in zip(args, args[1:]) if flag == "--initial-peers"]
+say = lambda **event: print(json.dumps(event), flush=True)
+print("loading", layers, file=sys.stderr, flush=True)
+if "--crash" in args:
+    sys.exit("out of luck")
+if "--refuse" in args:
+    say(event="error", code="model", message="no such weights")
+    sys.exit(2)
+daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=subprocess.DEVNULL)
+def leave(*_):
+    if "--stubborn" not in args:
+        daemon.kill()
+        sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+print("a line of some library")
+if "--hang" not in args:
+    say(event="ready", peer_id=f"P{os.getpid()}", addresses=[f"/ip4/127.0.0.1/tcp/{os.getpid()}"], model="m@1",
+        layers=[int(part) for part in layers.split(":")], pid=os.getpid(), daemon=daemon.pid, joins=joins,
+        args=args, env={name: value for name, value in os.environ.items() if name.startswith("SWARM_")})
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    script = tmp_path / "fake peer.py"
+    script.write_text(FAKE_PEER)
+    return [sys.executable, str(script)]
+
+
+THIRDS = (LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30))
+
+
+def gone(pid: int) -> bool:
+    """Ended; a zombie that its parent (not we) has yet to collect counts."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def daemons(swarm: LocalSwarm) -> list[int]:
+    found = []
+    for peer in swarm.peers:
+        event = peer.child.event("ready", 0)
+        assert event is not None
+        found.append(int(event["daemon"]))
+    return found
+
+
+def test_peers_start_through_the_first_and_stop_together(
+    command: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARM_INITIAL_PEERS", "/ip4/9.9.9.9/tcp/1")
+    said: list[str] = []
+    with LocalSwarm(
+        "m",
+        THIRDS,
+        dtype="bfloat16",
+        threads=2,
+        env={"SWARM_TIMEOUTS_DRAIN_S": "1"},
+        log_dir=tmp_path / "logs",
+        command=command,
+        report=said.append,
+    ) as swarm:
+        assert [peer.layers for peer in swarm.peers] == list(THIRDS)
+        first = swarm.peers[0]
+        assert first.model == "m@1"
+        assert first.peer_id == f"P{first.pid}"
+        assert swarm.initial_peers == [address for peer in swarm.peers for address in peer.addresses]
+        events = [peer.child.event("ready", 0) or {} for peer in swarm.peers]
+        assert [event["joins"] for event in events] == [[], list(first.addresses), list(first.addresses)]
+        assert events[0]["args"] == ["serve", "--model", "m", "--layers", "0:10", "--json", "--dtype", "bfloat16"]
+        assert events[0]["env"] == {"SWARM_PEER_THREADS": "2", "SWARM_TIMEOUTS_DRAIN_S": "1"}
+        pids = [peer.pid for peer in swarm.peers] + daemons(swarm)
+        assert not any(gone(pid) for pid in pids)
+    assert all(gone(pid) for pid in pids)
+    assert (tmp_path / "logs" / "peer-1.log").read_text() == "loading 10:20\n"
+    assert any("peer 2 [20:30]: ready" in line for line in said)
+
+
+def test_kill_takes_the_daemon_along_and_a_replacement_joins_the_living(command: Sequence[str]) -> None:
+    with LocalSwarm("m", THIRDS[:2], command=command) as swarm:
+        dead = [swarm.peers[0].pid, daemons(swarm)[0]]
+        swarm.kill(0)
+        assert not swarm.peers[0].alive
+        assert eventually(lambda: all(gone(pid) for pid in dead))
+        added = swarm.add(THIRDS[0])
+        event = added.child.event("ready", 0) or {}
+        assert event["joins"] == list(swarm.peers[1].addresses)
+        assert swarm.peers[2] is added
+
+
+def test_freeze_and_resume(command: Sequence[str]) -> None:
+    def state(pid: int) -> str:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    with LocalSwarm("m", THIRDS[:1], command=command) as swarm:
+        pids = [swarm.peers[0].pid, *daemons(swarm)]
+        swarm.freeze(0)
+        assert eventually(lambda: [state(pid) for pid in pids] == ["T", "T"])
+        assert swarm.initial_peers == []
+        swarm.resume(0)
+        assert eventually(lambda: "T" not in [state(pid) for pid in pids])
+        swarm.freeze(0)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5, "a frozen peer can't drain and is killed at once"
+    assert all(gone(pid) for pid in pids)
+
+
+def test_drain_gives_the_exit_code_or_a_deadline(command: Sequence[str]) -> None:
+    with LocalSwarm("m", THIRDS[:1], command=command) as swarm:
+        assert swarm.drain(0) == 0
+        assert not swarm.peers[0].alive
+    with LocalSwarm("m", THIRDS[:1], command=command, extra_args=["--stubborn"], stop_s=0.2) as swarm:
+        with pytest.raises(DeadlineExceeded, match=r"peer 0 \[0:10\] has not left after 0.2 s"):
+            swarm.drain(0, timeout_s=0.2)
+        pid = swarm.peers[0].pid
+    assert gone(pid)
+
+
+def test_a_peer_that_ends_early_is_an_error_with_its_last_words(command: Sequence[str]) -> None:
+    with pytest.raises(SwarmError, match=r"peer 0 \[0:10\] ended with exit code 1:\nloading 0:10\nout of luck"):
+        LocalSwarm("m", THIRDS, command=command, extra_args=["--crash"]).start()
+
+
+def test_an_error_that_the_peer_reports_keeps_its_class(command: Sequence[str]) -> None:
+    with pytest.raises(ModelError, match=r"peer 0 \[0:10\]: no such weights"):
+        LocalSwarm("m", THIRDS, command=command, extra_args=["--refuse"]).start()
+
+
+def test_a_peer_that_never_gets_ready_is_stopped(command: Sequence[str], tmp_path: Path) -> None:
+    swarm = LocalSwarm("m", THIRDS, command=command, extra_args=["--hang"], start_s=0.5, log_dir=tmp_path)
+    with pytest.raises(DeadlineExceeded, match=r"peer 0 \[0:10\] is not ready after 0.5 s:\nloading 0:10"):
+        swarm.start()
+    assert swarm.peers == []
+
+
+def test_a_swarm_needs_ranges_and_starts_once(command: Sequence[str]) -> None:
+    with pytest.raises(BadRequest):
+        LocalSwarm("m", [])
+    with LocalSwarm("m", THIRDS[:1], command=command) as swarm, pytest.raises(BadRequest):
+        swarm.start()
+
+
+def test_no_process_outlives_an_owner_that_is_killed(command: Sequence[str]) -> None:
+    owner_code = f"""
+import time
+from swarm.local import LocalSwarm
+from swarm.types import LayerRange
+swarm = LocalSwarm("m", [LayerRange(0, 1), LayerRange(1, 2)], command={list(command)!r})
+swarm.start()
+for peer in swarm.peers:
+    print(peer.pid, peer.child.event("ready", 0)["daemon"], end=" ", flush=True)
+print(flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", owner_code], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        pids = [int(word) for word in owner.stdout.readline().split()]
+        assert len(pids) == 4
+        assert not any(gone(pid) for pid in pids)
+        os.kill(owner.pid, signal.SIGKILL)
+    assert eventually(lambda: all(gone(pid) for pid in pids))

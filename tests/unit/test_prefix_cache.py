@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from peers.checkpoints import CheckpointLog
+from peers.kv_cache import KVBudget, SequenceCache
+from peers.prefix_cache import PrefixCache
+from peers.shard import Shard, Step
+from peers.stage import Stage
+from swarm.prefix import BLOCK, NAME_BYTES, Prefixes, reckoned, shared_tokens
+from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Route, SessionId
+from tests.reference import ModelSource, profile_of
+
+MODEL = ModelId("model")
+NAMES = Prefixes(b"secret")
+TEXT = list(range(100))
+
+
+@dataclass
+class Ended:
+    """What the cache asks of a stage."""
+
+    owner: PeerId
+    layers: LayerRange
+    settled: int
+    cache: object = None
+    log: object = None
+    inputs: tuple[int, ...] = ()
+
+
+def ended(owner: str = "owner", settled: int = 200) -> Stage:
+    return cast(Stage, Ended(PeerId(owner), LayerRange(0, 2), settled))
+
+
+def test_a_name_depends_on_every_token_before_on_the_model_and_on_the_key() -> None:
+    whole = NAMES.chain(MODEL, TEXT)
+    assert len(whole) == 3 * NAME_BYTES
+    assert NAMES.chain(MODEL, TEXT[:64]) == whole[: 2 * NAME_BYTES]
+    changed = NAMES.chain(MODEL, [7, *TEXT[1:]])
+    others = [changed, NAMES.chain(ModelId("other"), TEXT), Prefixes(b"another").chain(MODEL, TEXT)]
+    for other in others:
+        blocks = [slice(at, at + NAME_BYTES) for at in range(0, len(whole), NAME_BYTES)]
+        assert not any(whole[block] == other[block] for block in blocks)
+
+
+def test_what_two_chains_share_is_counted_in_whole_blocks_from_the_beginning() -> None:
+    whole = NAMES.chain(MODEL, TEXT)
+    assert shared_tokens(whole, whole) == 96
+    assert shared_tokens(whole, NAMES.chain(MODEL, [*TEXT[:70], 0, *TEXT[70:]])) == 64
+    assert shared_tokens(whole, b"") == 0
+    assert shared_tokens(whole, bytes(NAME_BYTES) + whole[NAME_BYTES:]) == 0
+
+
+def test_an_owner_remembers_who_holds_a_text() -> None:
+    names = Prefixes(b"secret")
+    route = Route((Hop(PeerAddress(PeerId("a")), LayerRange(0, 2)), Hop(PeerAddress(PeerId("b")), LayerRange(2, 4))))
+    names.remember(names.chain(MODEL, TEXT), route)
+    assert names.held(names.chain(MODEL, TEXT[:64])) == {"a": 64, "b": 64}
+    assert names.held(names.chain(MODEL, [9, *TEXT])) == {}
+
+
+def test_a_peer_that_holds_most_of_the_prompt_is_reckoned_with_the_rest_only() -> None:
+    announcement = Announcement(
+        peer=PeerAddress(PeerId("a")),
+        model=MODEL,
+        layers=LayerRange(0, 2),
+        state=PeerState.SERVING,
+        version="0",
+        decode_s_per_layer=1.0,
+        prefill_s_per_token_layer=0.5,
+        kv_tokens_free=10,
+    )
+    assert reckoned(announcement, 75, 100).prefill_s_per_token_layer == 0.125
+    assert reckoned(announcement, 0, 100) is announcement
+
+
+def test_only_whole_settled_blocks_are_kept_and_only_for_the_owner() -> None:
+    cache = PrefixCache(KVBudget(100, 4), most=4)
+    chain = NAMES.chain(MODEL, TEXT)
+    cache.keep(ended(settled=BLOCK - 1), chain, 10, 0.0)
+    assert len(cache) == 0
+    cache.keep(ended(settled=70), chain, 10, 0.0)
+    found = cache.find(PeerId("owner"), LayerRange(0, 2), chain)
+    assert found is not None
+    assert found[1] == 64
+    assert cache.find(PeerId("another"), LayerRange(0, 2), chain) is None
+    assert cache.find(PeerId("owner"), LayerRange(0, 1), chain) is None
+
+
+def test_a_longer_text_replaces_its_beginning_and_a_shorter_one_adds_nothing() -> None:
+    budget = KVBudget(100, 4)
+    cache = PrefixCache(budget, most=4)
+    cache.keep(ended(), NAMES.chain(MODEL, TEXT[:64]), 10, 0.0)
+    cache.keep(ended(), NAMES.chain(MODEL, TEXT), 20, 0.0)
+    cache.keep(ended(), NAMES.chain(MODEL, TEXT[:64]), 10, 0.0)
+    assert (len(cache), budget.kept_bytes) == (1, 20)
+
+
+def test_what_is_kept_yields_to_sessions_the_oldest_first() -> None:
+    budget = KVBudget(100, 4)
+    cache = PrefixCache(budget, most=4)
+    chains = [NAMES.chain(MODEL, [first, *TEXT]) for first in range(3)]
+    for chain in chains:
+        cache.keep(ended(), chain, 30, 0.0)
+    assert (budget.used_bytes, budget.kept_bytes, budget.free_bytes) == (0, 90, 100)
+    assert cache.find(PeerId("owner"), LayerRange(0, 2), chains[0]) is not None  # now the second is the oldest
+    budget.reserve(SessionId("s"), 40)
+    assert [cache.find(PeerId("owner"), LayerRange(0, 2), chain) is not None for chain in chains] == [True, False, True]
+    budget.reserve(SessionId("s"), 60)
+    assert (len(cache), budget.kept_bytes) == (0, 0)
+    cache.keep(ended(), chains[0], 30, 0.0)
+    assert len(cache) == 0
+
+
+def test_entries_are_bounded_expire_and_go_when_the_peer_leaves() -> None:
+    budget = KVBudget(100, 4)
+    cache = PrefixCache(budget, most=2)
+    for first in range(3):
+        cache.keep(ended(), NAMES.chain(MODEL, [first, *TEXT]), 10, float(first))
+    assert (len(cache), budget.kept_bytes) == (2, 20)
+    cache.expire(2.0)
+    assert (len(cache), budget.kept_bytes) == (1, 10)
+    cache.close()
+    cache.keep(ended(), NAMES.chain(MODEL, TEXT), 10, 0.0)
+    assert (len(cache), budget.kept_bytes) == (0, 0)
+
+
+def test_copies_have_the_same_rows_and_leave_the_original_alone() -> None:
+    cache = SequenceCache(LayerRange(3, 5), kv_heads=2, head_dim=4, capacity=10, dtype=torch.float32)
+    keys, values = torch.randn(2, 6, 4), torch.randn(2, 6, 4)
+    cache.write(4, 0, keys, values)
+    cache.length = 6
+    copied = cache.copy(4, 20)
+    assert (copied.length, copied.capacity) == (4, 20)
+    assert torch.equal(copied.layer(4)[0][:, :4], keys[:, :4])
+    copied.write(4, 0, values, keys)
+    assert torch.equal(cache.layer(4)[0][:, :6], keys)
+    log = CheckpointLog(2, 10)
+    log.append(0, b"aabbcc")
+    again = log.copy(2, 4)
+    assert (again.start, again.end, again.read(0, 2)) == (0, 2, b"aabb")
+    log.forget_before(3)
+    assert (log.copy(2, 4).start, log.copy(2, 4).end) == (2, 2)
+
+
+def test_a_model_goes_on_from_a_copied_cache_as_from_its_own() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    profile = profile_of(model.config)
+    shard = Shard.load(profile, model.config.to_dict(), ModelSource(model), LayerRange(0, 2))
+    text = torch.randint(0, 97, (50,)).tolist()
+    own = shard.new_cache(shard.layers, 60)
+    shard.run([Step(shard.layers, own, 0, token_ids=text[:40], head_rows=1)])
+    copied = own.copy(32, 80)
+    own.truncate(32)
+    rest = text[32:]
+    outputs = [shard.run([Step(shard.layers, cache, 32, token_ids=rest, head_rows=1)])[0] for cache in (own, copied)]
+    assert outputs[0].logits is not None
+    assert outputs[1].logits is not None
+    assert torch.equal(outputs[0].logits, outputs[1].logits)

@@ -1,0 +1,225 @@
+"""Matrices in blocks: what they hold, what they give, and that a shard with them is one model at every batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from peers import block_kernels as kernels_module
+from peers.block_kernels import block_kernels
+from peers.decoder_layer import DecoderLayer
+from peers.loading import HEAD_KINDS, LAYER_KINDS
+from peers.quantized_linear import DENSE_ROWS, QuantizedLinear, SideBySide
+from peers.shard import Shard, Step
+from peers.weights import open_source
+from peers.weights.blocks import BlockKind, Blocks, to_blocks
+from swarm.errors import ConfigError, UnsupportedModel
+from swarm.models import config_dict, load_profile, resolve
+from swarm.types import LayerRange
+from tests.checkpoints import make_checkpoint, make_gguf
+
+QUANTISED = (BlockKind.Q4_0, BlockKind.Q4_1, BlockKind.Q8_0)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_blocks_hold_what_gguf_says_they_hold(kind: BlockKind) -> None:
+    packed = quantize(random(7, 96).numpy(), GGMLQuantizationType[kind.name])
+    blocks, wanted = to_blocks(random(7, 96), kind), dequantize(packed, GGMLQuantizationType[kind.name])
+    assert blocks.data.nbytes == packed.nbytes
+    assert (blocks.rows, blocks.columns) == wanted.shape == (7, 96)
+    np.testing.assert_allclose(blocks.expand().numpy(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [(BlockKind.Q4_0, 0.4), (BlockKind.Q4_1, 0.3), (BlockKind.Q8_0, 0.02), (BlockKind.BFLOAT16, 0.02)],
+)
+def test_quantising_costs_as_much_as_its_bits(kind: BlockKind, error: float) -> None:
+    weights = random(16, 256)
+    assert (to_blocks(weights, kind).expand() - weights).abs().max() < error
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", BlockKind)
+@pytest.mark.parametrize("rows", [1, 3, 4, 9, DENSE_ROWS, 70])
+def test_a_product_is_that_of_the_expanded_matrix(kind: BlockKind, rows: int, compiled: bool) -> None:
+    if compiled and block_kernels() is None:
+        pytest.skip("no C compiler here")
+    matrix, bias, inputs = to_blocks(random(50, 160), kind), random(50), random(1, rows, 160, seed=1)
+    linear = QuantizedLinear(matrix, bias)
+    if not compiled:
+        linear._kernels = linear._product = None
+    wanted = torch.nn.functional.linear(inputs, matrix.expand(), bias)
+    torch.testing.assert_close(linear(inputs), wanted, atol=5e-5, rtol=0)
+    torch.testing.assert_close(linear(inputs.bfloat16()).float(), wanted, atol=0.3, rtol=0.02)
+
+
+@pytest.mark.parametrize("kind", BlockKind)
+def test_few_rows_give_the_same_bits_alone_and_together(kind: BlockKind) -> None:
+    if block_kernels() is None:
+        pytest.skip("no C compiler here")
+    linear, inputs = QuantizedLinear(to_blocks(random(33, 96), kind), None), random(11, 96, seed=1)
+    together = linear(inputs)
+    assert all(torch.equal(linear(inputs[i : i + 1]), together[i : i + 1]) for i in range(11))
+    torch.set_num_threads(3)
+    assert torch.equal(linear(inputs), together)
+
+
+def test_matrices_of_several_kinds_stand_side_by_side() -> None:
+    parts = [to_blocks(random(8, 64, seed=seed), kind) for seed, kind in enumerate(QUANTISED)]
+    inputs = random(2, 64, seed=9)
+    wanted = inputs @ torch.cat([part.expand() for part in parts]).T
+    got = SideBySide([QuantizedLinear(part, None) for part in parts])(inputs)
+    torch.testing.assert_close(got, wanted, atol=5e-5, rtol=0)
+
+
+def test_a_machine_without_a_compiler_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels_module, "COMPILERS", ())
+    monkeypatch.setenv("CC", "")
+    assert block_kernels.__wrapped__() is None
+    assert "no C compiler" in caplog.text
+
+
+def test_what_a_compiler_says_of_its_failure_is_logged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if block_kernels() is None:
+        pytest.skip("no C compiler here")
+    (tmp_path / "broken.c").write_text("int product( {")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels_module, "SOURCE", tmp_path / "broken.c")
+    assert block_kernels.__wrapped__() is None
+    assert "the compiler failed" in caplog.text
+    assert "broken.c" in caplog.text
+
+
+# ---- shards -----------------------------------------------------------------------------------------------------
+
+TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+
+
+def shard_of(path: Path, weights: str, layers: LayerRange | None = None, dtype: str = "float32") -> Shard:
+    reference = resolve(str(path), dtype, weights=weights)
+    profile = load_profile(reference)
+    layers = layers or LayerRange(0, profile.num_layers)
+    kind = getattr(torch, dtype)
+    return Shard.load(profile, config_dict(reference), open_source(reference, layers), layers, dtype=kind)
+
+
+def logits_of(shards: list[Shard], chunks: list[int]) -> torch.Tensor:
+    """Of all of ``TEXT``, run in chunks of these sizes through shards that follow each other."""
+    caches = [shard.new_cache(shard.layers, len(TEXT)) for shard in shards]
+    found, start = [], 0
+    for count in chunks:
+        hidden, logits = None, None
+        for shard, cache in zip(shards, caches, strict=True):
+            step = Step(shard.layers, cache, start, hidden=hidden)
+            if shard is shards[0]:
+                step.token_ids = TEXT[start : start + count]
+            if shard is shards[-1]:
+                step.head_rows = count
+            (output,) = shard.run([step])
+            assert output.error is None
+            hidden, logits = output.hidden, output.logits
+        assert logits is not None
+        found.append(logits)
+        start += count
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_three_peers_in_steps_give_what_one_gives_at_once(weights: str, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "m")
+    whole = shard_of(path, weights)
+    last = whole.profile.num_layers
+    parts = [
+        shard_of(path, weights, LayerRange(*pair))
+        for pair in ((0, 1), (1, last - 1), (last - 1, last))
+        if pair[0] < pair[1]
+    ]
+    at_once = logits_of([whole], [len(TEXT)])
+    torch.testing.assert_close(logits_of(parts, [5, 1, 1, 3, 2]), at_once, atol=1e-5, rtol=0)
+    plain = logits_of([shard_of(path, "auto")], [len(TEXT)])
+    assert not torch.allclose(at_once, plain, atol=1e-6), "the weights were not quantised at all"
+    assert (at_once - plain).abs().max() < 0.5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_files_own_blocks_are_kept_as_they_are(quantisation: str, tied: bool, tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "m.gguf", tied=tied, quantisation=quantisation)
+    weights = "int8" if quantisation == "Q8_0" else "int4"
+    small, plain = shard_of(path, weights), shard_of(path, "auto")
+    torch.testing.assert_close(logits_of([small], [len(TEXT)]), logits_of([plain], [len(TEXT)]), atol=2e-5, rtol=0)
+    assert small.size_bytes < 0.5 * plain.size_bytes
+    own = {linear.matrix.kind.name for linear in small._model.modules() if isinstance(linear, QuantizedLinear)}
+    assert own == {quantisation}
+
+
+def test_every_choice_is_a_model_of_its_own(tmp_path: Path) -> None:
+    path = str(make_checkpoint(tmp_path / "m"))
+    profiles = [load_profile(resolve(path, weights=weights)) for weights in ("auto", "bfloat16", "int8", "int4")]
+    assert len({profile.model_id for profile in profiles}) == 4
+    assert load_profile(resolve(path, weights="float32")) == profiles[0]
+    sizes = [profile.layer_bytes for profile in profiles]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    path = str(make_checkpoint(tmp_path / "m"))
+    with pytest.raises(ConfigError, match="take bfloat16 or a smaller kind"):
+        resolve(path, "bfloat16", weights="float32")
+    with pytest.raises(ConfigError, match="auto, float32, bfloat16, int8, int4"):
+        resolve(path, weights="int3")
+    reference = resolve(path, weights="int4")
+    profile, layers = load_profile(reference), LayerRange(0, 1)
+    with pytest.raises(UnsupportedModel, match="take weights auto"):
+        Shard.load(profile, config_dict(reference), open_source(reference, layers), layers, device="meta")
+
+
+def test_the_sizes_that_are_reckoned_with_are_those_that_blocks_have(tmp_path: Path) -> None:
+    for weights, kind in LAYER_KINDS.items():
+        profile = load_profile(resolve(str(make_checkpoint(tmp_path / weights)), weights=weights))
+        shard = shard_of(tmp_path / weights, weights)
+        head = (
+            profile.hidden_size * 4 + profile.vocab_size * profile.hidden_size // 32 * HEAD_KINDS[weights].block_bytes
+        )
+        assert profile.head_bytes == head, kind
+        assert shard.size_bytes <= profile.num_layers * profile.layer_bytes + profile.head_bytes
+        assert isinstance(Blocks(kind, torch.zeros(1, kind.block_bytes, dtype=torch.uint8)).columns, int)
+
+
+def test_a_fused_layer_gives_what_its_modules_give(tmp_path: Path) -> None:
+    if block_kernels() is None:
+        pytest.skip("no C compiler here")
+    shard = shard_of(make_checkpoint(tmp_path / "m"), "int8")
+    chunks = [5, 1, 1, 3, 2]
+    fused = logits_of([shard], chunks)
+    layers = [module for module in shard._model.modules() if isinstance(module, DecoderLayer)]
+    assert layers
+    for layer in layers:
+        assert layer._fused is not None
+        layer._fused = None
+    torch.testing.assert_close(fused, logits_of([shard], chunks), atol=1e-5, rtol=0)

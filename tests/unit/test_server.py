@@ -1,0 +1,138 @@
+"""A peer that moves: its new range is loaded beside the old one where both fit, and it stays if others have left."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+
+from peers.kv_cache import KVBudget
+from peers.seat import Room
+from peers.server import _Move, _Peer
+from swarm.config import PeerSettings, PlacementSettings, Settings
+from swarm.identity import Identity
+from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState, Voucher
+from tests.sim.world import PROFILE
+
+MB = 1_000_000
+MODEL = replace(PROFILE, num_layers=30, layer_bytes=10 * MB, hidden_size=64, embedding_bytes=MB, head_bytes=MB)
+SETTINGS = replace(Settings(), peer=PeerSettings(max_memory_mb=200), placement=PlacementSettings(kv_tokens=8))
+ME = Identity.ephemeral()
+OLD, NEW = LayerRange(2, 6), LayerRange(10, 14)
+
+
+@dataclass
+class Table:
+    budget: KVBudget
+
+
+@dataclass
+class Service:
+    table: Table
+
+
+@dataclass
+class View:
+    known: list[Announcement] = field(default_factory=list)
+
+    def announcements(self) -> list[Announcement]:
+        return self.known
+
+
+@dataclass
+class Announcer:
+    said: list[Announcement] = field(default_factory=list)
+
+    async def update(self, announcement: Announcement) -> bool:
+        self.said.append(announcement)
+        return True
+
+
+class Loading(_Peer):
+    """Loads nothing, at once."""
+
+    def load(self, layers: LayerRange) -> asyncio.Task[Any]:
+        async def loaded() -> str:
+            return f"shard {layers}"
+
+        return asyncio.create_task(loaded())
+
+
+def announced(peer: str, layers: LayerRange) -> Announcement:
+    return Announcement(
+        peer=PeerAddress(PeerId(peer)),
+        model=MODEL.model_id,
+        layers=layers,
+        state=PeerState.SERVING,
+        version="0",
+        decode_s_per_layer=0.001,
+        prefill_s_per_token_layer=0.001,
+        kv_tokens_free=100,
+    )
+
+
+async def ahead(kv_mb: int, others: list[LayerRange], *, urgent: bool = False) -> tuple[bool, _Move, KVBudget]:
+    """Whether the peer goes, with what it has loaded."""
+    budget = KVBudget(kv_mb * MB, 8, "lru")
+    room = Room.of(SETTINGS, MODEL, 0, on_cpu=True)
+    view = View([announced(f"peer{index}", layers) for index, layers in enumerate(others)])
+    given: dict[str, Any] = {
+        "settings": SETTINGS,
+        "reference": None,
+        "profile": MODEL,
+        "files": {},
+        "room": room,
+        "identity": ME,
+        "transport": None,
+        "view": view,
+        "announcer": Announcer(),
+        "stopping": asyncio.Event(),
+        "report": lambda event: None,
+        "device": None,
+    }
+    peer, move = Loading(**given), _Move(NEW, urgent)
+    own = announced(ME.peer_id, OLD)
+    goes = await peer._load_ahead(move, cast(Any, Service(Table(budget))), lambda: replace(own, moving_to=move.layers))
+    return goes, move, budget
+
+
+async def test_the_new_range_is_loaded_beside_the_old_one_where_both_fit() -> None:
+    goes, move, budget = await ahead(100, [OLD])
+    assert goes
+    assert move.loading is not None
+    assert move.loading.result() == "shard 10:14"
+    assert budget.used_bytes > 40 * MB, "no session gets the memory that the new range has"
+
+
+async def test_it_is_loaded_after_the_old_one_was_dropped_where_they_do_not() -> None:
+    goes, move, budget = await ahead(30, [OLD])
+    assert goes
+    assert move.loading is None
+    assert budget.used_bytes == 0
+
+
+async def test_a_peer_stays_if_the_others_have_left_its_layers_meanwhile() -> None:
+    goes, move, budget = await ahead(100, [LayerRange(2, 5)])
+    assert not goes
+    assert move.loading is None
+    assert budget.used_bytes == 0, "the room is for sessions again"
+
+
+async def test_a_gap_is_closed_whatever_the_others_do() -> None:
+    goes, move, _ = await ahead(100, [], urgent=True)
+    assert goes
+    assert move.loading is not None
+
+
+@pytest.mark.parametrize(("skew_s", "warned"), [(0.0, False), (20.0, False), (-300.0, True), (300.0, True)])
+def test_a_clock_that_differs_from_the_verifiers_is_told(skew_s: float, warned: bool) -> None:
+    events: list[dict[str, object]] = []
+    peer = object.__new__(Loading)
+    peer.report = events.append
+    peer._compare_clocks(Voucher(ME.peer_id, time.time() - skew_s, b""))
+    assert bool(events) == warned
+    if warned:
+        assert ("ahead of" if skew_s > 0 else "behind") in str(events[0]["message"])

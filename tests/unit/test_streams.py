@@ -1,0 +1,129 @@
+"""Framing over a socket pair: what a lying, stalling or dying remote can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from swarm.errors import ProtocolError, StreamLost
+from swarm.streams import END, HEADER, FramedStream
+from swarm.types import PeerId
+
+REMOTE = PeerId("12D3KooWRemote")
+MAX = 4 * 1024 * 1024
+
+
+@contextlib.asynccontextmanager
+async def pair(send_s: float = 2.0) -> AsyncIterator[tuple[FramedStream, asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A stream and the raw far end of it."""
+    left, right = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=left)
+    far_reader, far_writer = await asyncio.open_connection(sock=right)
+    stream = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=send_s)
+    try:
+        yield stream, far_reader, far_writer
+    finally:
+        stream.abort()
+        far_writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def test_frames_of_all_sizes_arrive_in_order() -> None:
+    async with pair() as (near, reader, writer):
+        far = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=2.0)
+        sizes = [0, 1, 2300, 65535, 65536, 65537, 262144, 262145, MAX]
+
+        async def send() -> None:
+            for size in sizes:
+                await near.send(bytes([size % 251]) * size)
+            await near.close()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(send())
+            assert [await far.receive() for _ in sizes] == [bytes([size % 251]) * size for size in sizes]
+            assert await far.receive() is None
+            assert await far.receive() is None
+        await far.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0", HEADER.pack(5) + b"four", HEADER.pack(300_000) + bytes(1000)])
+async def test_an_eof_without_end_frame_is_a_lost_stream(sent: bytes) -> None:
+    async with pair() as (near, _, writer):
+        writer.write(sent)
+        writer.close()
+        with pytest.raises(StreamLost, match="without its end frame"):
+            await near.receive()
+        with pytest.raises(StreamLost):
+            await near.send(b"x")
+        with pytest.raises(StreamLost):
+            await near.receive()
+
+
+async def test_a_lying_length_is_refused_before_anything_is_read() -> None:
+    async with pair() as (near, reader, writer):
+        writer.write(HEADER.pack(END - 1) + bytes(100))
+        with pytest.raises(ProtocolError, match="announced a frame of 4294967294 bytes"):
+            await near.receive()
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+
+
+async def test_a_frame_over_the_limit_is_not_sent() -> None:
+    async with pair() as (near, reader, _):
+        with pytest.raises(ProtocolError, match="max_frame_bytes"):
+            await near.send(bytes(MAX + 1))
+        await near.send(b"next")
+        assert await reader.readexactly(8) == HEADER.pack(4) + b"next"
+
+
+@pytest.mark.parametrize("size", [5, 300_000])
+async def test_a_stall_in_the_middle_of_a_frame_has_a_deadline(size: int) -> None:
+    async with pair(send_s=0.05) as (near, _, writer):
+        writer.write(HEADER.pack(size) + b"abc")
+        with pytest.raises(StreamLost, match="middle of a frame"):
+            await near.receive()
+
+
+async def test_a_remote_that_reads_nothing_blocks_the_sender_until_the_deadline() -> None:
+    async with pair(send_s=0.1) as (near, _, _writer):
+
+        async def flood() -> None:
+            for _ in range(100):
+                await near.send(bytes(1024 * 1024))
+
+        with pytest.raises(StreamLost, match=r"took nothing for 0\.1 s"):
+            await asyncio.wait_for(flood(), 5)
+
+
+@pytest.mark.parametrize("size", [100, 400_000])
+async def test_receive_may_be_cancelled_anywhere(size: int) -> None:
+    async with pair() as (near, _, writer):
+        payload = bytes(range(200)) * (size // 200) + bytes(size % 200)
+        raw = HEADER.pack(size) + payload
+        for piece in (raw[:2], raw[2:4], raw[4:90]):
+            writer.write(piece)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(near.receive(), 0.05)
+        writer.write(raw[90:])
+        assert await near.receive() == payload
+
+
+async def test_close_and_abort_may_come_in_any_order() -> None:
+    closed: list[FramedStream] = []
+    left, right = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=left)
+    with right:
+        stream = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=1.0, on_close=closed.append)
+        await stream.close()
+        await stream.close()
+        stream.abort()
+        stream.abort()
+        await stream.close()
+        assert closed == [stream]
+        with pytest.raises(StreamLost):
+            await stream.send(b"")
+        assert right.recv(10) == HEADER.pack(END)
