@@ -76,6 +76,7 @@ _SPECIAL: Mapping[str, Rule] = {
     "recovery.max_rebuilds": _whole(0),
     "recovery.max_penalty_s": _PATIENCE,
     "planner.hop_s": _PATIENCE,
+    "planner.hop_margin_s": _PATIENCE,
     "planner.link_s": _PATIENCE,
     "planner.bytes_per_s": Rule("a number of bytes a second above 0", lambda value: value > 0),
     "planner.spread": Rule("a number from 0 to below 1", lambda value: 0 <= value < 1),

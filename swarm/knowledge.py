@@ -44,6 +44,7 @@ def known(
         before=before,
         after=after,
         hop_s=planner.hop_s,
+        hop_margin_s=planner.hop_margin_s,
         seed=seed,
         spread=planner.spread,
     )

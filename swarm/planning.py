@@ -82,7 +82,7 @@ class Field:
         if demand.prompt_tokens:
             prefill = np.array([a.prefill_s_per_token_layer for a in usable])
             decode = decode + prefill * demand.prompt_tokens / demand.new_tokens
-        fixed = np.array(self.queues) + np.array([a.step_s for a in usable]) + knowledge.hop_s
+        fixed = np.array(self.queues) + np.array([a.step_s for a in usable]) + knowledge.hop_s + knowledge.hop_margin_s
         end_of_all = self.wanted.end
         last = np.array([a.head_s if a.layers.end == end_of_all else 0.0 for a in usable])
         if knowledge.seed is not None:
@@ -178,7 +178,8 @@ class Field:
                 compute_s=a.step_s + a.decode_s_per_layer * len(layers) + head_s,
                 prefill_s=prefill_s,
             )
-            cost_s += planned.decode_s + self.penalties[index] + prefill_s / demand.new_tokens
+            cost_s += planned.decode_s + self.knowledge.hop_margin_s + self.penalties[index]
+            cost_s += prefill_s / demand.new_tokens
             if previous and previous != peer:
                 cost_s += self._link_cost(previous, peer) - planned.link_s
             hops.append(planned)

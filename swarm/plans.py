@@ -49,6 +49,8 @@ class Knowledge:
     after: PeerId | None = None
     """... and who takes from it."""
     hop_s: float = _DEFAULTS.hop_s
+    hop_margin_s: float = 0.0
+    """Counted for each hop in the choice, and in no prediction."""
     seed: int | None = None
     """Another one for each session spreads the load over equals; ``None``: always the same choice."""
     spread: float = _DEFAULTS.spread

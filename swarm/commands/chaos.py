@@ -43,6 +43,7 @@ def chaos(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 200,
     parts: Annotated[int, typer.Option(min=1, help="Layer ranges; each has two peers.")] = 3,
     in_one: Annotated[bool, typer.Option("--in-one", help="All faults in one generation.")] = False,
+    drafts: Annotated[bool, typer.Option("--drafts", help="Speculate, too: several tokens may come at once.")] = False,
     model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep what the peers say there.")] = None,
     config: ConfigFile = None,
@@ -51,7 +52,8 @@ def chaos(
 ) -> None:
     """Break a local swarm with spares while it generates. Exit code 1 if a single token differs."""
     log_to_stderr(verbose)
-    settings = load(config, {"model": model}, as_json=as_json).settings
+    flags = {"model": model, "speculation": "auto" if drafts else "off"}
+    settings = load(config, flags, as_json=as_json).settings
     with failing_well(as_json), ending_on_sigterm():
         chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
         trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one)
@@ -68,6 +70,7 @@ def chaos(
             [*ranges] * COPIES,
             dtype=settings.model.dtype,
             extra_args=extra,
+            env={"SWARM_PEER_PREFIX_CACHE": "false"},  # every trial has the same prompt, and is to be replayed whole
             log_dir=log_dir,
             report=say,
         ) as swarm:

@@ -22,7 +22,7 @@ from swarm.local import LocalPeer, LocalSwarm
 from swarm.multiaddrs import peer_addresses
 from swarm.sampling import SamplingParams, sample
 from swarm.session import RouteChanged
-from swarm.types import LayerRange, PeerId, Token
+from swarm.types import LayerRange, PeerId, Route, Token
 from tests.reference import built_in_model
 
 MODEL = "smollm2-135m"
@@ -101,8 +101,12 @@ class Watched:
     result: Generation | None = None
 
     @property
+    def route(self) -> Route:
+        return self.routes[-1].route
+
+    @property
     def hops(self) -> list[PeerId]:
-        return [hop.peer.peer_id for hop in self.routes[-1].route.hops]
+        return [hop.peer.peer_id for hop in self.route.hops]
 
 
 async def watch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,7 @@ from swarm.info import describe
 from swarm.local import LocalSwarm
 from swarm.multiaddrs import peer_address
 from swarm.sampling import SamplingParams
-from swarm.types import LayerRange, PeerId
+from swarm.types import Hop, LayerRange, PeerId
 from tests.live.helpers import (
     MODEL,
     SETTINGS,
@@ -89,6 +89,10 @@ def undisturbed(reference: Reference) -> Undisturbed:
 
 def story(client: AsyncClient, length: int = 100) -> list[int]:
     return client.tokenizer.encode(STORY)[:length]
+
+
+def covered(ranges: Iterable[LayerRange]) -> list[int]:
+    return sorted(layer for layers in ranges for layer in range(layers.start, layers.end))
 
 
 def kill_process(swarm: LocalSwarm, peer_id: PeerId) -> int:
@@ -172,10 +176,12 @@ async def test_every_position_killed_at_the_first_a_middle_and_the_last_but_one_
 ) -> None:
     moments = dict(zip((0, TOKENS // 2, LAST_BUT_ONE), order, strict=True))
     daemons: list[int] = []
+    struck: list[Hop] = []
 
     def strike(index: int, seen: Watched) -> None:
         if index in moments:
-            daemons.append(kill_process(spares, seen.hops[moments[index]]))
+            struck.append(seen.route.hops[moments[index]])
+            daemons.append(kill_process(spares, struck[-1].peer.peer_id))
 
     async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
         prompt = story(client)
@@ -184,11 +190,11 @@ async def test_every_position_killed_at_the_first_a_middle_and_the_last_but_one_
         assert seen.token_ids == undisturbed.tokens(prompt, options)
         assert seen.result is not None
         assert len(seen.result.rebuilds) == 3
-        for rebuild, position in zip(seen.result.rebuilds, order, strict=True):
-            assert [hop.layers for hop in rebuild.lost] == [THIRDS[position]]
-            assert [layers for layers, _ in rebuild.replayed] == [THIRDS[position]], (
-                "only what was lost is computed again"
-            )
+        for rebuild, hop in zip(seen.result.rebuilds, struck, strict=True):
+            assert hop in rebuild.lost
+            lost = [hop.layers for hop in rebuild.lost]
+            replayed = [layers for layers, _ in rebuild.replayed]
+            assert covered(replayed) == covered(lost), "only what was lost is computed again"
         await nothing_left(client, spares, daemons)
     assert len(living(spares)) == 3
 
@@ -216,10 +222,12 @@ async def test_peers_that_are_told_to_leave_hand_over(spares: LocalSwarm, undist
     moments = {3: 0, 40: 2}
     count = 100
     leaving: list[asyncio.Task[int]] = []
+    struck: list[Hop] = []
 
     def strike(index: int, seen: Watched) -> None:
         if index in moments:
-            victim = index_of(spares, seen.hops[moments[index]])
+            struck.append(seen.route.hops[moments[index]])
+            victim = index_of(spares, struck[-1].peer.peer_id)
             leaving.append(asyncio.create_task(asyncio.to_thread(spares.drain, victim)))
 
     async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
@@ -228,7 +236,9 @@ async def test_peers_that_are_told_to_leave_hand_over(spares: LocalSwarm, undist
         assert seen.token_ids == undisturbed.tokens(prompt, GREEDY, count)
         assert await asyncio.gather(*leaving) == [0, 0]
         assert seen.result is not None
-        assert [hop.layers for rebuild in seen.result.rebuilds for hop in rebuild.lost] == [THIRDS[0], THIRDS[2]]
+        first, second = seen.result.rebuilds
+        assert struck[0] in first.lost
+        assert struck[1] in second.lost
         assert all("leaving" in route.reason for route in seen.routes[1:])
         await released(client, spares)
 

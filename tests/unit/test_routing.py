@@ -228,6 +228,11 @@ def test_the_head_costs_the_last_peer_only_and_a_step_costs_whatever_its_layers(
     found = plan(announcements, WHOLE)
     assert names(found) == "b[0:5] c[5:6]", "it may leave before the head"
     assert [one.compute_s for one in found.hops] == pytest.approx([0.003 + 5 * 0.01, 0.02])
+    assert found.cost_s < plan(announcements[:2], WHOLE).cost_s
+    margin = plan(announcements, WHOLE, knowledge=Knowledge(hop_margin_s=0.1))
+    assert names(margin) == "b[0:6]", "another hop has to gain more than the margin"
+    assert margin.decode_s == pytest.approx(plan(announcements[:2], WHOLE).decode_s), "which is no part of a prediction"
+    assert margin.cost_s == pytest.approx(plan(announcements[:2], WHOLE).cost_s + 0.1)
 
 
 def test_nobody_is_used_twice() -> None:
