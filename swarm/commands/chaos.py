@@ -52,7 +52,7 @@ def chaos(
 ) -> None:
     """Break a local swarm with spares while it generates. Exit code 1 if a single token differs."""
     log_to_stderr(verbose)
-    flags = {"model": model, "speculation": "auto" if drafts else "off"}
+    flags: dict[str, object] = {"model": model, "speculation": "auto" if drafts else "off"}
     settings = load(config, flags, as_json=as_json).settings
     with failing_well(as_json), ending_on_sigterm():
         chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
