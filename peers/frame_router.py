@@ -40,6 +40,10 @@ class FrameRouter:
         self._deliver(self.local_id, message.frame)
         return True
 
+    async def reach(self, peer: PeerAddress) -> None:
+        if peer.peer_id != self.local_id:
+            await self._links.reach(peer)
+
     async def to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> None:
         if peer.peer_id == self.local_id:
             self._deliver(self.local_id, message.frame)

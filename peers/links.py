@@ -120,6 +120,11 @@ class Links:
         link.last_used = _now()
         return True
 
+    async def reach(self, peer: PeerAddress) -> None:
+        """Open the link before there is something to send. Raises ``Unreachable``."""
+        if peer.peer_id not in self._links:
+            await self._dial(peer)
+
     async def send(self, peer: PeerAddress, message: pb.LinkMessage) -> None:
         """Raises ``Unreachable`` or ``StreamLost``; the next send dials again."""
         link = self._links.get(peer.peer_id) or await self._dial(peer)

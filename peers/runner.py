@@ -35,6 +35,9 @@ class Outside(Protocol):
     def try_to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> bool:
         """Send without waiting. ``False``: nothing was sent, because the link isn't open or is congested."""
 
+    async def reach(self, peer: PeerAddress) -> None:
+        """Open the link to ``peer``, if there is none."""
+
     async def to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> None: ...
 
     def acknowledge(self, sender: PeerId, ack: pb.Ack) -> None: ...
@@ -302,6 +305,8 @@ class StageRunner:
         """Send what the target lacks as it appears. The log is the buffer, so a slow target costs no memory."""
         target, limits, engine = follower.target, self.settings.limits, self.settings.engine
         try:
+            if target.peer is not None:  # a dial takes several round trips: not when the first rows are waiting for it
+                await self.outside.reach(target.peer)
             while True:
                 follower.sending = True
                 if target.peer is None and self.stage.step_mode:

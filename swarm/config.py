@@ -124,7 +124,7 @@ class LimitSettings:
     """Largest model file (tokenizer) that is taken from a peer."""
     max_streams_per_peer: int = 256
     max_streams: int = 2048
-    window_frames: int = 4
+    window_frames: int = 8
     """Prefill frames on their way to one stage that has not yet computed them."""
     max_waiting_frames: int = 64
     """Frames of one session that wait at one stage."""

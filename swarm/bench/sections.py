@@ -7,6 +7,7 @@ all of them at the same time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -41,7 +42,11 @@ class Scale:
     rounds: int
     tokens: int
     prompt: int
-    sessions: tuple[int, ...]
+    prefill: int = 512
+    """Tokens of the prompt that section ``prefill`` times ..."""
+    mixed: int = 1000
+    """... and of the one that is computed beside a session in section ``mixed``."""
+    sessions: tuple[int, ...] = (1, 2, 4, 8, 16)
 
 
 class Contender(Protocol):
@@ -78,9 +83,12 @@ class SwarmContender:
         temperature: float = 0.0,
         seed: int = 0,
         to_the_end: bool = False,
+        watched: Callable[[int], bool] | None = None,
     ) -> Run:
         """Past the end of the text unless ``to_the_end``, so that every run has the same number of tokens. Without
-        speculation unless asked for: texts that go on past their end repeat themselves."""
+        speculation unless asked for: texts that go on past their end repeat themselves.
+
+        ``watched`` hears how many tokens there are, after each; the run ends when it answers with False."""
         request = self.client.request(
             prompt,
             max_tokens=max_tokens,
@@ -93,11 +101,14 @@ class SwarmContender:
         stream = AsyncStream(self.client, dataclasses.replace(request, end_ids=ends), ())
         run = Run([], [], [])
         began = time.perf_counter()
-        async for event in stream:
-            if isinstance(event, Token):
-                run.times.append(time.perf_counter() - began)
-                run.token_ids.append(event.token_id)
-                run.hops.append(event.hops)
+        async with contextlib.aclosing(aiter(stream)) as events:
+            async for event in events:
+                if isinstance(event, Token):
+                    run.times.append(time.perf_counter() - began)
+                    run.token_ids.append(event.token_id)
+                    run.hops.append(event.hops)
+                    if watched is not None and not watched(len(run.times)):
+                        break
         return run
 
 
@@ -113,7 +124,7 @@ async def speed(
     for contender in contenders.values():
         await contender.generate(prompt, 4)  # the first run is a warm-up
     for number in range(scale.rounds):
-        for name in _turned(list(contenders), number):
+        for name in turned(list(contenders), number):
             before_s = cpu_s(contenders[name].pids)
             run = await contenders[name].generate(prompt, scale.tokens)
             cpu_ms[name].append(1e3 * (cpu_s(contenders[name].pids) - before_s) / scale.tokens)
@@ -146,7 +157,7 @@ async def speed(
     return figures
 
 
-def _turned(names: list[str], by: int) -> list[str]:
+def turned(names: list[str], by: int) -> list[str]:
     """Another one begins each round."""
     start = by % len(names)
     return names[start:] + names[:start]

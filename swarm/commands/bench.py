@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from swarm.bench.sections import Figure, Scale
     from swarm.local import LocalSwarm
 
-SECTIONS = ("speed", "memory", "sessions", "kv-cache", "speculation")
+SECTIONS = ("speed", "memory", "prefill", "mixed", "sessions", "kv-cache", "speculation")
 """In this order: many sessions would count for the memory of some and not of others."""
+COMPARED = {"speed", "memory", "prefill"}
+"""Sections in which all contenders take part; in the others it is the largest swarm alone."""
 CONTENDERS = ("transformers", "one", "three")
 
 
@@ -73,7 +75,9 @@ def bench(
             sections, taking_part = [name for name in sections if name != "memory"], []
         from swarm.bench.sections import Scale
 
-        scale = Scale(2, 16, min(prompt, 32), (1, 8)) if quick else Scale(rounds, tokens, prompt, (1, 2, 4, 8, 16))
+        scale = Scale(rounds, tokens, prompt)
+        if quick:
+            scale = Scale(2, 16, min(prompt, 32), prefill=64, mixed=200, sessions=(1, 8))
         around = _Around(link_ms / 1e3, link_mbps * 1e6 / 8, url, url_model)
         figures = _measure(settings, sections, taking_part, scale, around)
         if plot is not None:
@@ -147,13 +151,13 @@ def _measure(
         swarms: dict[str, LocalSwarm] = {}
         reference: Reference | None = None
         name, dtype = settings.model.name, settings.model.dtype
-        if "transformers" in contenders and set(sections) & {"speed", "memory"}:
+        if "transformers" in contenders and set(sections) & COMPARED:
             reference = stack.enter_context(Reference(name, dtype))
             say(f"transformers loads {name}")
             reference.ready()
         num_layers = int(config_dict(resolve(name, dtype))["num_hidden_layers"]) if contenders else 0
         for contender, title, parts in (("one", ONE, 1), ("three", THREE, 3)):
-            if contender in contenders and (contender == "three" or set(sections) & {"speed", "memory"}):
+            if contender in contenders and (contender == "three" or set(sections) & COMPARED):
                 say(f"starting {title}")
                 args = _slow_peers(stack, parts, around) if around.slowed else None
                 local = LocalSwarm(
@@ -189,6 +193,7 @@ async def _sections(
     from swarm.bench import sections as measure
     from swarm.bench.drafts import speculation
     from swarm.bench.openai import OpenAIContender
+    from swarm.bench.prompts import mixed, prefill
     from swarm.client import AsyncClient
     from swarm.sample_text import sample_prompt
 
@@ -218,6 +223,10 @@ async def _sections(
                 for contender in contenders.values():
                     await contender.generate(prompt, scale.tokens)
             figures += await measure.memory(swarms, reference)
+        if "prefill" in sections:
+            figures += await prefill(contenders, sample_prompt(most.client.tokenizer, scale.prefill), scale, report)
+        if "mixed" in sections:
+            figures += await mixed(most, scale, report)
         if "sessions" in sections:
             figures += await measure.sessions(most, scale, report)
         if "kv-cache" in sections:

@@ -1,0 +1,90 @@
+"""Two sections of ``swarm bench`` about long prompts: how soon their answer begins, and what others have to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from swarm.bench.runs import percentile, ratio
+from swarm.bench.sections import ONE, THREE, TRANSFORMERS, Contender, Figure, Scale, SwarmContender, turned
+from swarm.sample_text import sample_prompt
+
+HEAD_START = 8
+"""Tokens of the disturbed session before the other one begins."""
+HEAD_START_S = 60.0
+LONG_ENOUGH = 400
+"""Tokens that outlast the other one's prompt."""
+
+
+async def prefill(
+    contenders: Mapping[str, Contender], prompt: Sequence[int], scale: Scale, report: Callable[[str], None]
+) -> list[Figure]:
+    """Time to the first token of ``prompt``, contenders in turn."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for contender in contenders.values():
+        await contender.generate(prompt, 2)  # the first run is a warm-up
+    for number in range(scale.rounds):
+        for name in turned(list(contenders), number):
+            run = await contenders[name].generate(prompt, 2)
+            times[name].append(run.ttft_s)
+            report(f"prefill, round {number + 1} of {scale.rounds}: {name} {run.ttft_s:.2f} s")
+    figures = [
+        Figure("prefill", f"{name}: {len(prompt)} tokens to the first one", 1e3 * statistics.median(taken), "ms")
+        for name, taken in times.items()
+    ]
+    for above, below in ((ONE, TRANSFORMERS), (THREE, ONE), (THREE, TRANSFORMERS)):
+        if above in times and below in times:
+            figures.append(Figure("prefill", f"{above} / {below}, time", ratio(times[above], times[below]), "x"))
+    return figures
+
+
+async def mixed(contender: SwarmContender, scale: Scale, report: Callable[[str], None]) -> list[Figure]:
+    """Time between the tokens of one session, alone and while the prompt of another one is computed."""
+    tokenizer = contender.client.tokenizer
+    alone: list[float] = []
+    disturbed: list[float] = []
+    took: list[float] = []
+    for number in range(scale.rounds):
+        prompt = sample_prompt(tokenizer, scale.prompt, 3 * number)
+        alone += (await contender.generate(prompt, scale.tokens)).gaps
+        gaps, prefill_s = await _disturbed(contender, prompt, sample_prompt(tokenizer, scale.mixed, 5 + number))
+        disturbed += gaps
+        took.append(prefill_s)
+        report(f"mixed, round {number + 1} of {scale.rounds}: {len(gaps)} tokens during a prompt of {prefill_s:.1f} s")
+    figures = [Figure("mixed", f"first token of {scale.mixed} tokens beside it", 1e3 * statistics.median(took), "ms")]
+    for share in (0.5, 0.95):
+        calm, busy = percentile(alone, share), percentile(disturbed, share)
+        figures += [
+            Figure("mixed", f"between tokens alone, p{100 * share:.0f}", 1e3 * calm, "ms"),
+            Figure("mixed", f"between tokens during that prompt, p{100 * share:.0f}", 1e3 * busy, "ms"),
+            Figure("mixed", f"during / alone, p{100 * share:.0f}", busy / calm, "x"),
+        ]
+    return figures
+
+
+async def _disturbed(
+    contender: SwarmContender, prompt: Sequence[int], other: Sequence[int]
+) -> tuple[list[float], float]:
+    """Gaps of one session that end while ``other`` is computed, and how long that took. Seconds."""
+    begun, done = asyncio.Event(), asyncio.Event()
+    at: list[float] = []
+    most = min(LONG_ENOUGH, contender.client.profile.max_positions - len(prompt))
+
+    def watched(tokens: int) -> bool:
+        at.append(time.perf_counter())
+        if tokens >= HEAD_START:
+            begun.set()
+        return not done.is_set()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(contender.generate(prompt, most, watched=watched))
+        async with asyncio.timeout(HEAD_START_S):
+            await begun.wait()
+        began = time.perf_counter()
+        run = await contender.generate(other, 2)
+        done.set()
+    ended = began + run.ttft_s
+    return [later - earlier for earlier, later in itertools.pairwise(at) if began < later <= ended], run.ttft_s
