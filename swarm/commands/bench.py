@@ -47,6 +47,10 @@ def bench(
     contenders: Annotated[str, typer.Option(help="Who takes part, separated by commas.")] = ",".join(CONTENDERS),
     model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="How our peers store matrices: float32, bfloat16, int8, int4, or auto: in the dtype."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Contenders take turns so often; medians count.")] = 5,
     tokens: Annotated[int, typer.Option(min=4, help="To generate in each run.")] = 48,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
@@ -66,7 +70,7 @@ def bench(
 ) -> None:
     """Measure one peer, three peers and transformers, one thread each, or a swarm that is running."""
     log_to_stderr(verbose)
-    flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "dtype": dtype}
+    flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "dtype": dtype, "weights": weights}
     settings = load(config, flags, as_json=as_json).settings
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or list(SECTIONS), SECTIONS, "section")
@@ -164,6 +168,7 @@ def _measure(
                     name,
                     even_ranges(num_layers, parts),
                     dtype=dtype,
+                    weights=settings.model.weights,
                     threads=1,
                     # Each run computes its whole prompt, as those that it is compared with do.
                     env={"SWARM_PEER_PREFILL_THREADS": "1", "SWARM_PEER_PREFIX_CACHE": "false"},

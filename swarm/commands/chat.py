@@ -13,6 +13,7 @@ from swarm.commands.generate import (
     MinP,
     RepetitionPenalty,
     Seed,
+    Speculation,
     Temperature,
     TopK,
     TopP,
@@ -43,12 +44,13 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
+    speculation: Speculation = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk to the model, one line a message. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
     log_to_stderr(verbose)
-    settings = load(config, {"initial_peers": initial_peers}, as_json=False).settings
+    settings = load(config, {"initial_peers": initial_peers, "speculation": speculation}, as_json=False).settings
     options: dict[str, Any] = {
         "max_tokens": max_tokens or ANSWER_TOKENS,
         "temperature": temperature,

@@ -58,7 +58,7 @@ def gateway(
             settings, host, port, model, api_key or "", allow_remote_control, start or [], open_browser, as_json
         )
 
-    run(work, initial_peers, config, as_json=as_json, verbose=verbose, log_format=log_format)
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"log_format": log_format})
 
 
 async def _serve(

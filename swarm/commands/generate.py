@@ -23,6 +23,9 @@ TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest 
 MinP = Annotated[float | None, typer.Option(help="Keep tokens this likely, relative to the likeliest.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes known tokens less likely.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Speculation = Annotated[
+    str | None, typer.Option(help="auto: guess repeated text ahead where that saves time; off. The text is the same.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
 
 
@@ -43,6 +46,7 @@ def generate(
     kv_cache: Annotated[
         bool, typer.Option("--kv-cache/--no-kv-cache", help="Off: compute the whole prefix each step.")
     ] = True,
+    speculation: Speculation = None,
     trace: Annotated[Path | None, typer.Option(help="Write each hop's times there, for swarm why.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -65,7 +69,7 @@ def generate(
     async def work(settings: Settings) -> None:
         await _generate(text, options, chat, settings, model, via or [], trace, as_json)
 
-    run(work, initial_peers, config, as_json=as_json, verbose=verbose)
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"speculation": speculation})
 
 
 async def _generate(

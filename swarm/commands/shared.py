@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,12 +50,13 @@ def run(
     *,
     as_json: bool,
     verbose: bool,
-    model: str | None = None,
-    log_format: str | None = None,
+    flags: Mapping[str, object] | None = None,
 ) -> None:
-    """Run ``work`` with the settings; a :class:`SwarmError` becomes one line on stderr and its exit code."""
-    flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "log_format": log_format}
-    settings = load(config, flags, as_json=as_json).settings
+    """Run ``work`` with the settings; a :class:`SwarmError` becomes one line on stderr and its exit code.
+
+    ``flags``: of settings that are the command's own, as :func:`swarm.config_loader.load_settings` takes them.
+    """
+    settings = load(config, {"initial_peers": initial_peers, **(flags or {})}, as_json=as_json).settings
     log_to_stderr(verbose, settings.log.format)
     with failing_well(as_json):
         run_async(work(settings))
