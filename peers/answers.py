@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
+from peers.dial_back import DialBack
 from peers.probe import Prober
 from swarm import protocol_pb2 as pb
 from swarm.config import TimeoutSettings
@@ -27,12 +28,14 @@ class Answers:
         plan: Callable[[pb.PlanRequest], pb.RouteNews],
         files: Mapping[str, bytes],
         prober: Prober | None,
+        dial_back: DialBack | None,
         timeouts: TimeoutSettings,
     ) -> None:
         self._describe = describe
         self._plan = plan
         self._files = files
         self._prober = prober
+        self._dial_back = dial_back
         self._timeouts = timeouts
 
     async def handle(self, stream: Stream) -> None:
@@ -51,6 +54,8 @@ class Answers:
                     await self._send_plan(stream, request.plan)
                 elif kind in ("probe", "probe_me"):
                     await self._send_probed(stream, request)
+                elif kind == "dial_me":
+                    await self._send_dialled(stream, request.dial_me)
                 else:
                     await self._send_file(stream, request.model_file)
         except TimeoutError:
@@ -73,6 +78,15 @@ class Answers:
                 reply = pb.InfoReply(probed=await self._prober.answer(request.probe))
             else:
                 reply = pb.InfoReply(voucher=await self._prober.vouch(stream.remote, request.probe_me))
+        except SwarmError as error:
+            reply = pb.InfoReply(error=error_to_wire(error))
+        await stream.send(reply.SerializeToString())
+
+    async def _send_dialled(self, stream: Stream, request: pb.DialMe) -> None:
+        try:
+            if self._dial_back is None:
+                raise BadRequest("this peer dials nobody back")
+            reply = pb.InfoReply(dialled_back=await self._dial_back.answer(stream, request))
         except SwarmError as error:
             reply = pb.InfoReply(error=error_to_wire(error))
         await stream.send(reply.SerializeToString())

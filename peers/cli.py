@@ -29,6 +29,16 @@ app = typer.Typer(
 )
 
 
+HostMaddrs = Annotated[list[str] | None, typer.Option(help="Where to listen; repeatable.")]
+AnnounceMaddrs = Annotated[list[str] | None, typer.Option(help="What to tell others instead; repeatable.")]
+NatPortMap = Annotated[
+    bool | None, typer.Option("--nat-port-map/--no-nat-port-map", help="Ask the router to forward the port (UPnP).")
+]
+UseRelay = Annotated[
+    bool | None, typer.Option("--use-relay/--no-use-relay", help="Be reached through a relay if not directly.")
+]
+
+
 @app.callback()
 def root() -> None:
     """Run a peer: a layer range of a model, for the swarm."""
@@ -39,8 +49,14 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
     layers: Annotated[str | None, typer.Option(help="START:END, half open, or auto.")] = None,
     initial_peers: Annotated[list[str] | None, typer.Option(help="Multiaddr of a running peer; repeatable.")] = None,
-    host_maddrs: Annotated[list[str] | None, typer.Option(help="Where to listen; repeatable.")] = None,
-    announce_maddrs: Annotated[list[str] | None, typer.Option(help="What to tell others instead; repeatable.")] = None,
+    host_maddrs: HostMaddrs = None,
+    announce_maddrs: AnnounceMaddrs = None,
+    nat_port_map: NatPortMap = None,
+    auto_nat: Annotated[
+        bool | None,
+        typer.Option("--auto-nat/--no-auto-nat", help="Help others to find out whether they can be dialled."),
+    ] = None,
+    use_relay: UseRelay = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     weights: Annotated[
@@ -66,6 +82,9 @@ def serve(
         "initial_peers": initial_peers,
         "host_maddrs": host_maddrs,
         "announce_maddrs": announce_maddrs,
+        "nat_port_map": nat_port_map,
+        "auto_nat": auto_nat,
+        "use_relay": use_relay,
         "device": device,
         "dtype": dtype,
         "weights": weights,
@@ -84,7 +103,13 @@ def serve(
 @app.command()
 def probe(
     model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
-    initial_peers: Annotated[list[str] | None, typer.Option(help="Peers to measure the way to; repeatable.")] = None,
+    initial_peers: Annotated[
+        list[str] | None, typer.Option(help="Peers to measure the way to, and to be dialled by; repeatable.")
+    ] = None,
+    host_maddrs: HostMaddrs = None,
+    announce_maddrs: AnnounceMaddrs = None,
+    nat_port_map: NatPortMap = None,
+    use_relay: UseRelay = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:N or mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_memory_mb: Annotated[int | None, typer.Option(help="What a peer here may take.")] = None,
@@ -92,10 +117,14 @@ def probe(
     config: Annotated[Path | None, typer.Option(help="YAML settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Tell what this machine could give: devices, memory, layers that fit, their speed, the way to other peers."""
+    """Tell what this machine could give: devices, memory, layers, their speed, the way to other peers and back."""
     flags = {
         "model": model,
         "initial_peers": initial_peers,
+        "host_maddrs": host_maddrs,
+        "announce_maddrs": announce_maddrs,
+        "nat_port_map": nat_port_map,
+        "use_relay": use_relay,
         "device": device,
         "dtype": dtype,
         "max_memory_mb": max_memory_mb,
@@ -171,6 +200,8 @@ def _sentence(event: dict[str, object]) -> str:
             return f"moves to layers {start}:{end}: {reason}"
         case {"event": "warning", "message": message}:
             return f"warning: {message}"
+        case {"event": "reachability", "message": message}:
+            return f"this machine {message}"
         case {"event": "staying", "layers": [start, end]}:
             return f"stays with layers {start}:{end}: others have left them meanwhile"
         case {"event": "draining", "sessions": sessions}:

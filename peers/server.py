@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import os
+import random
 import resource
 import signal
 import time
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 import swarm
+from peers.dial_back import DialBack, new_dialler
 from peers.engine import Engine
 from peers.link_prober import LinkProber
 from peers.machine import Report, Speed, choose_device, free_bytes, gflops, load_shard, measure
 from peers.probe import Vouching, knock, obtain_voucher
 from peers.process_memory import return_freed_heap
+from peers.reachability import Reachability, find_out
 from peers.rebalance import may_drop
 from peers.seat import Room, Watch, take_seat
 from peers.service import PeerService
@@ -100,6 +103,7 @@ async def serve(settings: Settings, report: Report) -> None:
             report,
             device,
             speed=load_speed(profile, device, settings.peer),
+            dial_back=DialBack(new_dialler(settings)),
         )
         if settings.peer.metrics_port:
             # Imported here: most peers do without, and stay smaller.
@@ -164,6 +168,7 @@ class _Peer:
     speed: Speed | None = None
     """As it was measured last, perhaps in an earlier run."""
     metrics: PeerMetrics | None = None
+    dial_back: DialBack | None = None
 
     def announcement(self, layers: LayerRange, state: PeerState) -> Announcement:
         speed = self.speed
@@ -212,7 +217,7 @@ class _Peer:
                 settings.policy, self.room.given_bytes // 10**6, gflops(self.profile, speed), self.device.type != "cpu"
             )
             vouching = Vouching(self.identity, self.borrow, self.knock)
-            service = PeerService(self.transport, engine, self.view, settings, self.files, vouching)
+            service = PeerService(self.transport, engine, self.view, settings, self.files, vouching, self.dial_back)
             await stack.enter_async_context(service)
             if self.metrics is not None:
                 self.metrics.serve(service, engine)
@@ -259,6 +264,8 @@ class _Peer:
                     "coverage": self.coverage_sentence(announcement()),
                 }
             )
+            telling = asyncio.create_task(self._tell_reachability())
+            stack.callback(telling.cancel)
             while True:
                 move = await self._until_it_should_go(announcement, renewing)
                 if move is None or await self._load_ahead(move, service, announcement):
@@ -285,9 +292,26 @@ class _Peer:
         except NotAdmitted as error:
             logger.warning("probed once more: %s", error)
             await asyncio.sleep(PROBE_PAUSE_S)
-            self.voucher = await self._probed(layers)
+            try:
+                self.voucher = await self._probed(layers)
+            except NotAdmitted as error:
+                found = await self.reachability()
+                if found.dialled is False:
+                    raise NotAdmitted(f"{error.message}; this machine {found.sentence}") from None
+                raise
         self._compare_clocks(self.voucher)
         return self.voucher
+
+    async def reachability(self) -> Reachability:
+        """As a few serving peers see it."""
+        others = [a.peer for a in self.view.announcements() if a.state is PeerState.SERVING]
+        others = [peer for peer in others if peer.peer_id != self.identity.peer_id]
+        random.shuffle(others)
+        return await find_out(self.transport, others, self.settings)
+
+    async def _tell_reachability(self) -> None:
+        found = await self.reachability()
+        self.report({"event": "reachability", "dialled": found.dialled, "message": found.sentence})
 
     def _compare_clocks(self, voucher: Voucher) -> None:
         skew_s = time.time() - voucher.at

@@ -10,6 +10,7 @@ import swarm
 from peers.answers import Answers
 from peers.control import ControlHandler
 from peers.delegation import DelegationHandler
+from peers.dial_back import DialBack
 from peers.executor import Executor
 from peers.frame_router import FrameRouter
 from peers.probe import Prober, Vouching
@@ -32,14 +33,16 @@ class PeerService:
         settings: Settings,
         files: Mapping[str, bytes] | None = None,
         vouching: Vouching | None = None,
+        dial_back: DialBack | None = None,
     ) -> None:
-        """``vouching``: without it the peer neither answers probes nor probes others."""
+        """``vouching``: without it the peer neither answers probes nor probes others; ``dial_back``: or dials them."""
         self.transport = transport
         self.executor = executor
         self.view = view
         self.settings = settings
         self.files = dict(files or {})
         self._vouching = vouching
+        self._dial_back = dial_back
         self.state = PeerState.JOINING
         self._tasks = asyncio.TaskGroup()
         self.table = StageTable(executor, settings, self._tasks)
@@ -54,7 +57,8 @@ class PeerService:
         prober = None
         if self._vouching is not None:
             prober = Prober(self.transport, self.executor, self.table.budget, self._vouching, self.settings)
-        answers = Answers(self._description, delegation.plan, self.files, prober, self.settings.timeouts)
+        timeouts = self.settings.timeouts
+        answers = Answers(self._description, delegation.plan, self.files, prober, self._dial_back, timeouts)
         await self.transport.serve(CONTROL, control.handle)
         await self.transport.serve(LINK, self._router.handle_link)
         await self.transport.serve(INFO, answers.handle)

@@ -13,6 +13,7 @@ import torch
 
 from peers.engine import Engine
 from peers.machine import Report, Speed, choose_device, free_bytes, gflops, load_shard, measure
+from peers.reachability import Reachability, find_out
 from peers.seat import Room
 from peers.speed_cache import device_name, load_speed, store_speed
 from swarm.admission import objection
@@ -62,7 +63,7 @@ async def survey(settings: Settings, report: Report, *, fresh: bool) -> None:
         speed = await _measured(reference, profile, room.capacity, settings)
         store_speed(profile, device, settings.peer, speed)
     lacks = objection(settings.policy, room.given_bytes // MB, gflops(profile, speed), device.type != "cpu")
-    ways = await _ways(settings)
+    ways, reachability = await _ways(settings)
     report(
         {
             "event": "probe",
@@ -77,6 +78,7 @@ async def survey(settings: Settings, report: Report, *, fresh: bool) -> None:
             "admitted": lacks is None,
             "reason": lacks or "",
             "peers": [asdict(way) for way in ways],
+            "reachability": None if reachability is None else asdict(reachability),
         }
     )
 
@@ -106,12 +108,14 @@ async def _measured(reference: ModelReference, profile: ModelProfile, capacity: 
         return await measure(engine)
 
 
-async def _ways(settings: Settings) -> list[Way]:
+async def _ways(settings: Settings) -> tuple[list[Way], Reachability | None]:
+    """Listens meanwhile where a peer would, to be dialled. Raises ``PortInUse``."""
     peers = peer_addresses(settings.network.initial_peers)
     if not peers:
-        return []
-    async with Libp2pTransport(Identity.ephemeral(), settings, listen=False) as transport:
-        return [await _way(transport, peer, settings) for peer in peers]  # one by one: they share our line
+        return [], None
+    async with Libp2pTransport(Identity.ephemeral(), settings, listen=True) as transport:
+        ways = [await _way(transport, peer, settings) for peer in peers]  # one by one: they share our line
+        return ways, await find_out(transport, peers, settings)
 
 
 async def _way(transport: Libp2pTransport, peer: PeerAddress, settings: Settings) -> Way:
@@ -150,4 +154,6 @@ def lines(event: dict[str, Any]) -> list[str]:
         else:
             carried = f", {way['mb_per_s']:.1f} MB/s" if way["mb_per_s"] is not None else ""
             said.append(f"{name}: {way['round_trip_ms']:.1f} ms there and back{carried}")
+    if event["reachability"] is not None:
+        said.append(f"this machine {event['reachability']['sentence']}")
     return said

@@ -12,7 +12,8 @@ from swarm.config import Settings
 from swarm.delegation import route_from_wire
 from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost
 from swarm.models import ModelProfile
-from swarm.protocol import address_to_wire, decode, error_from_wire
+from swarm.multiaddrs import is_dialable
+from swarm.protocol import MAX_ADDRESSES, address_to_wire, decode, error_from_wire
 from swarm.transport import INFO, Stream, Transport
 from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Route, Voucher
 
@@ -133,6 +134,43 @@ async def probe(transport: Transport, peer: PeerAddress, request: pb.Probe, sett
     if reply is None or reply.WhichOneof("kind") != "probed":
         raise ProtocolError("no answer to the probe came")
     return reply.probed
+
+
+@dataclass(frozen=True, slots=True)
+class DialledBack:
+    """What a peer found when it dialled us, over a new connection."""
+
+    peer: PeerId
+    seen_at: str
+    """Multiaddr that our question came from."""
+    reached: str
+    """Where we answered; empty: nowhere."""
+    failures: tuple[tuple[str, str], ...]
+    """Addresses where we did not, and what happened there."""
+
+
+async def ask_to_dial_back(transport: Transport, peer: PeerAddress, settings: Settings) -> DialledBack:
+    """Have ``peer`` dial this process; raises ``Busy``, and what else keeps it from answering, within ``info_s``."""
+    request = pb.InfoRequest(dial_me=pb.DialMe(peer=address_to_wire(transport.local)))
+    async with _ask(transport, peer, request, settings.timeouts.info_s) as stream:
+        reply = await _answer(stream)
+    if reply is None or reply.WhichOneof("kind") != "dialled_back":
+        raise ProtocolError("it does not dial back")
+    told = reply.dialled_back
+    addresses = [told.seen_at, *(dial.multiaddr for dial in told.dials)]
+    if len(addresses) > MAX_ADDRESSES or not all(map(is_dialable, addresses)):
+        raise ProtocolError("it dialled what is no address")
+    _, kind, *host = told.seen_at.split("/")[:3]
+    if told.dials and (kind.startswith("dns") or any(a.split("/")[1:3] != [kind, *host] for a in addresses)):
+        raise ProtocolError("it dialled another host than the one that asked")
+    reached = next((dial.multiaddr for dial in told.dials if not dial.error), "")
+    failures = tuple((dial.multiaddr, _one_line(dial.error)) for dial in told.dials if dial.error)
+    return DialledBack(peer.peer_id, told.seen_at, reached, failures)
+
+
+def _one_line(text: str) -> str:
+    """Of a stranger, to be shown on a terminal."""
+    return "".join(c for c in text[:200] if c.isprintable())
 
 
 async def round_trip_s(transport: Transport, peer: PeerAddress, settings: Settings) -> float:

@@ -202,18 +202,21 @@ class Libp2pTransport:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         other_reader, other_writer = await asyncio.open_unix_connection(sock=theirs)
-        task = asyncio.create_task(self._take(self.identity.peer_id, protocol, other_reader, other_writer))
+        task = asyncio.create_task(self._take(self.identity.peer_id, "", protocol, other_reader, other_writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return self._stream(self.identity.peer_id, reader, writer)
 
-    def _stream(self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> FramedStream:
+    def _stream(
+        self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, remote_address: str = ""
+    ) -> FramedStream:
         stream = FramedStream(
             remote,
             reader,
             writer,
             max_frame_bytes=self._settings.limits.max_frame_bytes,
             send_s=self._settings.timeouts.send_s,
+            remote_address=remote_address,
             on_close=self._streams.discard,
         )
         self._streams.add(stream)
@@ -229,10 +232,15 @@ class Libp2pTransport:
 
     async def _accept(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One incoming stream, in a task of its own that hivemind's listener has made."""
-        await self._take(PeerId(info.peer_id.to_base58()), info.proto, reader, writer)
+        await self._take(PeerId(info.peer_id.to_base58()), str(info.addr), info.proto, reader, writer)
 
     async def _take(
-        self, remote: PeerId, protocol: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        remote: PeerId,
+        remote_address: str,
+        protocol: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         handler = self._handlers.get(protocol)
         limits = self._settings.limits
@@ -246,7 +254,7 @@ class Libp2pTransport:
         assert task is not None  # a coroutine always runs in one
         self._tasks.add(task)
         self._incoming[remote] += 1
-        stream = self._stream(remote, reader, writer)
+        stream = self._stream(remote, reader, writer, remote_address)
         try:
             await handler(stream)
             await stream.close()
@@ -286,7 +294,8 @@ class Libp2pTransport:
         if p2p.peer_id.to_base58() != self.identity.peer_id:
             raise Internal(f"p2pd runs as {p2p.peer_id}, not as {self.identity.peer_id}")
         suffix = f"/p2p/{self.identity.peer_id}"
-        self._local = PeerAddress(self.identity.peer_id, tuple(f"{maddr}{suffix}" for maddr in p2p._visible_maddrs))
+        visible = sorted(map(str, p2p._visible_maddrs), key=multiaddrs.is_loopback)  # what is of use to all comes first
+        self._local = PeerAddress(self.identity.peer_id, tuple(f"{maddr}{suffix}" for maddr in visible))
         self._alive = True
 
     async def _stop(self) -> None:

@@ -65,6 +65,11 @@ def _is_plain(text: str) -> bool:
     return match is not None and max(map(int, match.groups()[:4])) < 2**8 and int(match[5]) < 2**16
 
 
+def is_loopback(text: str) -> bool:
+    """Whether nobody but this machine can dial it."""
+    return text.startswith(("/ip4/127.", "/ip6/::1/"))
+
+
 def tcp_endpoint(text: str) -> tuple[str, int] | None:
     """Host and port of a plain TCP address, ``None`` for one that is relayed or not TCP. Raises ``ValueError``."""
     parts = str(parse(text)).split("/")  # "", "ip4", HOST, "tcp", PORT, ...

@@ -326,20 +326,44 @@ class Refusal(_message.Message):
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., layer: _Optional[int] = ...) -> None: ...
 
 class InfoRequest(_message.Message):
-    __slots__ = ("describe", "model_file", "echo", "plan", "probe_me", "probe")
+    __slots__ = ("describe", "model_file", "echo", "plan", "probe_me", "probe", "dial_me")
     DESCRIBE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FILE_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     PROBE_ME_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    DIAL_ME_FIELD_NUMBER: _ClassVar[int]
     describe: bool
     model_file: str
     echo: int
     plan: PlanRequest
     probe_me: ProbeMe
     probe: Probe
-    def __init__(self, describe: _Optional[bool] = ..., model_file: _Optional[str] = ..., echo: _Optional[int] = ..., plan: _Optional[_Union[PlanRequest, _Mapping]] = ..., probe_me: _Optional[_Union[ProbeMe, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
+    dial_me: DialMe
+    def __init__(self, describe: _Optional[bool] = ..., model_file: _Optional[str] = ..., echo: _Optional[int] = ..., plan: _Optional[_Union[PlanRequest, _Mapping]] = ..., probe_me: _Optional[_Union[ProbeMe, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., dial_me: _Optional[_Union[DialMe, _Mapping]] = ...) -> None: ...
+
+class DialMe(_message.Message):
+    __slots__ = ("peer",)
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    peer: Address
+    def __init__(self, peer: _Optional[_Union[Address, _Mapping]] = ...) -> None: ...
+
+class DialledBack(_message.Message):
+    __slots__ = ("seen_at", "dials")
+    SEEN_AT_FIELD_NUMBER: _ClassVar[int]
+    DIALS_FIELD_NUMBER: _ClassVar[int]
+    seen_at: str
+    dials: _containers.RepeatedCompositeFieldContainer[Dial]
+    def __init__(self, seen_at: _Optional[str] = ..., dials: _Optional[_Iterable[_Union[Dial, _Mapping]]] = ...) -> None: ...
+
+class Dial(_message.Message):
+    __slots__ = ("multiaddr", "error")
+    MULTIADDR_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    multiaddr: str
+    error: str
+    def __init__(self, multiaddr: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class ProbeMe(_message.Message):
     __slots__ = ("peer", "model", "start", "end")
@@ -415,7 +439,7 @@ class Description(_message.Message):
     def __init__(self, model: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., state: _Optional[str] = ..., version: _Optional[str] = ..., profile_json: _Optional[str] = ..., files: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., kv_bytes_kept: _Optional[int] = ...) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("description", "chunk", "echo", "error", "plan", "voucher", "probed")
+    __slots__ = ("description", "chunk", "echo", "error", "plan", "voucher", "probed", "dialled_back")
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
@@ -423,6 +447,7 @@ class InfoReply(_message.Message):
     PLAN_FIELD_NUMBER: _ClassVar[int]
     VOUCHER_FIELD_NUMBER: _ClassVar[int]
     PROBED_FIELD_NUMBER: _ClassVar[int]
+    DIALLED_BACK_FIELD_NUMBER: _ClassVar[int]
     description: Description
     chunk: bytes
     echo: int
@@ -430,7 +455,8 @@ class InfoReply(_message.Message):
     plan: RouteNews
     voucher: Voucher
     probed: bytes
-    def __init__(self, description: _Optional[_Union[Description, _Mapping]] = ..., chunk: _Optional[bytes] = ..., echo: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., plan: _Optional[_Union[RouteNews, _Mapping]] = ..., voucher: _Optional[_Union[Voucher, _Mapping]] = ..., probed: _Optional[bytes] = ...) -> None: ...
+    dialled_back: DialledBack
+    def __init__(self, description: _Optional[_Union[Description, _Mapping]] = ..., chunk: _Optional[bytes] = ..., echo: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., plan: _Optional[_Union[RouteNews, _Mapping]] = ..., voucher: _Optional[_Union[Voucher, _Mapping]] = ..., probed: _Optional[bytes] = ..., dialled_back: _Optional[_Union[DialledBack, _Mapping]] = ...) -> None: ...
 
 class Delegate(_message.Message):
     __slots__ = ("model", "prompt", "generated", "max_tokens", "sampling", "end_ids", "no_kv_cache", "speculate")

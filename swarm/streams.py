@@ -46,6 +46,7 @@ class FramedStream:
         "_pieces",
         "_reader",
         "_remote",
+        "_remote_address",
         "_send_s",
         "_transport",
         "_writer",
@@ -59,9 +60,11 @@ class FramedStream:
         *,
         max_frame_bytes: int,
         send_s: float,
+        remote_address: str = "",
         on_close: Callable[[FramedStream], None] | None = None,
     ) -> None:
         self._remote = remote
+        self._remote_address = remote_address
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
@@ -78,6 +81,10 @@ class FramedStream:
     @property
     def remote(self) -> PeerId:
         return self._remote
+
+    @property
+    def remote_address(self) -> str:
+        return self._remote_address
 
     def __repr__(self) -> str:
         return f"FramedStream({self._remote[-6:]})"

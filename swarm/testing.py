@@ -99,6 +99,8 @@ class SimNode:
     def __init__(self, network: SimNetwork, name: str) -> None:
         self.network = network
         self.address = PeerAddress(PeerId(name))
+        self.seen_at = ""
+        """Multiaddr that others see it come from."""
         self.handlers: dict[str, Handler] = {}
         self.streams: set[SimStream] = set()
         self.alive = True
@@ -154,6 +156,10 @@ class SimStream:
     @property
     def remote(self) -> PeerId:
         return self._remote_node.address.peer_id
+
+    @property
+    def remote_address(self) -> str:
+        return "" if self.opener else self._remote_node.seen_at
 
     async def send(self, frame: bytes) -> None:
         await self.node.awake()

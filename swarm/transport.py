@@ -27,6 +27,10 @@ class Stream(Protocol):
     @property
     def remote(self) -> PeerId: ...
 
+    @property
+    def remote_address(self) -> str:
+        """Multiaddr from which the remote has opened it, as this end sees it; empty for one that this end opened."""
+
     async def send(self, frame: bytes) -> None:
         """Write one frame; waits while the remote is slow. Raises ``StreamLost``, ``ProtocolError`` (too big)."""
 

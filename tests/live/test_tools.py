@@ -1,9 +1,10 @@
-"""``swarm status``, ``plan``, ``chat``, ``bench`` and ``chaos`` as a user runs them."""
+"""``swarm status``, ``plan``, ``chat``, ``bench`` and ``chaos``, and ``swarm-peer probe``, as a user runs them."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_plan_predicts_and_opens_nothing(joins: dict[str, str]) -> None:
     assert [hop["layers"][1] for hop in event["hops"]] == [10, 20, 30]
     assert event["missing"] == []
     assert event["ms_per_token"] > 0
+
+
+def test_probe_measures_the_way_to_a_peer_and_is_dialled_back(thirds: LocalSwarm) -> None:
+    """A peer of the same machine dials it, and knows that this says nothing about others."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    listening = ("--host-maddrs", f"/ip4/127.0.0.1/tcp/{port}", "--announce-maddrs", f"/ip4/192.0.2.1/tcp/{port}")
+    command = [sys.executable, "-m", "peers.cli", "probe", "--json", "--max-memory-mb", "600", *listening]
+    done = subprocess.run(
+        [*command, "--initial-peers", thirds.initial_peers[0]], capture_output=True, text=True, timeout=60, check=True
+    )
+    (event,) = events(done.stdout)
+    (way,) = event["peers"]
+    assert way["error"] == ""
+    assert way["round_trip_ms"] > 0
+    assert way["mb_per_s"] > 0
+    name = f"peer {way['peer_id'][-6:]}"
+    assert event["reachability"]["sentence"].startswith(f"was dialled by {name} of this machine")
 
 
 def test_chat_answers_each_line_of_a_pipe(joins: dict[str, str]) -> None:
