@@ -162,6 +162,18 @@ def living(swarm: LocalSwarm) -> list[LocalPeer]:
     return [peer for peer in swarm.peers if peer.alive]
 
 
+def only_thirds(swarm: LocalSwarm) -> None:
+    """One living peer for each third again, in their order: others rely on it."""
+    kept: list[LocalPeer] = []
+    for layers in THIRDS:
+        found = [peer for peer in living(swarm) if peer.layers == layers]
+        kept.append(found[0] if found else swarm.add(layers))
+    for peer in living(swarm):
+        if peer not in kept:
+            swarm.drain(swarm.peers.index(peer))
+    swarm.peers[:] = kept
+
+
 def daemon_of(pid: int) -> int:
     """The p2pd of a process."""
     return next(child.pid for child in psutil.Process(pid).children() if child.name() == "p2pd")
