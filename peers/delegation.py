@@ -8,12 +8,11 @@ import logging
 from collections.abc import AsyncGenerator
 
 from swarm import protocol_pb2 as pb
-from swarm.chain import View
 from swarm.config import Settings
 from swarm.delegation import request_from_wire, route_to_wire
 from swarm.errors import Busy, ProtocolError, SwarmError
 from swarm.health import Health
-from swarm.knowledge import known
+from swarm.knowledge import View, known
 from swarm.models import ModelProfile
 from swarm.protocol import error_to_wire, timing_to_wire
 from swarm.routing import plan_route

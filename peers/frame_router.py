@@ -11,8 +11,8 @@ from peers.stage import Stage, Work
 from peers.stage_table import StageTable
 from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb
-from swarm.chain import View
 from swarm.errors import Evicted, NotAllowed, ProtocolError, SwarmError
+from swarm.knowledge import View
 from swarm.protocol import MAX_HOPS, decode, error_from_wire, error_to_wire, rows_from_wire, timing_from_wire
 from swarm.transport import Stream, Transport
 from swarm.types import PeerAddress, PeerId, SessionId

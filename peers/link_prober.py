@@ -14,9 +14,9 @@ import zlib
 from collections.abc import Sequence
 
 from peers.links import Links
-from swarm.chain import View
 from swarm.config import Settings
 from swarm.errors import SwarmError
+from swarm.knowledge import View
 from swarm.types import LINK_SUFFIX, Announcement, LayerRange, LinkReport, PeerAddress, PeerId, PeerState
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from peers.frame_router import FrameRouter
 from peers.probe import Prober, Vouching
 from peers.stage_table import StageTable
 from swarm import protocol_pb2 as pb
-from swarm.chain import View
 from swarm.config import Settings
+from swarm.knowledge import View
 from swarm.transport import CONTROL, DELEGATE, INFO, LINK, Transport
 from swarm.types import PeerState
 

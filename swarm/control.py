@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
@@ -17,6 +18,14 @@ Event = pb.Output | pb.Status | pb.Error | SwarmError
 """What a hop says; an exception is the last thing that it says."""
 
 Listener = Callable[["HopControl", Event], None]
+
+
+class HopLost(Exception):
+    """A hop of the route has to be replaced."""
+
+    def __init__(self, control: HopControl, error: SwarmError) -> None:
+        super().__init__(str(error))
+        self.control, self.error = control, error
 
 
 class HopControl:
@@ -99,12 +108,20 @@ class HopControl:
             await self._stream.close()
         self._end()
 
-    def abort(self) -> None:
+    def abort(self, reason: SwarmError | None = None) -> None:
         """Give the peer up; what it still says is not heard."""
         if self.lost is None:
-            self.lost = StreamLost("given up")
+            self.lost = reason or StreamLost("given up")
         self._stream.abort()
         self._end()
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """A :class:`SwarmError` within is this hop's fault: it leaves as ``HopLost``."""
+        try:
+            yield
+        except SwarmError as error:
+            raise HopLost(self, error) from None
 
     def _end(self) -> None:
         if self._reader is not None:

@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import Self
 
 from swarm import protocol_pb2 as pb
-from swarm.chain import Rebuild
 from swarm.config import Settings
 from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import address_from_wire, address_to_wire, decode, error_from_wire
+from swarm.rebuilds import Rebuild
 from swarm.session import RouteChanged
 from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
 from swarm.transport import DELEGATE, Stream, Transport

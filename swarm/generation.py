@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from swarm.chain import Rebuild
 from swarm.errors import Cancelled
+from swarm.rebuilds import Rebuild
 from swarm.session import RouteChanged
 from swarm.stops import StopFinder
 from swarm.trace import MAX_TOKENS, Trace, TracedToken

@@ -53,7 +53,7 @@ class Handover:
                 logger.info("no successor for %s yet: %s", leaver[-6:], error)
                 self._refused = {leaver: self._refused[leaver]}
                 await asyncio.sleep(chain.settings.timeouts.heartbeat_s)
-                await chain.refresh_view()  # somebody may have joined just now
+                await chain.planner.refresh()
             except (SwarmError, TimeoutError) as error:
                 logger.info("a successor for %s failed: %s", leaver[-6:], error)
                 self.abort()
@@ -61,7 +61,7 @@ class Handover:
 
     async def _open(self) -> None:
         chain, leaving = self._chain, self.leaving
-        for hop in chain.plan(leaving.hop.layers, self._refused):
+        for hop in chain.planner.plan(leaving.hop.layers, self._refused, chain.hops):
             with self._refusing(hop):
                 self.fresh.append(await chain.dial(hop))
         epoch, index = chain.next_epoch(), chain.controls.index(leaving)
@@ -69,14 +69,14 @@ class Handover:
         keep = min(chain.transcript.kept, chain.transcript.unchanged)
         for control, previous in zip(self.fresh, [before, *self.fresh], strict=False):
             with self._refusing(control.hop):
-                await control.open(chain.open_message(control.hop, previous.hop, epoch, keep))
+                await control.open(chain.opener.message(control.hop, previous.hop, epoch, keep))
         for control, following in itertools.pairwise(self.fresh):
-            await control.start(epoch, [chain.target(following, following.have, epoch)])
+            await control.start(epoch, [chain.opener.target(following, following.have, epoch)])
         first = self.fresh[0]
         self._epoch, self._fed = epoch, first.have if index == 0 else None
         if index > 0:
             present = [target for target in before.targets if target.epoch == chain.epoch]
-            await before.start(chain.epoch, [*present, chain.target(first, first.have, epoch)])
+            await before.start(chain.epoch, [*present, chain.opener.target(first, first.have, epoch)])
 
     async def _catch_up(self) -> None:
         """Until the last of them lacks no more than the newest position."""
@@ -101,7 +101,7 @@ class Handover:
             yield
         except SwarmError as error:
             self._refused[hop.peer.peer_id] = error
-            self._chain.blame(hop, error)
+            self._chain.planner.blame(hop, error)
             raise
 
     def take(self) -> list[HopControl]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from swarm.config import PlannerSettings
 from swarm.health import Health
 from swarm.link_times import Links
 from swarm.plans import Check, Knowledge
-from swarm.types import PeerId
+from swarm.types import Announcement, PeerId
 
 
 class Seen(Protocol):
@@ -22,6 +23,14 @@ class Seen(Protocol):
 
     def age(self, peer_id: PeerId) -> float:
         """Seconds since the latest announcement of this peer was made."""
+
+
+class View(Seen, Protocol):
+    """What a session needs of discovery."""
+
+    def announcements(self) -> Sequence[Announcement]: ...
+
+    async def refresh(self) -> object: ...
 
 
 def known(

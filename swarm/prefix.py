@@ -73,6 +73,28 @@ class Prefixes:
         return found
 
 
+class SessionPrefix:
+    """The beginning of one session's text: its names for stages, and which peers should hold it."""
+
+    def __init__(self, prefixes: Prefixes, model: ModelId, tokens: Sequence[int]) -> None:
+        """``tokens``: all of the session's, which may grow; none if its text is not to be used again."""
+        self._prefixes = prefixes
+        self._model = model
+        self._tokens = tokens
+
+    def name(self, end: int | None = None) -> bytes:
+        """Of the tokens before ``end``, or of all; empty if they fill no block."""
+        return self._prefixes.chain(self._model, self._tokens[:end])
+
+    def held(self) -> dict[PeerId, int]:
+        """How many of the first tokens each peer should hold; peers that hold none are left out."""
+        return self._prefixes.held(self.name())
+
+    def remember(self, route: Route) -> None:
+        """All tokens were computed by the peers of ``route``."""
+        self._prefixes.remember(self.name(), route)
+
+
 def reckoned(announcement: Announcement, held: int, prompt_tokens: int) -> Announcement:
     """For planning: a peer that holds ``held`` tokens of the prompt has only the others to compute."""
     if not held:

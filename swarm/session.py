@@ -14,17 +14,20 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from swarm import protocol_pb2 as pb
-from swarm.chain import RETRY_FIRST_S, RETRY_MOST_S, Chain, HopLost, Rebuild, View
+from swarm.chain import Chain
 from swarm.config import Settings
-from swarm.errors import ProtocolError, TooLong
+from swarm.control import HopLost
+from swarm.errors import TooLong
 from swarm.health import Health
+from swarm.knowledge import View
 from swarm.models import ModelProfile
+from swarm.rebuilds import Patience, Rebuild
 from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
 from swarm.transport import Transport
 from swarm.types import Announcement, PeerId, Route, SessionId
 from swarm.watching import HandoverReady, Watch
 
-__all__ = ["Generated", "GenerationRequest", "Rebuild", "RouteChanged", "Session", "View"]
+__all__ = ["Generated", "GenerationRequest", "RouteChanged", "Session"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class Session:
 
     async def events(self) -> AsyncGenerator[RouteChanged | Generated, None]:
         """Until the end of text or ``max_tokens``. Raises :class:`SwarmError` when no route can be had."""
-        chain, fruitless = self._chain, 0
+        chain, patience = self._chain, Patience(self._settings.recovery.max_rebuilds)
         reason = cause = "opened"
         await chain.establish(reason)
         while True:
@@ -114,14 +117,11 @@ class Session:
                     yield token
                 return
             except HopLost as loss:
-                fruitless = 0 if len(self.transcript) > known else fruitless + 1
-                if fruitless > self._settings.recovery.max_rebuilds:
-                    raise loss.error from None
+                patience.lost(loss, fruitful=len(self.transcript) > known)
                 reason, cause = await chain.bury(loss), loss.error.code
             except HandoverReady as ready:
                 reason, cause = await chain.replace(ready.handover), "leaving"
-            if fruitless > 1:
-                await asyncio.sleep(min(RETRY_FIRST_S * 2 ** (fruitless - 2), RETRY_MOST_S))
+            await patience.pause()
             await chain.establish(reason)
 
     async def _listen(self) -> AsyncGenerator[Generated, None]:
@@ -150,9 +150,7 @@ class Session:
 
     async def _take(self, output: pb.Output) -> None:
         known = len(self.transcript)
-        try:
+        with self._chain.controls[-1].blamed():
             self.transcript.commit(output)
-        except ProtocolError as error:
-            raise HopLost(self._chain.controls[-1], error) from None
         if self.transcript.finish_reason is None:
             await self._chain.feed_from(known)

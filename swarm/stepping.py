@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from swarm import protocol_pb2 as pb
-from swarm.chain import RETRY_FIRST_S, RETRY_MOST_S, Chain, HopLost, Rebuild, View
+from swarm.chain import Chain
 from swarm.config import Settings
+from swarm.control import HopLost
 from swarm.errors import BadRequest, Cancelled, Internal, ProtocolError, SwarmError, TooLong
 from swarm.health import Health
+from swarm.knowledge import View
 from swarm.models import ModelProfile
 from swarm.protocol import ITEM_BYTES, rows_from_wire
+from swarm.rebuilds import Patience, Rebuild
 from swarm.transcript import FinishReason
 from swarm.transport import Transport
 from swarm.types import Route, SessionId
@@ -290,24 +293,21 @@ class StepSession:
             self._chain = chain
             await chain.establish("opened")
         self._watch = watch = Watch(chain, self._settings)
-        fruitless = 0
+        patience = Patience(self._settings.recovery.max_rebuilds)
         while True:
             known = self.computed, self.inputs.awaited
             watch.begin()
             try:
                 await self._listen(chain, watch)
             except HopLost as loss:
-                fruitless = 0 if (self.computed, self.inputs.awaited) != known else fruitless + 1
-                if fruitless > self._settings.recovery.max_rebuilds:
-                    raise loss.error from None
+                patience.lost(loss, fruitful=(self.computed, self.inputs.awaited) != known)
                 if self._long_idle():
                     # Its memory is wanted by others, most likely: they may have all of it until the next input.
                     await chain.release()
                     await self._asked.wait()
                 async with self._changing:
                     reason = await chain.bury(loss) if chain.controls else f"rested after: {loss.error}"
-                    if fruitless > 1:
-                        await asyncio.sleep(min(RETRY_FIRST_S * 2 ** (fruitless - 2), RETRY_MOST_S))
+                    await patience.pause()
                     await chain.establish(reason)
             except HandoverReady as ready:
                 async with self._changing:
@@ -329,8 +329,6 @@ class StepSession:
                     self._answer.set_result(self.inputs.answer())
             output = await watch.output()
             if output is not None:
-                try:
+                with chain.controls[-1].blamed():
                     self.inputs.commit(output)
-                except ProtocolError as error:
-                    raise HopLost(chain.controls[-1], error) from None
             watch.check(awaited=not self.inputs.answered)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, ProtocolError
@@ -13,6 +13,41 @@ from swarm.sampling import SamplingParams
 from swarm.types import HopTiming
 
 FinishReason = Literal["stop", "length"]
+
+
+class Tokens(Protocol):
+    """What a chain needs to know of its session's tokens: those of a generation, or the inputs of step mode."""
+
+    tokens: list[int]
+    stop_at: int
+    finish_reason: FinishReason | None
+
+    def __len__(self) -> int: ...
+
+    @property
+    def kept(self) -> int:
+        """Positions before this one may stay at the stages when the route changes."""
+
+    @property
+    def unchanged(self) -> int:
+        """... and before this one at a stage that comes back after it was off the route."""
+
+    @property
+    def generated(self) -> int: ...
+
+    @property
+    def reusable(self) -> bool:
+        """Stages may use for it what they computed in earlier sessions, and the other way round."""
+
+    @property
+    def step(self) -> pb.Step | None:
+        """In step mode, the newest input."""
+
+    def describe(self, message: pb.Open, *, last: bool) -> None:
+        """What a stage, and the ``last`` one above all, has to know."""
+
+    def commit(self, output: pb.Output) -> None:
+        """Take what is new of it. Raises ``ProtocolError`` for what can't be the next output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +102,6 @@ class Transcript:
 
     @property
     def kept(self) -> int:
-        """Positions before this one may stay at the stages when the route changes."""
         return len(self.tokens)
 
     @property
@@ -81,7 +115,6 @@ class Transcript:
 
     @property
     def reusable(self) -> bool:
-        """Stages may use for it what they computed in earlier sessions, and the other way round."""
         return not self.request.no_kv_cache
 
     @property
@@ -90,7 +123,6 @@ class Transcript:
         return None
 
     def describe(self, message: pb.Open, *, last: bool) -> None:
-        """What a stage, and the ``last`` one above all, has to know of this generation."""
         request = self.request
         message.no_kv_cache = request.no_kv_cache
         if last:

@@ -9,9 +9,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from swarm import protocol_pb2 as pb
-from swarm.chain import Chain, HopLost
+from swarm.chain import Chain
 from swarm.config import Settings
-from swarm.control import Event, HopControl
+from swarm.control import Event, HopControl, HopLost
 from swarm.errors import DeadlineExceeded, SwarmError
 from swarm.handover import Handover
 from swarm.protocol import error_from_wire

@@ -1,0 +1,104 @@
+"""Which peers are to run a session's layers: the planner's question as one session asks it, and its grudges."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Collection, Mapping
+
+from swarm.config import Settings
+from swarm.coverage import explained
+from swarm.errors import NoRoute, PeerLost, SwarmError, Unreachable
+from swarm.health import Health
+from swarm.knowledge import View, known
+from swarm.models import ModelProfile
+from swarm.prefix import SessionPrefix, reckoned
+from swarm.protocol import ITEM_BYTES
+from swarm.routing import Demand, plan
+from swarm.transcript import Tokens
+from swarm.types import Hop, LayerRange, PeerId, SessionId
+
+
+class HopPlanner:
+    """Of the session whose tokens are ``transcript``. What it learns of peers goes into the process's ``health``."""
+
+    def __init__(
+        self,
+        session_id: SessionId,
+        transcript: Tokens,
+        prefix: SessionPrefix,
+        view: View,
+        profile: ModelProfile,
+        settings: Settings,
+        health: Health,
+    ) -> None:
+        self._seed = zlib.crc32(session_id.encode())
+        self._transcript = transcript
+        self._prefix = prefix
+        self._view = view
+        self._profile = profile
+        self._settings = settings
+        self._health = health
+
+    def plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> tuple[Hop, ...]:
+        """The best hops over ``layers`` between those that ``route`` has, in order, on both sides of them.
+
+        Of near-equals each session takes others, which spreads the load. Raises :class:`NoRoute`.
+        """
+        tokens, profile = len(self._transcript), self._profile
+        demand = Demand(
+            tokens=self._transcript.stop_at,
+            prompt_tokens=tokens,
+            new_tokens=max(1, self._transcript.stop_at - tokens),
+            activation_bytes=profile.hidden_size * ITEM_BYTES[profile.dtype],
+            chunk_tokens=self._settings.engine.prefill_chunk_tokens,
+        )
+        upstream = [hop.peer.peer_id for hop in route if hop.layers.end <= layers.start]
+        downstream = [hop.peer.peer_id for hop in route if hop.layers.start >= layers.end]
+        knowledge = known(
+            self._view,
+            self._health,
+            _now(),
+            self._settings.planner,
+            before=upstream[-1] if upstream else None,
+            after=downstream[0] if downstream else None,
+            seed=self._seed,
+        )
+        held = self._prefix.held()
+        found = plan(
+            [reckoned(a, held.get(a.peer.peer_id, 0), tokens) for a in self._view.announcements()],
+            layers,
+            demand,
+            knowledge,
+            ring=len(layers) == profile.num_layers,
+            excluded=frozenset(refused),
+        )
+        return tuple(planned.hop for planned in found.hops)
+
+    async def refresh(self) -> None:
+        """Read the announcements anew: somebody may have joined just now."""
+        await self._view.refresh()
+
+    async def explain(self, error: NoRoute, refused: Mapping[PeerId, SwarmError]) -> None:
+        """Raise why a session that never ran finds no route; first look once more, and return if there is one now."""
+        for refusal in refused.values():
+            if not isinstance(refusal, PeerLost | Unreachable):
+                raise refusal from None
+        if refused:
+            named = ", ".join(peer[-6:] for peer in refused)
+            raise NoRoute(f"{error.message}: {named} announced them but can't be reached") from None
+        await self.refresh()
+        try:
+            self.plan(LayerRange(0, self._profile.num_layers), (), ())
+        except NoRoute:
+            raise explained(error, self._view.announcements(), self._profile) from None
+
+    def blame(self, hop: Hop, error: SwarmError) -> None:
+        self._health.failed(hop.peer.peer_id, error.code, _now())
+
+    def praise(self, hop: Hop) -> None:
+        self._health.succeeded(hop.peer.peer_id, _now())
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
