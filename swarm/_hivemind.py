@@ -1,4 +1,4 @@
-"""Load ``hivemind.p2p`` and ``hivemind.dht`` without the rest of hivemind; for ``libp2p.py`` and ``dht.py`` only.
+"""Load ``hivemind.p2p`` and ``hivemind.dht`` without the rest of hivemind; for the daemon and the DHT only.
 
 ``import hivemind`` runs ``hivemind/__init__.py``, which imports averaging, moe, optim and with them torch and
 scipy: about 280 MB and seconds, in a client that never sees a tensor. Python runs the ``__init__`` of every parent
@@ -7,7 +7,7 @@ package, so stand-ins for three of them (``hivemind``, ``hivemind.utils``, ``hiv
 no torch, no NumPy. ``utils`` is on the list because its ``__init__`` pulls torch for ``MPFuture``, ``dht`` because
 of the forked ``hivemind.DHT`` that Swarm must not use anyway.
 
-If hivemind's layout changes, this raises :class:`Internal` when ``swarm.libp2p`` is imported: loudly, at once.
+If hivemind's layout changes, this raises :class:`Internal` when ``swarm.daemon`` is imported: loudly, at once.
 """
 
 from __future__ import annotations

@@ -1,98 +1,256 @@
-"""What p2pd needs around it: a private folder for its sockets and key, and ports that are really ours."""
+"""The p2pd daemon of one process: started, watched, and started again when it dies."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import errno
-import fcntl
-import os
+import logging
 import shutil
-import socket
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
 
-from swarm import multiaddrs
-from swarm.errors import ConfigError, PortInUse
+from swarm import _hivemind, multiaddrs
+from swarm.config import Settings
+from swarm.daemon_requests import answers, dial, translate
+from swarm.errors import Internal, Unreachable
+from swarm.identity import Identity
+from swarm.premises import reserved_ports, runtime_folder
+from swarm.types import PeerAddress, PeerId
 
-_PREFIX = "swarm-p2p-"
-_MAX_FOLDER_LENGTH = 70
-"""A unix socket path has at most 107 characters; p2pd's file names take 30."""
+_p2p = _hivemind.load("hivemind.p2p")
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 2.0
+"""How long p2pd may take to end after SIGTERM before it is killed."""
+_RESTART_FIRST_S = 0.2
+_RESTART_MOST_S = 15.0
+"""Waits between attempts to restart p2pd: doubled from the first to the longest, for ever."""
+
+Accept = Callable[[PeerId, str, str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+"""Takes an incoming stream: the remote, its address, the protocol, what it sends, what it is sent."""
+RestartCallback = Callable[[], Awaitable[None]]
 
 
-@contextlib.contextmanager
-def runtime_folder() -> Iterator[Path]:
-    """A folder of mode 0700 for as long as the context lives.
+class Daemon:
+    """``async with Daemon(identity, settings, listen=True, accept=..., on_death=...) as daemon``.
 
-    Private, because whoever can connect to these sockets speaks for this peer. After a SIGKILL nobody removes it;
-    the next process does: a folder whose lock is free has no owner.
+    Starts with no peers at all: p2pd would end itself if the first ones don't answer (H16). Entering raises
+    ``PortInUse``, ``ConfigError``, ``Unreachable`` (it does not start).
     """
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) + len(_PREFIX) > _MAX_FOLDER_LENGTH:
-        base = Path("/tmp")
-    _sweep(base)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    fd = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "lock.new").rename(folder / "lock")  # a sweeper never sees an unlocked lock of a live process
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(fd)
 
+    def __init__(
+        self,
+        identity: Identity,
+        settings: Settings,
+        *,
+        listen: bool,
+        accept: Accept,
+        on_death: Callable[[], None],
+    ) -> None:
+        """``accept`` is awaited in a task of each stream; ``on_death`` is called when p2pd is found dead."""
+        self._identity = identity
+        self._settings = settings
+        self._listen = listen
+        self._accept = accept
+        self._on_death = on_death
+        self._exit = contextlib.AsyncExitStack()
+        self._p2p: Any = None
+        self._usable = asyncio.Event()
+        self._protocols: list[str] = []
+        self._callbacks: list[RestartCallback] = []
+        self.alive = False
+        """False between the death of p2pd and its restart, and after the end."""
+        self.local = PeerAddress(identity.peer_id)
+        """Own peer id and the addresses others can dial, each with ``/p2p/ID``; none for a client."""
+        self.restarts = 0
 
-def _sweep(base: Path) -> None:
-    for lock in base.glob(f"{_PREFIX}*/lock"):
-        with contextlib.suppress(OSError):  # another user's, or swept by another process just now
-            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            folder = stack.enter_context(runtime_folder())
+            network = self._settings.network
+            self._host_maddrs = stack.enter_context(reserved_ports(network.host_maddrs if self._listen else ()))
+            for text in network.announce_maddrs:
+                multiaddrs.peer_address(f"{text}/p2p/{self._identity.peer_id}")  # raises ConfigError
+            self._key_file = self._identity.private_key_file(folder)
+            # a subclass, because hivemind puts its sockets where everybody can connect to them
+            members: dict[str, object] = {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"}
+            # Ctrl-C in a terminal goes to the whole process group: in it, p2pd would end before a client has closed
+            # its sessions. A peer's p2pd stays: who kills or freezes a peer's group means both.
+            if not self._listen and (setsid := shutil.which("setsid")) is not None:
+                members["_make_process_args"] = staticmethod(partial(_p2p.P2P._make_process_args, setsid))
+            self._p2p_class = type("SwarmP2P", (_p2p.P2P,), members)
+            stack.push_async_callback(self._end)
+            await self._start()
+            self._usable.set()
+            watch = asyncio.create_task(self._watch(), name="watch p2pd")
+            stack.push_async_callback(cancel, [watch])
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.alive = False
+        await self._exit.aclose()
+
+    @property
+    def p2p(self) -> Any:
+        """hivemind's ``P2P``; a new one after each restart. Raises :class:`Unreachable` while there is none."""
+        if self._p2p is None:
+            raise Unreachable("the p2p daemon is not running")
+        return self._p2p
+
+    @property
+    def pid(self) -> int:
+        return int(self.p2p._child.pid)
+
+    @property
+    def _socket(self) -> str:
+        return str(self._p2p.daemon_listen_maddr["unix"])
+
+    async def ready(self) -> int:
+        """As :meth:`swarm.transport.Transport.ready`."""
+        try:
+            async with asyncio.timeout(self._settings.timeouts.daemon_start_s):
+                await self._usable.wait()
+        except TimeoutError:
+            raise Unreachable("the own p2p daemon is down and did not come back") from None
+        return self.restarts
+
+    async def dial(self, peer: PeerAddress, protocol: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream to ``peer``, or with no ``protocol`` just a connection. Raises :class:`Unreachable`."""
+        if not self.alive:
+            raise Unreachable("the own p2p daemon is down; it is being restarted")
+        return await dial(self._socket, peer, protocol, self._settings.timeouts.connect_s)
+
+    async def serve(self, protocol: str) -> None:
+        """Accept its streams, after each restart, too."""
+        if protocol not in self._protocols:  # p2pd takes a protocol once
+            self._protocols.append(protocol)
+            await self._register(protocol)
+
+    def on_restart(self, callback: RestartCallback) -> None:
+        """``await callback()`` after each restart, when the protocols are served again."""
+        self._callbacks.append(callback)
+
+    # --- one life ----------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        network, timeouts = self._settings.network, self._settings.timeouts
+        try:
+            p2p = await self._p2p_class.create(  # type: ignore[attr-defined]
+                identity_path=str(self._key_file),
+                check_if_identity_free=False,  # knows RSA only, and needs a second daemon; our lock file does it
+                host_maddrs=self._host_maddrs or None,
+                announce_maddrs=network.announce_maddrs or None,
+                no_listen=not self._listen,
+                dht_mode="server" if self._listen else "client",
+                nat_port_map=network.nat_port_map,
+                auto_nat=network.auto_nat,
+                use_relay=network.use_relay,
+                use_auto_relay=network.use_relay,
+                startup_timeout=timeouts.daemon_start_s,
+            )
+        except Exception as error:
+            raise translate(error, self.local, timeouts.daemon_start_s) from error
+        self._p2p = p2p
+        if p2p.peer_id.to_base58() != self._identity.peer_id:
+            raise Internal(f"p2pd runs as {p2p.peer_id}, not as {self._identity.peer_id}")
+        suffix = f"/p2p/{self._identity.peer_id}"
+        visible = sorted(map(str, p2p._visible_maddrs), key=multiaddrs.is_loopback)  # what is of use to all comes first
+        self.local = PeerAddress(self._identity.peer_id, tuple(f"{maddr}{suffix}" for maddr in visible))
+        self.alive = True
+
+    async def _register(self, protocol: str) -> None:
+        timeout_s = self._settings.timeouts.open_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.p2p.add_binary_stream_handler(protocol, self._incoming)
+        except Exception as error:
+            raise translate(error, self.local, timeout_s) from error
+
+    async def _incoming(self, info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One stream, in a task of its own that hivemind's listener has made."""
+        await self._accept(PeerId(info.peer_id.to_base58()), str(info.addr), info.proto, reader, writer)
+
+    async def _end(self) -> None:
+        self.alive = False
+        if self._p2p is None:
+            return
+        p2p, self._p2p = self._p2p, None
+        control = p2p._client.control
+        tasks = [task for task in (p2p._listen_task, p2p._reader_task, control._read_task, control._write_task) if task]
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await p2p.shutdown()
+        except TimeoutError:  # stopped (SIGSTOP) or stuck
+            with contextlib.suppress(ProcessLookupError):
+                p2p._child.kill()
+            await p2p._child.wait()
+        except Exception:  # must not end the watch; what is left of the old daemon is dead or will be
+            log.exception("ending p2pd failed")
+        await cancel(tasks)  # hivemind cancels them and doesn't wait
+
+    # --- the next one ------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """hivemind doesn't notice that its daemon died, and calls hang for ever (H3)."""
+        while True:
+            await self._died()
+            self.alive = False
+            self._usable.clear()
+            log.error("p2pd (pid %d) ended; restarting it with the same identity and ports", self.pid)
+            self._on_death()
+            await self._end()
+            await self._restart()
+
+    async def _died(self) -> None:
+        """Returns when the daemon is dead; one that lives but no longer answers is killed first."""
+        child, misses = self._p2p._child, 0
+        end = asyncio.ensure_future(child.wait())
+        try:
+            while not end.done():
+                await asyncio.wait({end}, timeout=self._settings.discovery.ping_period_s)
+                answered = end.done() or await answers(self._socket, self._settings.timeouts.info_s)
+                misses = 0 if answered else misses + 1
+                if misses >= 2:  # twice, because a blocked event loop looks the same
+                    log.error("p2pd (pid %d) does not answer; killing it", child.pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        child.kill()
+                    await end
+        finally:
+            await cancel([end])
+
+    async def _restart(self) -> None:
+        wait_s = _RESTART_FIRST_S
+        while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-            finally:
-                os.close(fd)
+                await self._start()
+                for protocol in self._protocols:
+                    await self._register(protocol)
+                break
+            except Exception as error:  # whatever it is, without a daemon this process is nothing: try again for ever
+                await self._end()
+                log.error("can't restart p2pd, next attempt in %.1f s: %s", wait_s, error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _RESTART_MOST_S)
+        self.restarts += 1
+        self._usable.set()
+        log.warning("p2pd runs again (pid %d)", self.pid)
+        for callback in self._callbacks:
+            try:
+                async with asyncio.timeout(self._settings.timeouts.daemon_start_s):
+                    await callback()
+            except Exception:  # one that can't recover must not keep the others from it
+                log.exception("a callback failed after the restart of p2pd")
 
 
-@contextlib.contextmanager
-def reserved_ports(host_maddrs: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    """The same addresses with every port fixed, and held for as long as the context lives.
-
-    p2pd listens with ``SO_REUSEPORT``, so a second daemon on a taken port starts without an error and steals half of
-    the connections (H17). A socket that is bound with ``SO_REUSEPORT`` and never listens gets no connection but keeps
-    the port from everybody else, also while p2pd is restarted. Raises :class:`PortInUse`, :class:`ConfigError`.
-    """
-    with contextlib.ExitStack() as held:
-        yield tuple(_reserve(text, held) for text in host_maddrs)
-
-
-def _reserve(text: str, held: contextlib.ExitStack) -> str:
-    try:
-        multiaddrs.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"bad listen address {text!r}: {error}") from None
-    _, host_name, host, port_name, port_text, *rest = text.rstrip("/").split("/")
-    if host_name not in ("ip4", "ip6"):
-        raise ConfigError(f"listen address {text!r} must be an IP address")
-    family = socket.AF_INET if host_name == "ip4" else socket.AF_INET6
-    kind = socket.SOCK_STREAM if port_name == "tcp" else socket.SOCK_DGRAM
-    port = int(port_text)
-    try:
-        if port:
-            with socket.socket(family, kind) as probe:
-                if kind == socket.SOCK_STREAM:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only past TIME_WAIT, not a listener
-                probe.bind((host, port))
-        holder = held.enter_context(socket.socket(family, kind))
-        if kind == socket.SOCK_STREAM:
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            holder.bind((host, port))
-            port = holder.getsockname()[1]
-        elif not port:
-            holder.bind((host, 0))
-            port = holder.getsockname()[1]
-            holder.close()  # a datagram socket that is bound would take part of the packets
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(f"{port_name} port {port} on {host} is in use by another process") from None
-        raise ConfigError(f"can't listen on {text!r}: {error.strerror or error}") from None
-    return "/".join(["", host_name, host, port_name, str(port), *rest])
+async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel and wait, so that no task outlives its owner."""
+    pending = list(tasks)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for package in ("swarm", "peers") for path in (ROOT / package).rglob("*.py"))
 
-HIVEMIND_MODULES = {"swarm.libp2p", "swarm.dht", "swarm.dht_node"}
+HIVEMIND_MODULES = {"swarm.daemon", "swarm.daemon_requests", "swarm.dht", "swarm.dht_node"}
 """The network and the DHT. ``swarm._hivemind``, which loads hivemind by name, is a private part of them."""
 
 PURE_MODULES = (
