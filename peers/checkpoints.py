@@ -1,8 +1,8 @@
 """The checkpoint log: what a stage has put out, kept so that a new successor can be replayed.
 
-Rows are bytes in the model's dtype, so a replay is lossless and the log needs no torch. The rows of a
-session lie in one buffer that is reserved when the session opens; its pages are only touched when they
-are written.
+Rows are the very bytes that are sent, in the stage's wire, so a replay repeats them and the log needs no torch. The
+rows of a session lie in one buffer that is reserved when the session opens; its pages are only touched when they are
+written.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from swarm.protocol import address_from_wire, decode, error_to_wire
 from swarm.sampling import SamplingParams
 from swarm.transport import Stream
 from swarm.types import LayerRange, PeerId, PeerState, SessionId
+from swarm.wire import MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,8 @@ class ControlHandler:
             prompt_length=message.prompt_length,
             speculate=message.speculate,
             prefix=message.prefix,
+            input_wire=message.input_wire or MODEL,
+            output_wire=(message.output_wire or MODEL) if layers.end < profile.num_layers else MODEL,
         )
 
     def _check_vocabulary(self, token_ids: Sequence[int]) -> None:

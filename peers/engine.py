@@ -25,18 +25,17 @@ import torch
 from peers.drafting import MAX_DRAFT, verified
 from peers.executor import Done, StepReply, StepRequest
 from peers.kv_cache import SequenceCache
+from peers.row_codec import DTYPES, decoded, encoded
 from peers.shard import Shard, Step, StepOutput
 from peers.stage import Cache
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
 from swarm.models import ModelProfile
-from swarm.protocol import ITEM_BYTES
 from swarm.sampling import SampleResult, sample
 from swarm.types import LayerRange
+from swarm.wire import ITEM_BYTES, encoding_of
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(slots=True)
@@ -283,7 +282,9 @@ class Engine:
                 results[index] = sampled
                 continue
             results[index] = StepReply(
-                hidden=b"" if output.hidden is None else _to_bytes(output.hidden, self._dtype),
+                hidden=b""
+                if output.hidden is None
+                else encoded(output.hidden, self._encoding(waiting.piece.output_wire)),
                 tokens=sampled,
                 logits=self._logits(waiting.piece, output),
                 queue_s=max(0.0, started - waiting.since),
@@ -296,8 +297,8 @@ class Engine:
             raise Internal("the engine runs on its own caches")
         hidden = None
         if request.hidden is not None:
-            flat = torch.frombuffer(bytearray(request.hidden), dtype=self._dtype)
-            hidden = flat.view(request.rows, self.profile.hidden_size)
+            encoding = self._encoding(request.input_wire)
+            hidden = decoded(request.hidden, encoding, self.profile.hidden_size, self._dtype)
             if not bool(torch.isfinite(hidden).all()):
                 raise BadTensor("hidden states that are not finite")
         return Step(
@@ -314,7 +315,10 @@ class Engine:
     def _logits(request: StepRequest, output: StepOutput) -> bytes:
         if not request.logit_rows or output.logits is None:
             return b""
-        return _to_bytes(output.logits, torch.float32)
+        return encoded(output.logits, "float32")
+
+    def _encoding(self, wire: str) -> str:
+        return encoding_of(wire, self.profile.dtype)
 
 
 def cores() -> int:
@@ -341,12 +345,6 @@ def _sampled(request: StepRequest, output: StepOutput) -> tuple[SampleResult, ..
         # Whatever one session wished for, the others of its batch get their tokens.
         logger.exception("sampling failed")
         return Internal(f"sampling failed: {type(error).__name__}")
-
-
-def _to_bytes(rows: torch.Tensor, dtype: torch.dtype) -> bytes:
-    flat = rows.to("cpu", dtype).contiguous().view(-1)
-    data: bytes = flat.view(torch.uint8).numpy().tobytes()
-    return data
 
 
 def _is_prefill(waiting: _Waiting) -> bool:

@@ -11,6 +11,7 @@ from swarm.errors import SwarmError
 from swarm.models import ModelProfile
 from swarm.sampling import SampleResult, SamplingParams
 from swarm.types import LayerRange
+from swarm.wire import MODEL
 
 if TYPE_CHECKING:
     from peers.stage import Cache
@@ -41,18 +42,21 @@ class StepRequest:
     token_ids: Sequence[int] | None
     """Given when ``layers`` starts at 0."""
     hidden: bytes | None
-    """Row-major ``[rows, hidden]`` in the model's dtype, given otherwise."""
+    """``[rows, hidden]`` as ``input_wire`` says, given otherwise."""
     sample: SampleRequest | None = None
     logit_rows: int = 0
     """Step mode: how many of the last rows want logits."""
     want_hidden: bool = False
     """Step mode: the last layer's hidden states are wanted, too."""
+    input_wire: str = MODEL
+    output_wire: str = MODEL
+    """How hidden states come in and go out, see ``swarm.wire``."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReply:
     hidden: bytes
-    """Outputs ``[rows, hidden]``; empty at the last layer unless they are wanted."""
+    """Outputs ``[rows, hidden]`` as ``StepRequest.output_wire`` says; empty at the last layer unless wanted."""
     tokens: tuple[SampleResult, ...]
     """What was asked for in ``StepRequest.sample``: one token, and one for each draft that was right."""
     logits: bytes

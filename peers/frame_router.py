@@ -16,6 +16,7 @@ from swarm.knowledge import View
 from swarm.protocol import MAX_HOPS, decode, error_from_wire, error_to_wire, rows_from_wire, timing_from_wire
 from swarm.transport import Stream, Transport
 from swarm.types import PeerAddress, PeerId, SessionId
+from swarm.wire import encoding_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ class FrameRouter:
         else:
             if ids:
                 raise ProtocolError("only the first stage takes token ids")
-            hidden = rows_from_wire(frame.hidden, profile.dtype, profile.hidden_size, stage.max_positions)
+            encoding = encoding_of(stage.input_wire, profile.dtype)
+            hidden = rows_from_wire(frame.hidden, encoding, profile.hidden_size, stage.max_positions)
             rows = frame.hidden.shape[0]
         return Work(
             epoch=frame.epoch,

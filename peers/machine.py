@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from peers.engine import DTYPES
 from peers.executor import Executor, SampleRequest, StepRequest, run
+from peers.row_codec import DTYPES
 from peers.shard import Shard
 from peers.weights import open_source
 from swarm.architectures import bytes_per_weight

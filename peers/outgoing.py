@@ -7,6 +7,7 @@ from peers.step_answers import step_to_wire
 from swarm import protocol_pb2 as pb
 from swarm.models import ModelProfile
 from swarm.protocol import rows_to_wire, timing_to_wire
+from swarm.wire import encoding_of
 
 
 def output_of(stage: Stage, target: Target, start: int, end: int) -> pb.Output:
@@ -43,6 +44,7 @@ def frame_of(stage: Stage, target: Target, start: int, end: int, profile: ModelP
     else:
         if stage.draft and end > stage.draft_start:
             frame.draft, frame.draft_start = stage.draft, stage.draft_start
-        frame.hidden.CopyFrom(rows_to_wire(stage.log.read(start, end), profile.dtype, profile.hidden_size))
+        encoding = encoding_of(stage.output_wire, profile.dtype)
+        frame.hidden.CopyFrom(rows_to_wire(stage.log.read(start, end), encoding, profile.hidden_size))
         frame.hops.extend(timing_to_wire(timing) for timing in stage.trace.get(end, ()))
     return frame

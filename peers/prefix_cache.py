@@ -25,6 +25,8 @@ class Kept:
     name: str
     owner: PeerId
     layers: LayerRange
+    wire: str
+    """Of the rows in ``log``."""
     chain: bytes
     cache: Cache
     log: CheckpointLog | None
@@ -53,7 +55,7 @@ class PrefixCache:
         if self._closed or not tokens or self._most < 1:
             return
         chain = cut(chain, tokens)
-        same = [e for e in self._entries.values() if (e.owner, e.layers) == (stage.owner, stage.layers)]
+        same = self._of(stage.owner, stage.layers, stage.output_wire)
         if longer := next((entry for entry in same if entry.chain.startswith(chain)), None):
             self._touch(longer)
             return
@@ -64,14 +66,15 @@ class PrefixCache:
         if not self._budget.keep(name, size_bytes, lambda: self._entries.pop(name)):
             return
         inputs = tuple(stage.inputs[:tokens])
-        self._entries[name] = Kept(name, stage.owner, stage.layers, chain, stage.cache, stage.log, inputs, now)
+        self._entries[name] = Kept(
+            name, stage.owner, stage.layers, stage.output_wire, chain, stage.cache, stage.log, inputs, now
+        )
         if len(self._entries) > self._most:
             self._drop(next(iter(self._entries.values())))
 
-    def find(self, owner: PeerId, layers: LayerRange, chain: bytes) -> tuple[Kept, int] | None:
+    def find(self, owner: PeerId, layers: LayerRange, wire: str, chain: bytes) -> tuple[Kept, int] | None:
         """What ``owner`` may use for a text that begins as ``chain`` says, and for how many tokens."""
-        fitting = [entry for entry in self._entries.values() if (entry.owner, entry.layers) == (owner, layers)]
-        best = max(fitting, key=lambda entry: shared_tokens(entry.chain, chain), default=None)
+        best = max(self._of(owner, layers, wire), key=lambda entry: shared_tokens(entry.chain, chain), default=None)
         tokens = shared_tokens(best.chain, chain) if best is not None else 0
         if best is None or not tokens:
             return None
@@ -91,6 +94,9 @@ class PrefixCache:
         self._closed = True
         for entry in list(self._entries.values()):
             self._drop(entry)
+
+    def _of(self, owner: PeerId, layers: LayerRange, wire: str) -> list[Kept]:
+        return [e for e in self._entries.values() if (e.owner, e.layers, e.wire) == (owner, layers, wire)]
 
     def _touch(self, entry: Kept) -> None:
         self._entries.move_to_end(entry.name)

@@ -209,6 +209,8 @@ class StageRunner:
             sample=stage.to_sample(start, start + rows),
             logit_rows=self._logit_rows(start, start + rows),
             want_hidden=stage.step.hidden,
+            input_wire=stage.input_wire,
+            output_wire=stage.output_wire,
         )
         self.executor.submit(step, lambda reply: self._computed(job, step, reply))
 

@@ -23,6 +23,7 @@ from peers.executor import SampleRequest
 from swarm.errors import BadRequest, Gap, NotAllowed, ProtocolError, StaleEpoch, TooLong
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId, SessionId
+from swarm.wire import MODEL, WIRES
 
 
 class Cache(Protocol):
@@ -64,10 +65,16 @@ class OpenRequest:
     speculate: bool = False
     prefix: bytes = b""
     """Names the tokens that a new stage may take over from an earlier session, see ``swarm.prefix``."""
+    input_wire: str = MODEL
+    output_wire: str = MODEL
+    """How hidden states come in and go out, see ``swarm.wire``."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.session) <= 64:
             raise BadRequest("a session id has 1 to 64 characters")
+        for wire in (self.input_wire, self.output_wire):
+            if wire not in WIRES:
+                raise BadRequest(f"no such wire as {wire[:20]!r}; there are: {', '.join(WIRES)}")
         if self.keep > self.max_positions or len(self.token_ids) > self.max_positions:
             raise BadRequest(f"more tokens than the session's {self.max_positions} positions")
 
@@ -138,6 +145,7 @@ class Stage:
         self.owner = owner
         self.layers = request.layers
         self.max_positions = request.max_positions
+        self.input_wire, self.output_wire = request.input_wire, request.output_wire
         self.first, self.last = first, last
         self.cache, self.log = cache, log
         self.epoch = request.epoch
@@ -174,6 +182,8 @@ class Stage:
             raise StaleEpoch(f"epoch {request.epoch} is over; this stage is in {self.epoch}")
         if request.layers != self.layers or request.max_positions != self.max_positions:
             raise BadRequest("a stage keeps the layers and positions that it was opened with")
+        if (request.input_wire, request.output_wire) != (self.input_wire, self.output_wire):
+            raise BadRequest("a stage's hidden states come and go as when it was opened")
         self._adopt(request)
 
     def _adopt(self, request: OpenRequest) -> None:

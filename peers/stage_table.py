@@ -12,8 +12,8 @@ from peers.prefix_cache import PrefixCache
 from peers.runner import Outside, StageRunner
 from peers.stage import OpenRequest, Stage
 from swarm.config import Settings
-from swarm.protocol import ITEM_BYTES
 from swarm.types import PeerId, SessionId
+from swarm.wire import encoding_of, row_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,11 @@ class StageTable:
         """Reserve memory, build the stage, with what an earlier one left for it; raises :class:`Busy`."""
         profile, key = self.executor.profile, (request.session, request.layers.start)
         last = request.layers.end == profile.num_layers
-        row_bytes = profile.hidden_size * ITEM_BYTES[profile.dtype]
+        logged_bytes = row_bytes(encoding_of(request.output_wire, profile.dtype), profile.hidden_size)
         size = self.executor.cache_bytes(request.layers, request.max_positions)
         if not last:
-            size += CheckpointLog.bytes_needed(row_bytes, request.max_positions)
-        found = self.prefixes.find(owner, request.layers, request.prefix)
+            size += CheckpointLog.bytes_needed(logged_bytes, request.max_positions)
+        found = self.prefixes.find(owner, request.layers, request.output_wire, request.prefix)
         self._make_room(size)
         self.budget.reserve(_held_as(key), size)
         try:
@@ -66,7 +66,7 @@ class StageTable:
                 stage = Stage(request, owner, first=first, last=last, cache=cache, log=log)
                 stage.inputs.extend(kept.inputs[: stage.have])
             else:
-                log = None if last else CheckpointLog(row_bytes, request.max_positions)
+                log = None if last else CheckpointLog(logged_bytes, request.max_positions)
                 cache = self.executor.new_cache(request.layers, request.max_positions)
                 stage = Stage(request, owner, first=first, last=last, cache=cache, log=log)
         except BaseException:
@@ -137,7 +137,7 @@ class StageTable:
     def kv_tokens_free(self) -> int:
         """Tokens that would still fit, over all layers of this peer."""
         profile, layers = self.executor.profile, self.executor.layers
-        one = self.executor.cache_bytes(layers, 1) + profile.hidden_size * ITEM_BYTES[profile.dtype]
+        one = self.executor.cache_bytes(layers, 1) + row_bytes(profile.dtype, profile.hidden_size)
         return self.budget.free_bytes // one
 
 

@@ -10,7 +10,8 @@ from peers.stage import StepMark
 from swarm import protocol_pb2 as pb
 from swarm.errors import ProtocolError
 from swarm.models import ModelProfile
-from swarm.protocol import ITEM_BYTES, rows_to_wire
+from swarm.protocol import rows_to_wire
+from swarm.wire import row_bytes
 
 
 def step_to_wire(step: StepMark) -> pb.Step:
@@ -47,7 +48,7 @@ class StepAnswers:
         """
         while self._waiting and self._waiting[0].step != step.number:
             self._waiting.popleft()
-        width = self._profile.hidden_size * ITEM_BYTES[self._profile.dtype]
+        width = row_bytes(self._profile.dtype, self._profile.hidden_size)
         hidden = reply.hidden[-rows * width :] if step.hidden else b""
         size = len(reply.logits) + len(hidden) + sum(len(a.logits) + len(a.hidden) for a in self._waiting)
         if size > self._max_bytes and (rows > 1 or self._waiting):

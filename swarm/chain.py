@@ -55,9 +55,7 @@ class Chain:
         health: Health,
         tasks: asyncio.TaskGroup,
     ) -> None:
-        self._prefix = SessionPrefix(
-            health.prefixes, profile.model_id, transcript.tokens if transcript.reusable else ()
-        )
+        self._prefix = SessionPrefix(health.prefixes, profile.model_id, transcript)
         self.planner = HopPlanner(session_id, transcript, self._prefix, view, profile, settings, health)
         self.opener = Opener(session_id, transcript, self._prefix, profile)
         self.transcript = transcript
@@ -115,7 +113,7 @@ class Chain:
 
     async def establish(self, reason: str) -> None:
         """Bring the session onto a complete route, however many attempts that takes within ``recovery.wait_s``."""
-        first = reason == "opened"
+        first, wire = reason == "opened", self.transcript.wire
         refused: dict[PeerId, SwarmError] = {}
         pause = RETRY_FIRST_S
         deadline = _now() + self.settings.recovery.wait_s
@@ -124,8 +122,11 @@ class Chain:
             self.epoch = self.next_epoch()
             keep = self.transcript.kept
             survivors = set(self.controls)
+            if first:  # an attempt that failed left its cuts
+                self.transcript.wire = wire
             try:
                 await self._assemble(refused)
+                self.transcript.wire = self.transcript.wire.cut_at(hop.layers.start for hop in self.hops)
                 await self._open_and_start()
                 break
             except HopLost as loss:

@@ -27,13 +27,13 @@ from swarm.knowledge import known
 from swarm.models import ModelProfile, resolve, tokenizer_files
 from swarm.multiaddrs import peer_addresses
 from swarm.plans import Demand, Knowledge, PlannedHop
-from swarm.protocol import ITEM_BYTES
 from swarm.routing import plan_route, price
 from swarm.sampling import SamplingParams
 from swarm.session import GenerationRequest, RouteChanged, Session
 from swarm.stepping import StepSession
 from swarm.tokenizer import TextTokenizer
 from swarm.types import Announcement, Route, Token
+from swarm.wire import Wire, encoding_of, row_bytes
 
 T = TypeVar("T")
 
@@ -142,6 +142,7 @@ class AsyncClient:
         seed: int | None = None,
         kv_cache: bool | None = None,
         speculation: str | None = None,
+        wire: str | None = None,
     ) -> GenerationRequest:
         """Defaults come from the settings. ``seed=None`` draws one. ``logprobs``: how many alternatives to report.
 
@@ -169,6 +170,7 @@ class AsyncClient:
             end_ids=frozenset(self.profile.end_ids),
             no_kv_cache=not (defaults.enable_kv_cache if kv_cache is None else kv_cache),
             speculate=(speculation or defaults.speculation) != "off",
+            wire=Wire.chosen(wire or defaults.wire, self.profile.dtype),
         )
 
     def chat_prompt(self, messages: Iterable[Message]) -> list[int]:
@@ -199,7 +201,7 @@ class AsyncClient:
 
     def predict(self, route: Route, request: GenerationRequest) -> tuple[PlannedHop, ...]:
         """What the planner expects of ``route``; empty if some of its peers are no longer announced."""
-        demand = self.demand(len(request.prompt), request.max_tokens)
+        demand = self.demand(len(request.prompt), request.max_tokens, request.wire.name)
         try:
             return price(self.view.announcements(), route, demand, self.knowledge()).hops
         except NoRoute:
@@ -238,13 +240,14 @@ class AsyncClient:
         """For planning now."""
         return known(self.view, self.health, asyncio.get_running_loop().time(), self.settings.planner)
 
-    def demand(self, prompt_tokens: int, new_tokens: int) -> Demand:
-        """What a session of this size asks of a route."""
+    def demand(self, prompt_tokens: int, new_tokens: int, wire: str | None = None) -> Demand:
+        """What a session of this size asks of a route; ``wire``: if not that of the settings."""
+        encoding = encoding_of(wire or self.settings.inference.wire, self.profile.dtype)
         return Demand(
             tokens=prompt_tokens + new_tokens,
             prompt_tokens=prompt_tokens,
             new_tokens=max(1, new_tokens),
-            activation_bytes=self.profile.hidden_size * ITEM_BYTES[self.profile.dtype],
+            activation_bytes=row_bytes(encoding, self.profile.hidden_size),
             chunk_tokens=self.settings.engine.prefill_chunk_tokens,
         )
 

@@ -26,6 +26,8 @@ class InferenceSettings:
     enable_kv_cache: bool = True
     speculation: str = "auto"
     """auto | off: whether drafts may go round the ring with the tokens. They never change the text."""
+    wire: str = "model"
+    """model | bfloat16 | int8: how hidden states go from peer to peer; ``model``: in its dtype, see ``swarm.wire``."""
 
 
 @dataclass(frozen=True, slots=True)

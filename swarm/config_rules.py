@@ -11,6 +11,7 @@ from typing import Any
 from swarm.config import Settings
 from swarm.errors import ConfigError, WrongRange
 from swarm.types import LayerRange
+from swarm.wire import WIRES
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ _SPECIAL: Mapping[str, Rule] = {
     "inference.min_p": Rule("a number from 0 to 1", lambda value: 0 <= value <= 1),
     "inference.repetition_penalty": Rule("a number above 0", lambda value: value > 0),
     "inference.speculation": _one_of("auto", "off"),
+    "inference.wire": _one_of(*WIRES),
     "peer.layers": Rule("auto or START:END, for example 0:10", _is_layers),
     "peer.device": Rule(
         "auto, cpu, mps, cuda or cuda:N",

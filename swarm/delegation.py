@@ -22,6 +22,7 @@ from swarm.session import RouteChanged
 from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
 from swarm.transport import DELEGATE, Stream, Transport
 from swarm.types import Hop, LayerRange, PeerAddress, Route
+from swarm.wire import MODEL, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ class DelegatedSession:
             end_ids=sorted(request.end_ids),
             no_kv_cache=request.no_kv_cache,
             speculate=request.speculate,
+            wire=transcript.wire.name,
+            cuts=transcript.wire.cuts,
         )
         await stream.send(message.SerializeToString())
         try:
@@ -112,7 +115,9 @@ class DelegatedSession:
                 reply = await self._reply(stream)
                 kind = reply.WhichOneof("kind")
                 if kind == "route":
-                    yield route_from_wire(reply.route)
+                    changed = route_from_wire(reply.route)
+                    transcript.wire = transcript.wire.cut_at(hop.layers.start for hop in changed.route.hops)
+                    yield changed
                 elif kind == "token":
                     transcript.commit(reply.token)
                     while transcript.fresh:
@@ -155,4 +160,5 @@ def request_from_wire(message: pb.Delegate, profile: ModelProfile) -> Generation
         end_ids=frozenset(message.end_ids),
         no_kv_cache=message.no_kv_cache,
         speculate=message.speculate,
+        wire=Wire(message.wire or MODEL, tuple(message.cuts)),
     )

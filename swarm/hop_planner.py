@@ -13,10 +13,10 @@ from swarm.health import Health
 from swarm.knowledge import View, known
 from swarm.models import ModelProfile
 from swarm.prefix import SessionPrefix, reckoned
-from swarm.protocol import ITEM_BYTES
 from swarm.routing import Demand, plan
 from swarm.transcript import Tokens
 from swarm.types import Hop, LayerRange, PeerId, SessionId
+from swarm.wire import encoding_of, row_bytes
 
 
 class HopPlanner:
@@ -41,16 +41,22 @@ class HopPlanner:
         self._health = health
 
     def plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> tuple[Hop, ...]:
-        """The best hops over ``layers`` between those that ``route`` has, in order, on both sides of them.
+        """The best hops over ``layers`` between those that ``route`` has, in order, on both sides of them, and between
+        the cuts of the session's wire.
 
         Of near-equals each session takes others, which spreads the load. Raises :class:`NoRoute`.
         """
+        pieces = self._transcript.wire.pieces(layers)
+        return tuple(hop for piece in pieces for hop in self._plan(piece, refused, route))
+
+    def _plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> list[Hop]:
         tokens, profile = len(self._transcript), self._profile
+        encoding = encoding_of(self._transcript.wire.name, profile.dtype)
         demand = Demand(
             tokens=self._transcript.stop_at,
             prompt_tokens=tokens,
             new_tokens=max(1, self._transcript.stop_at - tokens),
-            activation_bytes=profile.hidden_size * ITEM_BYTES[profile.dtype],
+            activation_bytes=row_bytes(encoding, profile.hidden_size),
             chunk_tokens=self._settings.engine.prefill_chunk_tokens,
         )
         upstream = [hop.peer.peer_id for hop in route if hop.layers.end <= layers.start]
@@ -73,7 +79,7 @@ class HopPlanner:
             ring=len(layers) == profile.num_layers,
             excluded=frozenset(refused),
         )
-        return tuple(planned.hop for planned in found.hops)
+        return [planned.hop for planned in found.hops]
 
     async def refresh(self) -> None:
         """Read the announcements anew: somebody may have joined just now."""

@@ -76,6 +76,8 @@ class Opener:
             max_positions=self._transcript.stop_at,
             keep=keep,
             previous=[previous.peer.peer_id],
+            input_wire=self._transcript.wire.into(hop.layers.start),
+            output_wire=self._transcript.wire.into(hop.layers.end),
         )
         self._transcript.describe(message, last=hop.layers.end == self._profile.num_layers)
         return message

@@ -14,8 +14,13 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from swarm.types import Announcement, ModelId, PeerId, Route
+from swarm.wire import Wire
+
+if TYPE_CHECKING:
+    from swarm.transcript import Tokens
 
 BLOCK = 32
 """Tokens that are named, and used again, together."""
@@ -76,23 +81,29 @@ class Prefixes:
 class SessionPrefix:
     """The beginning of one session's text: its names for stages, and which peers should hold it."""
 
-    def __init__(self, prefixes: Prefixes, model: ModelId, tokens: Sequence[int]) -> None:
-        """``tokens``: all of the session's, which may grow; none if its text is not to be used again."""
+    def __init__(self, prefixes: Prefixes, model: ModelId, transcript: Tokens) -> None:
         self._prefixes = prefixes
         self._model = model
-        self._tokens = tokens
+        self._transcript = transcript
 
     def name(self, end: int | None = None) -> bytes:
-        """Of the tokens before ``end``, or of all; empty if they fill no block."""
-        return self._prefixes.chain(self._model, self._tokens[:end])
+        """Of the tokens before ``end``, or of all, with their rows rounded as this session does; empty if they fill no
+        block, or if its text is not to be used again."""
+        return self._name(self._transcript.wire, end)
+
+    def _name(self, wire: Wire, end: int | None) -> bytes:
+        if not self._transcript.reusable:
+            return b""
+        return self._prefixes.chain(ModelId(f"{self._model}{wire.suffix}"), self._transcript.tokens[:end])
 
     def held(self) -> dict[PeerId, int]:
-        """How many of the first tokens each peer should hold; peers that hold none are left out."""
-        return self._prefixes.held(self.name())
+        """How many of the first tokens each peer should hold; peers that hold none are left out. Of rounded
+        rows, if the route is cut as it was."""
+        return self._prefixes.held(self._name(Wire(self._transcript.wire.name), None))
 
     def remember(self, route: Route) -> None:
         """All tokens were computed by the peers of ``route``."""
-        self._prefixes.remember(self.name(), route)
+        self._prefixes.remember(self._name(Wire(self._transcript.wire.name), None), route)
 
 
 def reckoned(announcement: Announcement, held: int, prompt_tokens: int) -> Announcement:

@@ -14,9 +14,7 @@ from swarm import protocol_pb2 as pb
 from swarm.errors import BadTensor, ProtocolError, SwarmError, WrongRange, from_code
 from swarm.sampling import MAX_LOGPROBS, SampleResult
 from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number, by the dtypes that may travel."""
+from swarm.wire import row_bytes
 
 MAX_ADDRESSES = 16
 MAX_MULTIADDR_CHARS = 256
@@ -63,22 +61,22 @@ def error_from_wire(error: pb.Error) -> SwarmError:
     return from_code(error.code, error.message)
 
 
-def rows_to_wire(data: bytes, dtype: str, width: int) -> pb.Tensor:
-    """``data``: row-major ``[rows, width]`` of ``dtype``."""
-    return pb.Tensor(dtype=dtype, shape=(len(data) // (width * ITEM_BYTES[dtype]), width), data=data)
+def rows_to_wire(data: bytes, encoding: str, width: int) -> pb.Tensor:
+    """``data``: rows ``[rows, width]`` in ``encoding``, see ``swarm.wire``."""
+    return pb.Tensor(dtype=encoding, shape=(len(data) // row_bytes(encoding, width), width), data=data)
 
 
-def rows_from_wire(tensor: pb.Tensor, dtype: str, width: int, max_rows: int) -> bytes:
+def rows_from_wire(tensor: pb.Tensor, encoding: str, width: int, max_rows: int) -> bytes:
     """The bytes of hidden states ``[rows, width]``, checked before anything is built of them.
 
-    Raises :class:`BadTensor` on another dtype, shape or byte count. That the values are finite is
+    Raises :class:`BadTensor` on another encoding, shape or byte count. That the values are finite is
     checked where they become a tensor, in the engine.
     """
-    if tensor.dtype != dtype:
-        raise BadTensor(f"hidden states of dtype {tensor.dtype[:20]!r}; this model uses {dtype}")
+    if tensor.dtype != encoding:
+        raise BadTensor(f"hidden states as {tensor.dtype[:20]!r}; here they come as {encoding}")
     if len(tensor.shape) != 2 or tensor.shape[1] != width or not 0 < tensor.shape[0] <= max_rows:
         raise BadTensor(f"hidden states of shape {list(tensor.shape)[:4]}; expected [1 to {max_rows}, {width}]")
-    if len(tensor.data) != tensor.shape[0] * width * ITEM_BYTES[dtype]:
+    if len(tensor.data) != tensor.shape[0] * row_bytes(encoding, width):
         raise BadTensor(f"hidden states of shape {list(tensor.shape)} in {len(tensor.data)} bytes")
     return tensor.data
 

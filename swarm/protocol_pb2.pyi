@@ -86,7 +86,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., peer_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session", "epoch", "model", "start", "end", "max_positions", "keep", "previous", "step_mode", "no_kv_cache", "sampling", "token_ids", "end_ids", "stop_at", "prompt_length", "speculate", "prefix")
+    __slots__ = ("session", "epoch", "model", "start", "end", "max_positions", "keep", "previous", "step_mode", "no_kv_cache", "sampling", "token_ids", "end_ids", "stop_at", "prompt_length", "speculate", "prefix", "input_wire", "output_wire")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,8 @@ class Open(_message.Message):
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    INPUT_WIRE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_WIRE_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     model: str
@@ -121,7 +123,9 @@ class Open(_message.Message):
     prompt_length: int
     speculate: bool
     prefix: bytes
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_positions: _Optional[int] = ..., keep: _Optional[int] = ..., previous: _Optional[_Iterable[str]] = ..., step_mode: _Optional[bool] = ..., no_kv_cache: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., end_ids: _Optional[_Iterable[int]] = ..., stop_at: _Optional[int] = ..., prompt_length: _Optional[int] = ..., speculate: _Optional[bool] = ..., prefix: _Optional[bytes] = ...) -> None: ...
+    input_wire: str
+    output_wire: str
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_positions: _Optional[int] = ..., keep: _Optional[int] = ..., previous: _Optional[_Iterable[str]] = ..., step_mode: _Optional[bool] = ..., no_kv_cache: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., end_ids: _Optional[_Iterable[int]] = ..., stop_at: _Optional[int] = ..., prompt_length: _Optional[int] = ..., speculate: _Optional[bool] = ..., prefix: _Optional[bytes] = ..., input_wire: _Optional[str] = ..., output_wire: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("epoch", "targets")
@@ -459,7 +463,7 @@ class InfoReply(_message.Message):
     def __init__(self, description: _Optional[_Union[Description, _Mapping]] = ..., chunk: _Optional[bytes] = ..., echo: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., plan: _Optional[_Union[RouteNews, _Mapping]] = ..., voucher: _Optional[_Union[Voucher, _Mapping]] = ..., probed: _Optional[bytes] = ..., dialled_back: _Optional[_Union[DialledBack, _Mapping]] = ...) -> None: ...
 
 class Delegate(_message.Message):
-    __slots__ = ("model", "prompt", "generated", "max_tokens", "sampling", "end_ids", "no_kv_cache", "speculate")
+    __slots__ = ("model", "prompt", "generated", "max_tokens", "sampling", "end_ids", "no_kv_cache", "speculate", "wire", "cuts")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
@@ -468,6 +472,8 @@ class Delegate(_message.Message):
     END_IDS_FIELD_NUMBER: _ClassVar[int]
     NO_KV_CACHE_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     generated: _containers.RepeatedScalarFieldContainer[int]
@@ -476,7 +482,9 @@ class Delegate(_message.Message):
     end_ids: _containers.RepeatedScalarFieldContainer[int]
     no_kv_cache: bool
     speculate: bool
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., end_ids: _Optional[_Iterable[int]] = ..., no_kv_cache: _Optional[bool] = ..., speculate: _Optional[bool] = ...) -> None: ...
+    wire: str
+    cuts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., end_ids: _Optional[_Iterable[int]] = ..., no_kv_cache: _Optional[bool] = ..., speculate: _Optional[bool] = ..., wire: _Optional[str] = ..., cuts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RouteNews(_message.Message):
     __slots__ = ("epoch", "reason", "hops")

@@ -21,12 +21,13 @@ from swarm.errors import BadRequest, Cancelled, Internal, ProtocolError, SwarmEr
 from swarm.health import Health
 from swarm.knowledge import View
 from swarm.models import ModelProfile
-from swarm.protocol import ITEM_BYTES, rows_from_wire
+from swarm.protocol import rows_from_wire
 from swarm.rebuilds import Patience, Rebuild
 from swarm.transcript import FinishReason
 from swarm.transport import Transport
 from swarm.types import Route, SessionId
 from swarm.watching import HandoverReady, Watch
+from swarm.wire import MODEL, Wire, row_bytes
 
 FRAME_SHARE = 4
 """The answers to one input take at most this part of the largest frame: a peer's frames may be smaller."""
@@ -46,7 +47,8 @@ class StepAnswer:
 class Inputs:
     """All inputs of a session in step mode, and the answers to the newest ones. Pure."""
 
-    def __init__(self, capacity: int, profile: ModelProfile) -> None:
+    def __init__(self, capacity: int, profile: ModelProfile, wire: str = MODEL) -> None:
+        self.wire = Wire.chosen(wire, profile.dtype)
         self.tokens: list[int] = []
         self.stop_at = capacity
         """Most tokens that there may be."""
@@ -167,14 +169,14 @@ class StepSession:
         if not 0 < capacity <= limit:
             raise TooLong(f"a session of {capacity} tokens; the limit is {limit}")
         self.session_id = SessionId(secrets.token_hex(16))
-        self.inputs = Inputs(capacity, profile)
+        self.inputs = Inputs(capacity, profile, settings.inference.wire)
         self.computed = 0
         """Positions that were asked for so far, those of rebuilds not counted."""
         self._network = transport, view, profile
         self._settings = settings
         self._health = health
-        row_bytes = 4 * profile.vocab_size + ITEM_BYTES[profile.dtype] * profile.hidden_size
-        self._rows_at_once = max(1, settings.limits.max_frame_bytes // FRAME_SHARE // row_bytes)
+        answer_bytes = 4 * profile.vocab_size + row_bytes(profile.dtype, profile.hidden_size)
+        self._rows_at_once = max(1, settings.limits.max_frame_bytes // FRAME_SHARE // answer_bytes)
         self._chain: Chain | None = None
         self._watch: Watch | None = None
         self._asked = asyncio.Event()

@@ -325,7 +325,7 @@ class Directory:
 
 _MASK = (1 << 64) - 1
 BROKEN_ROW = b"\xff" * 8
-"""Stands for a row that is not finite."""
+"""Stands for a row that is not finite; its beginning does, where rows are rounded."""
 
 
 def mix(*values: int) -> int:
@@ -363,6 +363,8 @@ class ToyDecoder:
     """
 
     ROW_BYTES = 8
+    ROUNDED_BYTES = 4
+    """Of a row on a wire that rounds: the number's beginning."""
 
     def __init__(self, num_layers: int, vocab_size: int, seed: int, echo: float = 0.0) -> None:
         """``echo``: share of tokens that are those which followed the token before them last time."""
@@ -384,6 +386,15 @@ class ToyDecoder:
         cache.length = start + len(rows)
         return outputs
 
+    @classmethod
+    def to_wire(cls, states: Sequence[int], row_bytes: int) -> bytes:
+        return b"".join(state.to_bytes(cls.ROW_BYTES, "big")[:row_bytes] for state in states)
+
+    @classmethod
+    def from_wire(cls, data: bytes, row_bytes: int) -> list[int]:
+        rows = (data[start : start + row_bytes] for start in range(0, len(data), row_bytes))
+        return [int.from_bytes(row.ljust(cls.ROW_BYTES, b"\0"), "big") for row in rows]
+
     def token(self, state: int, seed: int, history: Sequence[int]) -> int:
         """What follows ``history``, whose last token's hidden state is ``state``."""
         noise = mix(state, len(history), seed)
@@ -398,14 +409,20 @@ class ToyDecoder:
         values = [mix(state, token) % 2**24 for state in states for token in range(self.vocab_size)]
         return struct.pack(f"<{len(values)}f", *values)
 
-    def generate(self, prompt: Sequence[int], max_tokens: int, seed: int, end_ids: frozenset[int]) -> list[int]:
-        """What an undisturbed run gives."""
-        whole = LayerRange(0, self.num_layers)
-        cache = ToyCache(whole, len(prompt) + max_tokens)
+    def generate(
+        self, prompt: Sequence[int], max_tokens: int, seed: int, end_ids: frozenset[int], cuts: Sequence[int] = ()
+    ) -> list[int]:
+        """What an undisturbed run gives; ``cuts``: layers before which rows are rounded."""
+        bounds = [0, *cuts, self.num_layers]
+        parts = [LayerRange(start, end) for start, end in itertools.pairwise(bounds)]
+        caches = [ToyCache(part, len(prompt) + max_tokens) for part in parts]
         tokens, rows = list(prompt), list(prompt)
         while True:
-            state = self.run(whole, cache, cache.length, rows)[-1]
-            tokens.append(self.token(state, seed, tokens))
+            for part, cache in zip(parts, caches, strict=True):
+                if part.start:
+                    rows = self.from_wire(self.to_wire(rows, self.ROUNDED_BYTES), self.ROUNDED_BYTES)
+                rows = self.run(part, cache, cache.length, rows)
+            tokens.append(self.token(rows[-1], seed, tokens))
             if tokens[-1] in end_ids or len(tokens) == len(prompt) + max_tokens:
                 return tokens[len(prompt) :]
             rows = tokens[-1:]

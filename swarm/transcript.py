@@ -11,6 +11,7 @@ from swarm.errors import BadRequest, ProtocolError
 from swarm.protocol import logprobs_from_wire, timing_from_wire
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming
+from swarm.wire import AS_IT_IS, Wire
 
 FinishReason = Literal["stop", "length"]
 
@@ -21,6 +22,8 @@ class Tokens(Protocol):
     tokens: list[int]
     stop_at: int
     finish_reason: FinishReason | None
+    wire: Wire
+    """How the session's hidden states travel; the chain adds its first route's cuts."""
 
     def __len__(self) -> int: ...
 
@@ -63,6 +66,8 @@ class GenerationRequest:
     """Drafts may be tried; they never change the text."""
     generated: tuple[int, ...] = ()
     """Tokens that an earlier owner of this generation committed already; it goes on after them."""
+    wire: Wire = AS_IT_IS
+    """How hidden states travel, with the cuts of an earlier owner's first route."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -95,6 +100,7 @@ class Transcript:
         self.fresh: deque[Generated] = deque()
         """Committed, and not yet given to the user."""
         self.finish_reason: FinishReason | None = None
+        self.wire = request.wire
         self._vocab_size = vocab_size
 
     def __len__(self) -> int:

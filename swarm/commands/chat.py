@@ -17,6 +17,7 @@ from swarm.commands.generate import (
     Temperature,
     TopK,
     TopP,
+    Wire,
     show_route,
 )
 from swarm.commands.shared import ConfigFile, InitialPeers, Model, Verbose, failing_well, load, log_to_stderr, say
@@ -45,12 +46,14 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     speculation: Speculation = None,
+    wire: Wire = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk to the model, one line a message. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
     log_to_stderr(verbose)
-    settings = load(config, {"initial_peers": initial_peers, "speculation": speculation}, as_json=False).settings
+    flags: dict[str, object] = {"initial_peers": initial_peers, "speculation": speculation, "wire": wire}
+    settings = load(config, flags, as_json=False).settings
     options: dict[str, Any] = {
         "max_tokens": max_tokens or ANSWER_TOKENS,
         "temperature": temperature,

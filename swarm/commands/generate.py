@@ -26,6 +26,12 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Speculation = Annotated[
     str | None, typer.Option(help="auto: guess repeated text ahead where that saves time; off. The text is the same.")
 ]
+Wire = Annotated[
+    str | None,
+    typer.Option(
+        help="Hidden states go from peer to peer as model (its dtype), or rounded for slow links: bfloat16, int8."
+    ),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
 
 
@@ -47,6 +53,7 @@ def generate(
         bool, typer.Option("--kv-cache/--no-kv-cache", help="Off: compute the whole prefix each step.")
     ] = True,
     speculation: Speculation = None,
+    wire: Wire = None,
     trace: Annotated[Path | None, typer.Option(help="Write each hop's times there, for swarm why.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -69,7 +76,7 @@ def generate(
     async def work(settings: Settings) -> None:
         await _generate(text, options, chat, settings, model, via or [], trace, as_json)
 
-    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"speculation": speculation})
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"speculation": speculation, "wire": wire})
 
 
 async def _generate(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from swarm.session import Session
 from swarm.types import LayerRange, PeerState
+from swarm.wire import MODEL, Wire
 from tests.sim.world import NUM_LAYERS, Faults, Outcome, SimPeer, World, run_virtual
 
 KINDS = ("kill", "freeze", "drain", "cut", "cut_owner", "lie", "daemon", "kill_two", "join")
@@ -144,9 +145,10 @@ def run_seed(seed: int) -> Outcome:
         plan = random_faults(rng, max_tokens)
         trouble = Troublemaker(world, list(plan), rng)
         async with asyncio.timeout(BOUND_S):
-            wishes = {"no_kv_cache": rng.random() < 0.05, "speculate": rng.random() < 0.7}
+            wishes: dict[str, object] = {"no_kv_cache": rng.random() < 0.05, "speculate": rng.random() < 0.7}
+            wishes["wire"] = Wire("int8" if seed % 4 == 3 else MODEL)
             outcome = await world.generate(prompt, max_tokens, trouble.on_token, **wishes)
-        expected = world.decoder.generate(prompt, max_tokens, seed, frozenset())
+        expected = world.decoder.generate(prompt, max_tokens, seed, frozenset(), outcome.cuts)
         story = f"seed {seed}: {len(prompt)} prompt tokens, {plan}, rebuilds {outcome.session.rebuilds}"
         assert outcome.error is None, f"{outcome.error!r}; {story}"
         assert outcome.tokens == expected, f"{outcome.tokens} instead of {expected}; {story}"

@@ -30,6 +30,7 @@ from swarm.testing import (
     run_virtual,
 )
 from swarm.types import Announcement, LayerRange, ModelId, PeerState, Voucher
+from swarm.wire import MODEL, encoding_of, row_bytes
 
 NUM_LAYERS = 6
 VOCAB = 64
@@ -104,14 +105,14 @@ class ToyExecutor:
             await asyncio.sleep(self.layer_s * len(step.layers) * (1 + step.rows / 8))
             await self.node.awake()
         assert isinstance(step.cache, ToyCache)
-        if step.hidden is not None and BROKEN_ROW in step.hidden:
+        came, goes = (row_bytes(encoding_of(wire, "float32"), 2) for wire in (step.input_wire, step.output_wire))
+        if step.hidden is not None and BROKEN_ROW[:came] in step.hidden:
             raise BadTensor("hidden states that are not finite")
-        width = ToyDecoder.ROW_BYTES
         if step.token_ids is not None:
             rows = list(step.token_ids)
         else:
             assert step.hidden is not None
-            rows = [int.from_bytes(step.hidden[i : i + width], "big") for i in range(0, len(step.hidden), width)]
+            rows = ToyDecoder.from_wire(step.hidden, came)
         states = self.decoder.run(step.layers, step.cache, step.start, rows)
         column = step.cache.prefix[step.layers.start]
         done = [(position, column[position]) for position in range(step.start, step.start + len(rows))]
@@ -128,10 +129,10 @@ class ToyExecutor:
             )
             self.drafts_right += len(tokens) - 1
         last = step.layers.end == NUM_LAYERS
-        hidden = b"" if last and not step.want_hidden else b"".join(state.to_bytes(width, "big") for state in states)
+        hidden = b"" if last and not step.want_hidden else ToyDecoder.to_wire(states, goes)
         logits = self.decoder.logits(states[-step.logit_rows :]) if step.logit_rows else b""
         if self.lies and hidden:
-            hidden = hidden[:-width] + BROKEN_ROW
+            hidden = hidden[:-goes] + BROKEN_ROW[:goes]
         return StepReply(hidden, tokens, logits, 0.0, 0.0, 1)
 
 
@@ -152,6 +153,12 @@ class Outcome:
     error: SwarmError | None = None
     drafts_right: int = 0
     """Tokens that were guessed before they were sampled."""
+
+    @property
+    def cuts(self) -> list[int]:
+        """Layers before which rows were rounded: those between the hops of the first route, if any."""
+        request = self.session.transcript.request
+        return [hop.layers.start for hop in self.routes[0].route.hops[1:]] if request.wire.name != MODEL else []
 
 
 @dataclass

@@ -30,6 +30,7 @@ class Ended:
     cache: object = None
     log: object = None
     inputs: tuple[int, ...] = ()
+    output_wire: str = "model"
 
 
 def ended(owner: str = "owner", settled: int = 200) -> Stage:
@@ -84,11 +85,12 @@ def test_only_whole_settled_blocks_are_kept_and_only_for_the_owner() -> None:
     cache.keep(ended(settled=BLOCK - 1), chain, 10, 0.0)
     assert len(cache) == 0
     cache.keep(ended(settled=70), chain, 10, 0.0)
-    found = cache.find(PeerId("owner"), LayerRange(0, 2), chain)
+    found = cache.find(PeerId("owner"), LayerRange(0, 2), "model", chain)
     assert found is not None
     assert found[1] == 64
-    assert cache.find(PeerId("another"), LayerRange(0, 2), chain) is None
-    assert cache.find(PeerId("owner"), LayerRange(0, 1), chain) is None
+    assert cache.find(PeerId("another"), LayerRange(0, 2), "model", chain) is None
+    assert cache.find(PeerId("owner"), LayerRange(0, 1), "model", chain) is None
+    assert cache.find(PeerId("owner"), LayerRange(0, 2), "int8", chain) is None
 
 
 def test_a_longer_text_replaces_its_beginning_and_a_shorter_one_adds_nothing() -> None:
@@ -107,9 +109,10 @@ def test_what_is_kept_yields_to_sessions_the_oldest_first() -> None:
     for chain in chains:
         cache.keep(ended(), chain, 30, 0.0)
     assert (budget.used_bytes, budget.kept_bytes, budget.free_bytes) == (0, 90, 100)
-    assert cache.find(PeerId("owner"), LayerRange(0, 2), chains[0]) is not None  # now the second is the oldest
+    assert cache.find(PeerId("owner"), LayerRange(0, 2), "model", chains[0]) is not None  # now the second is the oldest
     budget.reserve(SessionId("s"), 40)
-    assert [cache.find(PeerId("owner"), LayerRange(0, 2), chain) is not None for chain in chains] == [True, False, True]
+    found = [cache.find(PeerId("owner"), LayerRange(0, 2), "model", chain) for chain in chains]
+    assert [kept is not None for kept in found] == [True, False, True]
     budget.reserve(SessionId("s"), 60)
     assert (len(cache), budget.kept_bytes) == (0, 0)
     cache.keep(ended(), chains[0], 30, 0.0)
