@@ -51,9 +51,10 @@ class Health:
         else:
             self._records[peer] = replace(record, failures=record.failures - 1, until=now)
 
-    def cost_s(self, peer: PeerId, now: float) -> float:
-        record = self._records.get(peer)
-        return PENALTY_COST_S * record.failures if record is not None and now < record.until else 0.0
+    def costs_s(self, now: float) -> dict[PeerId, float]:
+        """What each peer that failed lately adds to the reckoned time of a token."""
+        running = {peer: record for peer, record in self._records.items() if now < record.until}
+        return {peer: PENALTY_COST_S * record.failures for peer, record in running.items()}
 
     def cause(self, peer: PeerId) -> str | None:
         record = self._records.get(peer)

@@ -46,9 +46,9 @@ def known(
     """For every planner. ``now``: by the clock of ``health``; the rest as in :class:`Knowledge`."""
     return Knowledge(
         links=view.links(),
-        penalty=lambda peer: health.cost_s(peer, now),
+        penalties=health.costs_s(now),
         check=view.check,
-        corrected=lambda announcement: health.paces.corrected(announcement, now),
+        paces=health.paces.measured_s(now),
         age_s=view.age,
         before=before,
         after=after,

@@ -45,11 +45,14 @@ class Paces:
             smooth_s = known.layer_s + SMOOTHING * (layer_s - known.layer_s)
             self._paces[timing.peer_id] = Pace(smooth_s, known.steps + 1, now)
 
-    def corrected(self, announcement: Announcement, now: float) -> Announcement:
-        """As announced, or with the measured time per layer if that breaks the promise."""
-        pace = self._paces.get(announcement.peer.peer_id)
-        if pace is None or pace.steps < ENOUGH or now - pace.at > BELIEVED_S:
-            return announcement
-        if pace.layer_s <= BROKEN_PROMISE * announcement.decode_s_per_layer:
-            return announcement
-        return replace(announcement, decode_s_per_layer=pace.layer_s)
+    def measured_s(self, now: float) -> dict[PeerId, float]:
+        """Seconds a layer, of those peers of which enough is known and not too old."""
+        believed = {peer: pace for peer, pace in self._paces.items() if now - pace.at <= BELIEVED_S}
+        return {peer: pace.layer_s for peer, pace in believed.items() if pace.steps >= ENOUGH}
+
+
+def as_measured(announcement: Announcement, layer_s: float | None) -> Announcement:
+    """As announced, or with the measured time per layer (``None``: not measured) if that breaks the promise."""
+    if layer_s is None or layer_s <= BROKEN_PROMISE * announcement.decode_s_per_layer:
+        return announcement
+    return replace(announcement, decode_s_per_layer=layer_s)

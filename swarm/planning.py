@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from swarm.coverage import missing_layers, nobody_serves
+from swarm.paces import as_measured
 from swarm.plans import Demand, Knowledge, Plan, PlannedHop
 from swarm.shortest_path import Candidates, Floats, Ints, Leg, Network, choose, search, through
 from swarm.types import Announcement, Hop, LayerRange, PeerId, PeerState
@@ -40,58 +41,85 @@ class Field:
         self.wanted, self.demand, self.knowledge, self.ring = wanted, demand, knowledge, ring
         self.refused: dict[PeerId, str] = {}
         self.usable: list[Announcement] = []
-        self.queues: list[float] = []
-        self.penalties: list[float] = []
-        parts: list[tuple[int, int, int]] = []
+        self.queues: Floats = np.zeros(0)
+        self.penalties: Floats = np.zeros(0)
         self._given = announcements
-        most = None if len(announcements) <= MOST_CANDIDATES else MOST_PARTS
-        check, corrected, penalty, tokens = knowledge.check, knowledge.corrected, knowledge.penalty, demand.tokens
-        for a in announcements:  # of a large swarm: what is done here for each peer is most of what planning takes
-            held = a.layers
-            if held.end <= wanted.start or held.start >= wanted.end:
-                continue
-            peer = a.peer.peer_id
-            if a.state is not PeerState.SERVING:
-                self.refused[peer] = f"it is {a.state}"
-            elif peer in excluded:
-                self.refused[peer] = "excluded"
-            elif (reason := check(a)) is not None:
-                self.refused[peer] = reason
-            elif a.kv_tokens_free < tokens and (room := usable_layers(a, demand)) < 1:
-                self.refused[peer] = f"no KV room: {a.kv_tokens_free} tokens are free, {tokens} are needed"
-            else:
-                index = len(self.usable)
-                if a.kv_tokens_free >= tokens:
-                    parts.append((index, max(held.start, wanted.start), min(held.end, wanted.end)))
-                else:
-                    parts += [(index, start, end) for start, end in _parts(held, wanted, room, most)]
-                self.usable.append(corrected(a))
-                queue_s = a.queue_s
-                self.queues.append(queue_s and queue_s * 0.5 ** (knowledge.age_s(peer) / QUEUE_HALF_LIFE_S))
-                self.penalties.append(penalty(peer))
         self._scores: Floats = np.zeros(0)
         self._kept: Candidates | None = None
-        if parts:
-            self._prepare(parts)
+        self._rooms: Ints = np.zeros(0, dtype=np.int64)
+        """Layers for which each usable peer has KV room."""
+        self._admit(excluded)
+        if self.usable:
+            self._prepare(self._parts(MOST_PARTS if len(announcements) > MOST_CANDIDATES else None))
 
-    def _prepare(self, parts: list[tuple[int, int, int]]) -> None:
+    def _admit(self, excluded: frozenset[PeerId]) -> None:
+        """Who may be on a route. Of a large swarm this loop is much of a plan: only what needs each peer is here."""
+        check, first, end = self.knowledge.check, self.wanted.start, self.wanted.end
+        for a in self._given:
+            held = a.layers
+            if held.end <= first or held.start >= end:
+                continue
+            if a.state is not PeerState.SERVING:
+                self.refused[a.peer.peer_id] = f"it is {a.state}"
+            elif excluded and a.peer.peer_id in excluded:
+                self.refused[a.peer.peer_id] = "excluded"
+            elif (reason := check(a)) is not None:
+                self.refused[a.peer.peer_id] = reason
+            else:
+                self.usable.append(a)
+        free = np.array([a.kv_tokens_free for a in self.usable], dtype=np.int64)
+        rooms = usable_layers(np.array([len(a.layers) for a in self.usable], dtype=np.int64), free, self.demand)
+        for a in [self.usable[index] for index in np.flatnonzero(rooms < 1)]:
+            self.refused[a.peer.peer_id] = (
+                f"no KV room: {a.kv_tokens_free} tokens are free, {self.demand.tokens} are needed"
+            )
+        paces = self.knowledge.paces
+        self.usable = [
+            as_measured(a, paces.get(a.peer.peer_id)) if paces else a
+            for a, room in zip(self.usable, rooms.tolist(), strict=True)
+            if room >= 1
+        ]
+        self._rooms = rooms[rooms >= 1]
+
+    def _parts(self, most: int | None) -> tuple[Ints, Ints, Ints]:
+        """Index of the peer, first layer and end of each candidate.
+
+        A candidate is the whole range of a peer where there is KV room for it, else one of its parts of as many layers
+        as there is room for: all of them, or about ``most``.
+        """
+        start = np.maximum([a.layers.start for a in self.usable], self.wanted.start)
+        end = np.minimum([a.layers.end for a in self.usable], self.wanted.end)
+        room = np.minimum(self._rooms, end - start)
+        spare = end - start - room
+        step = np.ones_like(spare) if most is None else np.maximum(1, spare // most)
+        count = spare // step + 1
+        owner = np.repeat(np.arange(len(self.usable)), count)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        first = start[owner] + nth * step[owner]
+        return owner, first, first + room[owner]
+
+    def _prepare(self, parts: tuple[Ints, Ints, Ints]) -> None:
         """Costs for each candidate, and the choice of those that are searched."""
         usable, demand, knowledge = self.usable, self.demand, self.knowledge
-        owner, start, end = np.array(parts, dtype=np.int64).T
+        owner, start, end = parts
+        peers = [a.peer.peer_id for a in usable]
         decode = np.array([a.decode_s_per_layer for a in usable])
         if demand.prompt_tokens:
             prefill = np.array([a.prefill_s_per_token_layer for a in usable])
             decode = decode + prefill * demand.prompt_tokens / demand.new_tokens
-        fixed = np.array(self.queues) + np.array([a.step_s for a in usable]) + knowledge.hop_s + knowledge.hop_margin_s
+        self.queues = np.array([a.queue_s for a in usable])
+        for index in np.flatnonzero(self.queues):
+            self.queues[index] *= 0.5 ** (knowledge.age_s(peers[index]) / QUEUE_HALF_LIFE_S)
+        fixed = self.queues + np.array([a.step_s for a in usable]) + knowledge.hop_s + knowledge.hop_margin_s
         end_of_all = self.wanted.end
         last = np.array([a.head_s if a.layers.end == end_of_all else 0.0 for a in usable])
         if knowledge.seed is not None:
             luck = 1 + knowledge.spread * np.random.default_rng(knowledge.seed).random(len(usable))
             decode, fixed, last = decode * luck, fixed * luck, last * luck
-        fixed = fixed + np.array(self.penalties)
+        self.penalties = np.array([knowledge.penalties.get(peer, 0.0) for peer in peers])
+        fixed = fixed + self.penalties
         candidates = Candidates(owner, start, end, fixed[owner], decode[owner], last[owner])
-        height_s = knowledge.links.height_s  # into the peer and out of it, where the other ends are usual ones
-        estimated = np.array([2 * height_s(a.peer.peer_id) for a in usable])
+        estimated = 2 * knowledge.links.heights_s(peers)  # into the peer and out of it, where the other ends are usual
         estimated = estimated + self._bytes_a_token() / knowledge.links.default_bytes_per_s
         scores, route = through(candidates, estimated[owner], self.wanted)
         whole = (start <= self.wanted.start) & (end >= self.wanted.end)
@@ -139,7 +167,7 @@ class Field:
     def _network(self, candidates: Candidates) -> Network:
         owners, where = np.unique(candidates.owner, return_inverse=True)
         peers = [self.usable[index].peer.peer_id for index in owners]
-        heights = np.array([self.knowledge.links.height_s(peer) for peer in peers])
+        heights = self.knowledge.links.heights_s(peers)
         prompt_s = self._bytes_a_token() / self.knowledge.links.default_bytes_per_s
         between = heights[:, None] + heights + prompt_s
         at = {peer: index for index, peer in enumerate(peers)}
@@ -174,11 +202,11 @@ class Field:
                 hop=Hop(a.peer, layers),
                 link_s=links.seconds(previous, peer) if previous else 0.0,
                 overhead_s=self.knowledge.hop_s,
-                queue_s=self.queues[index],
+                queue_s=float(self.queues[index]),
                 compute_s=a.step_s + a.decode_s_per_layer * len(layers) + head_s,
                 prefill_s=prefill_s,
             )
-            cost_s += planned.decode_s + self.knowledge.hop_margin_s + self.penalties[index]
+            cost_s += planned.decode_s + self.knowledge.hop_margin_s + float(self.penalties[index])
             cost_s += prefill_s / demand.new_tokens
             if previous and previous != peer:
                 cost_s += self._link_cost(previous, peer) - planned.link_s
@@ -236,19 +264,9 @@ class Field:
         return f"{text}, except {'; '.join(sorted(reasons)[:4])}" if reasons else text
 
 
-def usable_layers(announcement: Announcement, demand: Demand) -> int:
-    """How many layers of a peer the session may use: ``kv_tokens_free`` counts tokens over all of its layers."""
-    held = len(announcement.layers)
+def usable_layers(held: Ints | int, free: Ints | int, demand: Demand) -> Ints:
+    """How many of ``held`` layers the session may use: ``free`` counts tokens over all of them."""
     if demand.tokens <= 0:
-        return held
-    room = announcement.kv_tokens_free * (held + demand.log_layers) / demand.tokens - demand.log_layers
-    return held if announcement.kv_tokens_free >= demand.tokens else max(0, min(held, int(room)))
-
-
-def _parts(held: LayerRange, wanted: LayerRange, room: int, most: int | None) -> list[tuple[int, int]]:
-    """The whole range where there is room for it, else its parts of ``room`` layers: all of them, or about ``most``."""
-    start, end = max(held.start, wanted.start), min(held.end, wanted.end)
-    if end - start <= room:
-        return [(start, end)]
-    step = 1 if most is None else max(1, (end - start - room) // most)
-    return [(first, first + room) for first in range(start, end - room + 1, step)]
+        return np.asarray(held)
+    room = free * (held + demand.log_layers) / demand.tokens - demand.log_layers
+    return np.where(np.asarray(free) >= demand.tokens, held, np.clip(room, 0, held).astype(np.int64))

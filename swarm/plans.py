@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from swarm.config import PlannerSettings
@@ -11,7 +11,6 @@ from swarm.types import Announcement, Hop, PeerId, Route
 
 _DEFAULTS = PlannerSettings()
 
-Penalty = Callable[[PeerId], float]
 Check = Callable[[Announcement], str | None]
 
 
@@ -36,12 +35,12 @@ class Knowledge:
     """What a planner knows beside the announcements."""
 
     links: Links = NO_LINKS
-    penalty: Penalty = lambda peer: 0.0
-    """Seconds a token, from ``swarm.health``."""
+    penalties: Mapping[PeerId, float] = field(default_factory=dict)
+    """Seconds a token, of those peers that failed lately; from ``swarm.health``."""
     check: Check = lambda announcement: None
     """The reason for which a peer is not to be used (policy, probe), or ``None``."""
-    corrected: Callable[[Announcement], Announcement] = lambda announcement: announcement
-    """With the speed that sessions have measured where the announced one is a lie, from ``swarm.paces``."""
+    paces: Mapping[PeerId, float] = field(default_factory=dict)
+    """Seconds a layer that sessions measured, which count where the announced ones are a lie; from ``swarm.paces``."""
     age_s: Callable[[PeerId], float] = lambda peer: 0.0
     """Of a peer's announcement."""
     before: PeerId | None = None

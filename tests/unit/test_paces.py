@@ -8,7 +8,7 @@ from swarm.config import PlannerSettings
 from swarm.health import Health
 from swarm.knowledge import known
 from swarm.link_times import Links
-from swarm.paces import BELIEVED_S, ENOUGH
+from swarm.paces import BELIEVED_S, ENOUGH, as_measured
 from swarm.plans import Check
 from swarm.routing import plan
 from swarm.types import Announcement, HopTiming, LayerRange, ModelId, PeerAddress, PeerId, PeerState
@@ -55,13 +55,17 @@ def chosen(health: Health, now: float = 0.0) -> PeerId:
     return found.hops[0].hop.peer.peer_id
 
 
+def counted(health: Health, promised: Announcement) -> Announcement:
+    return as_measured(promised, health.paces.measured_s(2.0).get(promised.peer.peer_id))
+
+
 def test_a_session_finds_a_liar_out_and_the_next_goes_elsewhere() -> None:
     health = Health(120.0)
     assert chosen(health) == "liar"
     for _ in range(ENOUGH):
         health.paces.note(LIAR, timing(LIAR, 0.01), 1.0)
     assert chosen(health, 2.0) == "honest"
-    assert abs(health.paces.corrected(LIAR, 2.0).decode_s_per_layer - 0.01) < 1e-9
+    assert abs(counted(health, LIAR).decode_s_per_layer - 0.01) < 1e-9
     assert chosen(health, 2.0 + BELIEVED_S) == "liar", "it may have had a bad moment"
 
 
@@ -69,7 +73,7 @@ def test_a_promise_that_is_kept_roughly_stands() -> None:
     health = Health(120.0)
     for _ in range(10):
         health.paces.note(LIAR, timing(LIAR, 0.0014), 1.0)
-    assert health.paces.corrected(LIAR, 2.0) is LIAR
+    assert counted(health, LIAR) is LIAR
 
 
 def test_few_steps_and_those_shared_with_other_sessions_tell_nothing() -> None:
@@ -78,7 +82,7 @@ def test_few_steps_and_those_shared_with_other_sessions_tell_nothing() -> None:
         health.paces.note(LIAR, timing(LIAR, 0.1), 1.0)
     for _ in range(10):
         health.paces.note(LIAR, timing(LIAR, 0.1, batch=4), 1.0)
-    assert health.paces.corrected(LIAR, 2.0) is LIAR
+    assert counted(health, LIAR) is LIAR
 
 
 def test_what_a_step_and_the_head_take_is_not_counted_against_few_layers() -> None:
@@ -86,4 +90,4 @@ def test_what_a_step_and_the_head_take_is_not_counted_against_few_layers() -> No
     part = replace(LIAR, head_s=0.1)
     for _ in range(10):
         health.paces.note(part, HopTiming(part.peer.peer_id, LayerRange(5, 6), 0.0, 0.001 + 0.1 + 0.001, 1), 1.0)
-    assert health.paces.corrected(part, 2.0) is part
+    assert counted(health, part) is part

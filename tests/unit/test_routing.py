@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -67,7 +68,7 @@ def all_routes(
         if a.peer.peer_id in used or not a.layers.start <= wanted.start < a.layers.end:
             continue
         for end in range(wanted.start + 1, min(a.layers.end, wanted.end) + 1):
-            if end - wanted.start > usable_layers(a, demand):
+            if end - wanted.start > usable_layers(len(a.layers), a.kv_tokens_free, demand):
                 break
             hop = (a, LayerRange(wanted.start, end))
             if end == wanted.end:
@@ -82,7 +83,7 @@ def cost_of(route: list[tuple[Announcement, LayerRange]], demand: Demand, knowle
     links = knowledge.links
     total = 0.0
     for index, (a, layers) in enumerate(route):
-        total += knowledge.hop_s + a.queue_s + a.step_s + knowledge.penalty(a.peer.peer_id)
+        total += knowledge.hop_s + a.queue_s + a.step_s + knowledge.penalties.get(a.peer.peer_id, 0.0)
         total += a.head_s if index == len(route) - 1 else 0.0
         work_s = a.decode_s_per_layer + a.prefill_s_per_token_layer * demand.prompt_tokens / demand.new_tokens
         total += work_s * len(layers)
@@ -146,7 +147,7 @@ def test_best_of_all_routes_with_equal_links(announcements: list[Announcement], 
 @settings(deadline=None, max_examples=250)
 @given(swarms(), link_tables(), st.booleans())
 def test_best_of_all_routes_with_random_links(announcements: list[Announcement], links: Links, ring: bool) -> None:
-    knowledge = Knowledge(links=links, penalty=lambda name: 0.2 if name == "p1" else 0.0)
+    knowledge = Knowledge(links=links, penalties={PeerId("p1"): 0.2})
     check_optimal(announcements, Demand(tokens=50), knowledge, ring)
 
 
@@ -255,14 +256,19 @@ def test_kv_room_counts_the_layers_that_are_used() -> None:
 )
 def test_layers_that_the_kv_room_allows(free: int, tokens: int, log_layers: float, layers: int) -> None:
     announcement = peer("p", 0, 4, kv_tokens_free=free)
-    assert usable_layers(announcement, Demand(tokens=tokens, log_layers=log_layers)) == layers
+    assert (
+        usable_layers(
+            len(announcement.layers), announcement.kv_tokens_free, Demand(tokens=tokens, log_layers=log_layers)
+        )
+        == layers
+    )
 
 
 def test_queues_and_failures_make_a_peer_slower_and_old_queues_less_so() -> None:
     announcements = [peer("a", 0, 6, queue_s=0.1), peer("b", 0, 6, 0.012)]
     assert names(plan(announcements, WHOLE)) == "b[0:6]"
     assert names(plan(announcements, WHOLE, knowledge=Knowledge(age_s=lambda name: 60.0))) == "a[0:6]"
-    failing = Knowledge(penalty=lambda name: 10.0 if name == "b" else 0.0)
+    failing = Knowledge(penalties={PeerId("b"): 10.0})
     found = plan(announcements, WHOLE, knowledge=failing)
     assert names(found) == "a[0:6]"
     assert dict(found.left_out)[PeerId("b")] == "it failed recently, which counts 10 s a token"
@@ -400,3 +406,21 @@ def test_the_price_of_a_route_is_that_of_its_own_hops() -> None:
     assert priced.decode_s == pytest.approx(0.061 + 0.14 + 0.05 + 2 * 0.002)
     with pytest.raises(NoRoute):
         price(announcements[:1], Route(hops))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(0, 9)), max_size=40))
+def test_links_of_many_reports_are_what_one_by_one_gives(reports: list[tuple[int, int, int]]) -> None:
+    ids = [PeerId(f"peer{index:0{LINK_SUFFIX}}") for index in range(7)]  # nobody has announced the last one
+    told = {a: [LinkReport(ids[b][-LINK_SUFFIX:], ms / 1e3, 0.0) for x, b, ms in reports if ids[x] == a] for a in ids}
+    found = links_of([replace(peer(name, 0, 6), links=tuple(told[name])) for name in ids[:6]], default_s=0.5)
+    times = {(ids[a], ids[b]): ms / 1e3 for a, b, ms in reports if a != b and b < 6}
+    times = {(b, a): seconds for (a, b), seconds in times.items()} | times
+    for name in ids:
+        ways = {other: seconds for (source, other), seconds in times.items() if source == name}
+        assert {other: link.seconds for other, link in found.measured_from(name).items()} == ways
+        touching = [seconds for pair, seconds in times.items() if name in pair]
+        if touching:
+            assert found.usual_s(name) == statistics.median(touching)
+    if not times:
+        assert found.default_s == 0.5
