@@ -80,7 +80,7 @@ def _many(kernels: BlockKernels | None, matrix: Blocks, rows: torch.Tensor, resu
             piece.copy_(Blocks(matrix.kind, matrix.data[first:stop]).expand())
         else:
             kernels.expand(matrix, first, stop, piece)
-        result[:, first:stop] = rows @ piece.T
+        torch.mm(rows, piece.T, out=result[:, first:stop])
 
 
 @cache
