@@ -45,6 +45,9 @@ def chaos(
     in_one: Annotated[bool, typer.Option("--in-one", help="All faults in one generation.")] = False,
     drafts: Annotated[bool, typer.Option("--drafts", help="Speculate, too: several tokens may come at once.")] = False,
     model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="How peers store matrices: auto, float32, bfloat16, int8 or int4.")
+    ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep what the peers say there.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -52,7 +55,7 @@ def chaos(
 ) -> None:
     """Break a local swarm with spares while it generates. Exit code 1 if a single token differs."""
     log_to_stderr(verbose)
-    flags: dict[str, object] = {"model": model, "speculation": "auto" if drafts else "off"}
+    flags: dict[str, object] = {"model": model, "weights": weights, "speculation": "auto" if drafts else "off"}
     settings = load(config, flags, as_json=as_json).settings
     with failing_well(as_json), ending_on_sigterm():
         chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
@@ -69,6 +72,7 @@ def chaos(
             settings.model.name,
             [*ranges] * COPIES,
             dtype=settings.model.dtype,
+            weights=settings.model.weights,
             extra_args=extra,
             env={"SWARM_PEER_PREFIX_CACHE": "false"},  # every trial has the same prompt, and is to be replayed whole
             log_dir=log_dir,
