@@ -34,7 +34,7 @@ class ProbedWorld(World):
         self.borrowed: list[LayerRange] = []
 
     async def join(self, layers: LayerRange, *, weights_seed: int | None = None) -> SimPeer:
-        """As ``peers.server`` does: announced as joining, probed, serving. Raises ``NotAdmitted``."""
+        """As ``peers.tenure`` does: announced as joining, probed, serving. Raises ``NotAdmitted``."""
         identity = Identity.ephemeral()
         node = self.network.add(identity.peer_id)
         seed = self.seed if weights_seed is None else weights_seed

@@ -9,9 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from peers.admission import Admission
 from peers.kv_cache import KVBudget
+from peers.machine import Report
+from peers.peer import Peer
 from peers.seat import Room
-from peers.server import _Move, _Peer
+from peers.stopping import Stopping
+from peers.tenure import Move, Tenure
 from swarm.config import PeerSettings, PlacementSettings, Settings
 from swarm.identity import Identity
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState, Voucher
@@ -51,7 +55,7 @@ class Announcer:
         return True
 
 
-class Loading(_Peer):
+class Loading(Peer):
     """Loads nothing, at once."""
 
     def load(self, layers: LayerRange) -> asyncio.Task[Any]:
@@ -74,29 +78,39 @@ def announced(peer: str, layers: LayerRange) -> Announcement:
     )
 
 
-async def ahead(kv_mb: int, others: list[LayerRange], *, urgent: bool = False) -> tuple[bool, _Move, KVBudget]:
-    """Whether the peer goes, with what it has loaded."""
-    budget = KVBudget(kv_mb * MB, 8, "lru")
-    room = Room.of(SETTINGS, MODEL, 0, on_cpu=True)
-    view = View([announced(f"peer{index}", layers) for index, layers in enumerate(others)])
+class Announced(Tenure):
+    """Says that it serves the old range."""
+
+    def announcement(self) -> Announcement:
+        return announced(ME.peer_id, OLD)
+
+
+def peer_among(others: list[Announcement], report: Report = lambda event: None) -> Peer:
     given: dict[str, Any] = {
         "settings": SETTINGS,
         "reference": None,
         "profile": MODEL,
         "files": {},
-        "room": room,
+        "device": None,
+        "room": Room.of(SETTINGS, MODEL, 0, on_cpu=True),
         "identity": ME,
         "transport": None,
-        "view": view,
+        "view": View(others),
         "announcer": Announcer(),
-        "stopping": asyncio.Event(),
-        "report": lambda event: None,
-        "device": None,
+        "stopping": Stopping(),
+        "report": report,
+        "speed": None,
+        "dial_back": None,
     }
-    peer, move = Loading(**given), _Move(NEW, urgent)
-    own = announced(ME.peer_id, OLD)
-    goes = await peer._load_ahead(move, cast(Any, Service(Table(budget))), lambda: replace(own, moving_to=move.layers))
-    return goes, move, budget
+    return Loading(**given)
+
+
+async def ahead(kv_mb: int, others: list[LayerRange], *, urgent: bool = False) -> tuple[bool, Move, KVBudget]:
+    """Whether the peer goes, with what it has loaded."""
+    budget = KVBudget(kv_mb * MB, 8, "lru")
+    peer = peer_among([announced(f"peer{index}", layers) for index, layers in enumerate(others)])
+    tenure, move = Announced(peer, OLD, *cast(Any, (None, None, Service(Table(budget))))), Move(NEW, urgent)
+    return await tenure._load_ahead(move), move, budget
 
 
 async def test_the_new_range_is_loaded_beside_the_old_one_where_both_fit() -> None:
@@ -130,9 +144,8 @@ async def test_a_gap_is_closed_whatever_the_others_do() -> None:
 @pytest.mark.parametrize(("skew_s", "warned"), [(0.0, False), (20.0, False), (-300.0, True), (300.0, True)])
 def test_a_clock_that_differs_from_the_verifiers_is_told(skew_s: float, warned: bool) -> None:
     events: list[dict[str, object]] = []
-    peer = object.__new__(Loading)
-    peer.report = events.append
-    peer._compare_clocks(Voucher(ME.peer_id, time.time() - skew_s, b""))
+    admission = Admission(peer_among([], events.append), OLD)
+    admission._compare_clocks(Voucher(ME.peer_id, time.time() - skew_s, b""))
     assert bool(events) == warned
     if warned:
         assert ("ahead of" if skew_s > 0 else "behind") in str(events[0]["message"])

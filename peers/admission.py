@@ -1,0 +1,79 @@
+"""This peer's own admission: other peers probe the layers that it serves and vouch for them, or say why not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+
+from peers.peer import Peer
+from peers.probe import obtain_voucher
+from peers.reachability import Reachability, find_out
+from swarm.discovery import MAX_SKEW_S
+from swarm.errors import NotAdmitted, SwarmError
+from swarm.types import LayerRange, PeerState, Voucher
+
+logger = logging.getLogger(__name__)
+
+PROBE_PAUSE_S = 1.0
+"""A peer whose layers were found wrong has them probed once more: verifiers may be wrong, too."""
+
+
+class Admission:
+    """Of ``peer`` with ``layers``."""
+
+    def __init__(self, peer: Peer, layers: LayerRange) -> None:
+        self._peer = peer
+        self._layers = layers
+        self.voucher: Voucher | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Only we vouch for ourselves."""
+        return self.voucher is not None and self.voucher.verifier == self._peer.identity.peer_id
+
+    async def obtain(self) -> Voucher:
+        """Have our layers probed; raises :class:`NotAdmitted` if they were found wrong, and again when asked again."""
+        try:
+            self.voucher = await self._probed()
+        except NotAdmitted as error:
+            logger.warning("probed once more: %s", error)
+            await asyncio.sleep(PROBE_PAUSE_S)
+            try:
+                self.voucher = await self._probed()
+            except NotAdmitted as error:
+                found = await self.reachability()
+                if found.dialled is False:
+                    raise NotAdmitted(f"{error.message}; this machine {found.sentence}") from None
+                raise
+        self._compare_clocks(self.voucher)
+        return self.voucher
+
+    async def _probed(self) -> Voucher:
+        peer = self._peer
+        try:
+            await peer.view.refresh()
+        except SwarmError as error:
+            logger.info("the view could not be refreshed: %s", error)
+        known = peer.view.announcements()
+        return await obtain_voucher(peer.transport, known, peer.profile, self._layers, peer.identity, peer.settings)
+
+    def _compare_clocks(self, voucher: Voucher) -> None:
+        skew_s = time.time() - voucher.at
+        if abs(skew_s) > MAX_SKEW_S:
+            verifier = voucher.verifier[-6:]
+            told = f"our clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} that of peer {verifier}"
+            self._peer.report({"event": "warning", "code": "clock", "message": told})
+
+    async def reachability(self) -> Reachability:
+        """As a few serving peers see it."""
+        peer = self._peer
+        others = [a.peer for a in peer.view.announcements() if a.state is PeerState.SERVING]
+        others = [other for other in others if other.peer_id != peer.identity.peer_id]
+        random.shuffle(others)
+        return await find_out(peer.transport, others, peer.settings)
+
+    async def tell_reachability(self) -> None:
+        found = await self.reachability()
+        self._peer.report({"event": "reachability", "dialled": found.dialled, "message": found.sentence})

@@ -1,0 +1,214 @@
+"""One range of layers at one peer, from the moment it is loaded until it is drained."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+from dataclasses import dataclass, replace
+
+from peers.admission import Admission
+from peers.engine import Engine
+from peers.machine import Speed, free_bytes, gflops, measure
+from peers.memory import MemoryPlan
+from peers.peer import Peer
+from peers.probe import Vouching, knock
+from peers.process_memory import return_freed_heap
+from peers.rebalance import may_drop
+from peers.seat import Watch
+from peers.service import PeerService
+from peers.shard import Shard
+from peers.speed_cache import store_speed
+from swarm.admission import require
+from swarm.coverage import coverage_of
+from swarm.errors import Busy
+from swarm.types import Announcement, LayerRange, PeerAddress, PeerState, SessionId
+
+
+@dataclass(slots=True)
+class Move:
+    layers: LayerRange
+    urgent: bool
+    """Layers are missing."""
+    loading: asyncio.Task[Shard] | None = None
+    """Done already, where memory allowed it."""
+
+
+async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | None:
+    """Serve until it is time to go; what to serve next, or ``None`` to leave the swarm.
+
+    Raises :class:`NotAdmitted` if this machine is too slow for the swarm's policy, or its layers were found wrong.
+    """
+    plan = peer.room.divide(peer.profile, layers)
+    settings = peer.room.settings_for(peer.settings, plan)
+    async with Engine(shard, settings) as engine:
+        speed = peer.speed = await measure(engine)
+        engine.pace.calibrate(speed.step_s, speed.decode_s_per_layer, speed.head_s)
+        store_speed(peer.profile, peer.device, settings.peer, speed)
+        return_freed_heap()
+        on_gpu = peer.device.type != "cpu"
+        require(settings.policy, peer.room.given_bytes // 10**6, gflops(peer.profile, speed), on_gpu)
+
+        async def knock_at(address: PeerAddress) -> None:
+            await knock(address, settings.timeouts.connect_s)
+
+        vouching = Vouching(peer.identity, peer.borrow, knock_at)
+        service = PeerService(peer.transport, engine, peer.view, settings, peer.files, vouching, peer.dial_back)
+        async with service:
+            if peer.metrics is not None:
+                peer.metrics.serve(service, engine)
+            tenure = Tenure(peer, layers, engine, speed, service)
+            await tenure.run(plan, shard.size_bytes)
+            peer.cut_off = len(service.table.runners)
+    move = tenure.move
+    if move is not None:
+        going = peer.announcement(move.layers, PeerState.JOINING)
+        await peer.announcer.update(replace(going, moving_to=move.layers))
+    return move
+
+
+class Tenure:
+    """While ``service`` serves ``layers``: announced, vouched for, then left for another range, or for good."""
+
+    def __init__(self, peer: Peer, layers: LayerRange, engine: Engine, speed: Speed, service: PeerService) -> None:
+        self.move: Move | None = None
+        """Where we are about to go."""
+        self._peer = peer
+        self._layers = layers
+        self._engine = engine
+        self._speed = speed
+        self._service = service
+        self._admission = Admission(peer, layers)
+
+    async def run(self, plan: MemoryPlan, weights_bytes: int) -> None:
+        """Until the service is drained, or we are told to stop before it began. The arguments: for the report."""
+        peer, service = self._peer, self._service
+        await self._announce()
+        joining = asyncio.create_task(self._admission.obtain())
+        if not await peer.stopping.unless(joining):
+            return
+        await self._announce()
+        async with contextlib.AsyncExitStack() as stack:
+            probing = asyncio.create_task(service.link_prober.run())
+            stack.callback(probing.cancel)
+            renewing = asyncio.create_task(self._renew())
+            stack.callback(renewing.cancel)
+            self._report_ready(plan, weights_bytes, joining.result().verifier)
+            telling = asyncio.create_task(self._admission.tell_reachability())
+            stack.callback(telling.cancel)
+            while True:
+                self.move = await self._until_it_should_go(renewing)
+                if self.move is None or await self._load_ahead(self.move):
+                    break
+                self.move = None
+            service.drain()
+            peer.report({"event": "draining", "sessions": len(service.table.runners)})
+            await self._announce()
+            # without the missing layers no session goes on: there is nothing to wait for
+            urgent = self.move is not None and self.move.urgent
+            drain_s = peer.settings.placement.gap_drain_s if urgent else peer.settings.timeouts.drain_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_s):  # until the owners have moved their sessions away
+                    await service.table.empty()
+
+    def announcement(self) -> Announcement:
+        """What is so at this moment."""
+        table, pace, speed = self._service.table, self._engine.pace, self._speed
+        said = self._peer.announcement(self._layers, self._service.state)
+        if self._admission.voucher is None:
+            return replace(said, state=PeerState.JOINING, moving_to=self._layers)
+        return replace(
+            said,
+            voucher=self._admission.voucher,
+            kv_tokens_free=table.kv_tokens_free(),
+            sessions=len(table.runners),
+            moving_to=self.move.layers if self.move else None,
+            decode_s_per_layer=speed.decode_s_per_layer * pace.slowdown,
+            step_s=speed.step_s * pace.slowdown,
+            head_s=speed.head_s * pace.slowdown,
+            queue_s=pace.queue_s,
+            links=self._service.link_prober.reports(),
+        )
+
+    async def _announce(self) -> None:
+        await self._peer.announcer.update(self.announcement())
+
+    async def _renew(self) -> None:
+        """For ever: announce, and while only we vouch for ourselves, ask others. Raises :class:`NotAdmitted`."""
+        while True:
+            await self._service.link_prober.wait_for_news(self._peer.settings.discovery.announce_period_s)
+            if self._admission.alone and self._service.state is PeerState.SERVING:
+                await self._admission.obtain()
+            await self._announce()
+
+    def _report_ready(self, plan: MemoryPlan, weights_bytes: int, verifier: str) -> None:
+        peer, local = self._peer, self._peer.transport.local
+        others = [a for a in peer.view.announcements() if a.peer.peer_id != local.peer_id]
+        serving = [a.layers for a in [*others, self.announcement()] if a.state is PeerState.SERVING]
+        peer.report(
+            {
+                "event": "ready",
+                "peer_id": local.peer_id,
+                "addresses": list(local.multiaddrs),
+                "model": peer.profile.model_id,
+                "layers": [self._layers.start, self._layers.end],
+                "pid": os.getpid(),
+                "weights_mb": round(weights_bytes / 1e6, 1),
+                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                "memory": plan.in_mb(),
+                "vouched_by": verifier,
+                "coverage": coverage_of(serving, peer.profile).sentence(),
+            }
+        )
+
+    async def _until_it_should_go(self, renewing: asyncio.Task[None]) -> Move | None:
+        """Where to; ``None`` when told to stop. Raises what ends ``renewing``."""
+        asked = asyncio.create_task(self._peer.stopping.asked.wait())
+        moving = asyncio.create_task(self._next_move())
+        try:
+            await asyncio.wait((asked, moving, renewing), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+            moving.cancel()
+        if asked.done():
+            return None
+        if renewing.done():
+            renewing.result()
+        return moving.result()
+
+    async def _next_move(self) -> Move:
+        """Never returns for a peer with fixed layers, or with all of them."""
+        peer = self._peer
+        if peer.settings.peer.layers != "auto" or peer.room.capacity.whole:
+            await asyncio.Event().wait()
+        capacity = peer.room.capacity
+        watch = Watch(peer.transport, peer.view, self.announcement, capacity, peer.profile, peer.settings)
+        target, reason, urgent = await watch.next_move()
+        peer.report({"event": "moving", "layers": [target.start, target.end], "reason": reason})
+        return Move(target, urgent)
+
+    async def _load_ahead(self, move: Move) -> bool:
+        """Load the new range beside the old one where both fit; False: others have left meanwhile, we have to stay."""
+        peer, budget = self._peer, self._service.table.budget
+        target = peer.room.divide(peer.profile, move.layers)
+        size = target.weights_bytes + target.buffers_bytes
+        key = SessionId("the range that is loaded ahead")
+        try:
+            budget.reserve(key, size)  # until the stages are freed together with the old range
+        except Busy:
+            return True
+        if not peer.room.capped and size > free_bytes(peer.device):
+            budget.release(key)
+            return True
+        await self._announce()
+        loading = peer.load(move.layers)
+        if not await peer.stopping.unless(loading):
+            return True  # the next range is cut short, too
+        own = self.announcement()
+        if not move.urgent and not may_drop(peer.view.announcements(), own.peer.peer_id, own.layers, move.layers):
+            budget.release(key)
+            peer.report({"event": "staying", "layers": [own.layers.start, own.layers.end]})
+            return False
+        move.loading = loading
+        return True
