@@ -1,8 +1,9 @@
-"""What each choice of weights costs: perplexity of the built-in model on a fixed text, and agreement with float32.
+"""What each choice of weights or wire costs: perplexity of the built-in model on a fixed text, agreement with float32.
 
 ``agreement`` is the share of positions whose most likely token is float32's, ``error`` the mean difference of the
-logarithms of the probability that the token that follows was given.
-``python -m tests.bench_accuracy [--weights int8,int4] [--model REF] [--text FILE] [--json]``
+logarithms of the probability that the token that follows was given. With a wire, hidden states are rounded twice, after
+each third of the layers, as on a route of three peers.
+``python -m tests.bench_accuracy [--weights int8,int4] [--wires int8] [--model REF] [--text FILE] [--json]``
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from pathlib import Path
 
 import torch
 
+from peers.row_codec import decoded, encoded
 from peers.shard import Shard, Step
 from peers.weights import open_source
+from swarm.local import even_ranges
 from swarm.models import TextTokenizer, config_dict, load_profile, resolve, tokenizer_files
 from swarm.types import LayerRange
+from swarm.wire import MODEL
 
 TEXT = Path(__file__).with_name("accuracy_text.txt")
 """The beginning of Alice's Adventures in Wonderland (Carroll, 1865), and passages of other kinds."""
@@ -39,13 +43,26 @@ def windows_of(model: str, text: str) -> list[list[int]]:
     return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
 
 
-def log_probabilities(shard: Shard, windows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(shard: Shard, ids: list[int], wire: str) -> torch.Tensor:
+    """``[tokens, vocabulary]``."""
+    parts = [shard.layers] if wire == MODEL else even_ranges(shard.profile.num_layers, 3)
+    hidden = None
+    for layers in parts:
+        last = layers.end == shard.profile.num_layers
+        step = Step(layers, shard.new_cache(layers, len(ids)), 0, hidden=hidden, head_rows=len(ids) if last else 0)
+        step.token_ids = None if layers.start else ids
+        (output,) = shard.run([step])
+        if output.hidden is not None:
+            hidden = decoded(encoded(output.hidden, wire), wire, shard.profile.hidden_size, shard.dtype)
+    assert output.logits is not None
+    return output.logits
+
+
+def log_probabilities(shard: Shard, windows: list[list[int]], wire: str = MODEL) -> tuple[torch.Tensor, torch.Tensor]:
     """For each position of each window but its last: that of the token that follows, and the likeliest token."""
     found, likeliest = [], []
     for ids in windows:
-        (output,) = shard.run([Step(shard.layers, shard.new_cache(shard.layers, len(ids)), 0, ids, head_rows=len(ids))])
-        assert output.logits is not None
-        logits = output.logits[:-1]
+        logits = logits_of(shard, ids, wire)[:-1]
         likeliest.append(logits.argmax(-1))
         found.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
     return torch.cat(found), torch.cat(likeliest)
@@ -56,19 +73,21 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--weights", default="bfloat16,int8,int4")
+    parser.add_argument("--wires", default="bfloat16,int8")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     windows = windows_of(options.model, options.text.read_text(encoding="utf-8"))
     base, first = log_probabilities(load(options.model, "float32", "auto"), windows)
-    choices = {"float32": ("float32", "auto"), "bfloat16 throughout": ("bfloat16", "auto")}
-    choices |= {f"weights {weights}": ("float32", weights) for weights in options.weights.split(",")}
+    choices = {"float32": ("float32", "auto", MODEL), "bfloat16 throughout": ("bfloat16", "auto", MODEL)}
+    choices |= {f"weights {name}": ("float32", name, MODEL) for name in options.weights.split(",") if name}
+    choices |= {f"wire {name}": ("float32", "auto", name) for name in options.wires.split(",") if name}
     if not options.json:
         print(f"{sum(map(len, windows))} tokens in windows of {WINDOW}\n")
         print(f"{'':20} {'perplexity':>10} {'agreement':>10} {'error':>8} {'MB':>7}")
-    for name, (dtype, weights) in choices.items():
+    for name, (dtype, weights, wire) in choices.items():
         shard = load(options.model, dtype, weights)
-        found, likeliest = log_probabilities(shard, windows)
+        found, likeliest = log_probabilities(shard, windows, wire)
         figures = {
             "perplexity": float(torch.exp(-found.mean())),
             "agreement": float((likeliest == first).float().mean()),

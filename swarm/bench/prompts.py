@@ -1,4 +1,4 @@
-"""Two sections of ``swarm bench`` about long prompts: how soon their answer begins, and what others have to wait."""
+"""Sections of ``swarm bench`` about long prompts: how soon their answer begins, and what others have to wait."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from swarm.bench.runs import percentile, ratio
+from swarm.bench.runs import Run, percentile, ratio
 from swarm.bench.sections import ONE, THREE, TRANSFORMERS, Contender, Figure, Scale, SwarmContender, turned
 from swarm.sample_text import sample_prompt
+from swarm.wire import MODEL, WIRES
 
 HEAD_START = 8
 """Tokens of the disturbed session before the other one begins."""
@@ -38,6 +39,29 @@ async def prefill(
     for above, below in ((ONE, TRANSFORMERS), (THREE, ONE), (THREE, TRANSFORMERS)):
         if above in times and below in times:
             figures.append(Figure("prefill", f"{above} / {below}, time", ratio(times[above], times[below]), "x"))
+    return figures
+
+
+async def wires(contender: SwarmContender, scale: Scale, report: Callable[[str], None]) -> list[Figure]:
+    """Time to the first token of a long prompt, and between tokens, for each way in which hidden states may travel."""
+    runs: dict[str, list[Run]] = {wire: [] for wire in WIRES}
+    tokenizer = contender.client.tokenizer
+    await contender.generate(sample_prompt(tokenizer, scale.prompt), 2)  # the first run is a warm-up
+    for number in range(scale.rounds):
+        prompt = sample_prompt(tokenizer, scale.prefill, 3 * number)
+        for wire in turned(list(WIRES), number):
+            run = await contender.generate(prompt, scale.tokens, wire=wire)
+            runs[wire].append(run)
+            report(f"wire, round {number + 1} of {scale.rounds}: {wire} {run.ttft_s:.2f} s to the first token")
+    figures = []
+    for wire, done in runs.items():
+        firsts, gaps = [run.ttft_s for run in done], [gap for run in done for gap in run.gaps]
+        name = f"{wire}: {scale.prefill} tokens to the first one"
+        figures.append(Figure("wire", name, 1e3 * statistics.median(firsts), "ms"))
+        figures.append(Figure("wire", f"{wire}: between tokens, p50", 1e3 * percentile(gaps, 0.5), "ms"))
+        if wire != MODEL:
+            exact = [run.ttft_s for run in runs[MODEL]]
+            figures.append(Figure("wire", f"{wire} / {MODEL}, time to the first one", ratio(firsts, exact), "x"))
     return figures
 
 

@@ -80,6 +80,7 @@ class SwarmContender:
         *,
         kv_cache: bool = True,
         speculation: str = "off",
+        wire: str | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         to_the_end: bool = False,
@@ -96,6 +97,7 @@ class SwarmContender:
             seed=seed,
             kv_cache=kv_cache,
             speculation=speculation,
+            wire=wire,
         )
         ends = request.end_ids if to_the_end else frozenset()
         stream = AsyncStream(self.client, dataclasses.replace(request, end_ids=ends), ())

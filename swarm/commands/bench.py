@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from swarm.bench.sections import Figure, Scale
     from swarm.local import LocalSwarm
 
-SECTIONS = ("speed", "memory", "prefill", "mixed", "sessions", "kv-cache", "speculation")
+SECTIONS = ("speed", "memory", "prefill", "wire", "mixed", "sessions", "kv-cache", "speculation")
 """In this order: many sessions would count for the memory of some and not of others."""
+BY_DEFAULT = tuple(name for name in SECTIONS if name != "wire")
+"""Without ``--only``; on fast links it makes no difference how hidden states travel."""
 COMPARED = {"speed", "memory", "prefill"}
 """Sections in which all contenders take part; in the others it is the largest swarm alone."""
 CONTENDERS = ("transformers", "one", "three")
@@ -73,7 +75,7 @@ def bench(
     flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "dtype": dtype, "weights": weights}
     settings = load(config, flags, as_json=as_json).settings
     with failing_well(as_json), ending_on_sigterm():
-        sections = chosen(only or list(SECTIONS), SECTIONS, "section")
+        sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
         taking_part = chosen(contenders.split(","), CONTENDERS, "contender")
         if initial_peers:
             sections, taking_part = [name for name in sections if name != "memory"], []
@@ -198,7 +200,7 @@ async def _sections(
     from swarm.bench import sections as measure
     from swarm.bench.drafts import speculation
     from swarm.bench.openai import OpenAIContender
-    from swarm.bench.prompts import mixed, prefill
+    from swarm.bench.prompts import mixed, prefill, wires
     from swarm.client import AsyncClient
     from swarm.sample_text import sample_prompt
 
@@ -230,6 +232,8 @@ async def _sections(
             figures += await measure.memory(swarms, reference)
         if "prefill" in sections:
             figures += await prefill(contenders, sample_prompt(most.client.tokenizer, scale.prefill), scale, report)
+        if "wire" in sections:
+            figures += await wires(most, scale, report)
         if "mixed" in sections:
             figures += await mixed(most, scale, report)
         if "sessions" in sections:
