@@ -386,6 +386,20 @@ class ToyDecoder:
         cache.length = start + len(rows)
         return outputs
 
+    def caches(self, capacity: int, cuts: Sequence[int] = ()) -> list[ToyCache]:
+        """Of all layers, for :meth:`run_all`; ``cuts``: layers before which rows are rounded."""
+        bounds = [0, *cuts, self.num_layers]
+        return [ToyCache(LayerRange(start, end), capacity) for start, end in itertools.pairwise(bounds)]
+
+    def run_all(self, caches: Sequence[ToyCache], rows: Sequence[int]) -> list[int]:
+        """The hidden states of ``rows``, which are token ids that follow those before, after the last layer."""
+        states = list(rows)
+        for cache in caches:
+            if cache.layers.start:
+                states = self.from_wire(self.to_wire(states, self.ROUNDED_BYTES), self.ROUNDED_BYTES)
+            states = self.run(cache.layers, cache, cache.length, states)
+        return states
+
     @classmethod
     def to_wire(cls, states: Sequence[int], row_bytes: int) -> bytes:
         return b"".join(state.to_bytes(cls.ROW_BYTES, "big")[:row_bytes] for state in states)
@@ -413,16 +427,11 @@ class ToyDecoder:
         self, prompt: Sequence[int], max_tokens: int, seed: int, end_ids: frozenset[int], cuts: Sequence[int] = ()
     ) -> list[int]:
         """What an undisturbed run gives; ``cuts``: layers before which rows are rounded."""
-        bounds = [0, *cuts, self.num_layers]
-        parts = [LayerRange(start, end) for start, end in itertools.pairwise(bounds)]
-        caches = [ToyCache(part, len(prompt) + max_tokens) for part in parts]
+        caches = self.caches(len(prompt) + max_tokens, cuts)
         tokens, rows = list(prompt), list(prompt)
         while True:
-            for part, cache in zip(parts, caches, strict=True):
-                if part.start:
-                    rows = self.from_wire(self.to_wire(rows, self.ROUNDED_BYTES), self.ROUNDED_BYTES)
-                rows = self.run(part, cache, cache.length, rows)
-            tokens.append(self.token(rows[-1], seed, tokens))
+            state = self.run_all(caches, rows)[-1]
+            tokens.append(self.token(state, seed, tokens))
             if tokens[-1] in end_ids or len(tokens) == len(prompt) + max_tokens:
                 return tokens[len(prompt) :]
             rows = tokens[-1:]

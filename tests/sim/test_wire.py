@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from swarm.delegation import DelegatedSession
 from swarm.sampling import SamplingParams
 from swarm.session import Session
+from swarm.stepping import StepSession
 from swarm.testing import SimTransport
 from swarm.transcript import Generated, GenerationRequest
 from swarm.types import LayerRange
 from swarm.wire import Wire
 from tests.sim.test_faults import caught_within
-from tests.sim.world import PROFILE, Outcome, World, run_virtual
+from tests.sim.world import PROFILE, SETTINGS, Outcome, World, run_virtual
 
 THIRDS = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -133,6 +136,32 @@ def test_the_next_owner_of_a_session_rounds_where_the_first_one_did() -> None:
                         for peer in world.peers[:3]:
                             world.kill(peer, forget=True)
         assert tokens == world.decoder.generate(PROMPT, 20, 5, frozenset(), [2, 4])
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_step_mode_rounds_where_it_began_even_after_all_stages_were_given_back() -> None:
+    async def main() -> None:
+        settings = replace(SETTINGS, inference=replace(SETTINGS.inference, wire="int8"))
+        world = World(6, settings=settings)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        tokens = [*PROMPT, 7, 7]
+        states = world.decoder.run_all(world.decoder.caches(64, [2, 4]), tokens)
+        session = StepSession(SimTransport(world.owner), world.directory, PROFILE, 64, settings, world.health)
+        async with session:
+            assert (await session.run(tokens[:9], 0)).logits == world.decoder.logits(states[:9])
+            world.kill(world.peers[2], forget=True)
+            await world.add_peer(LayerRange(3, 6))
+            assert (await session.run(tokens, 5)).logits == world.decoder.logits(states[5:])
+            await asyncio.sleep(2 * settings.timeouts.evictable_after_s)
+            for peer in world.peers:
+                world.kill(peer, forget=True)
+            await world.add_peer(LayerRange(0, 6))
+            await asyncio.sleep(1)
+            assert (await session.run(tokens, 0)).logits == world.decoder.logits(states)
+            assert [str(hop.layers) for hop in session.route.hops] == ["0:2", "2:4", "4:6"]
         await world.settle()
 
     run_virtual(main)
