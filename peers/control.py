@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from peers.frame_router import FrameRouter
 from peers.runner import StageRunner
-from peers.stage import OpenRequest, Target, Work
+from peers.stage import OpenRequest, Stage, Target, Work
 from peers.stage_table import StageKey, StageTable
 from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb
@@ -183,16 +183,7 @@ class ControlHandler:
     def _start(self, runner: StageRunner, message: pb.Start) -> None:
         if len(message.targets) > MAX_TARGETS:
             raise ProtocolError(f"a stage has at most {MAX_TARGETS} targets")
-        targets = [
-            Target(
-                peer=address_from_wire(target.peer) if target.HasField("peer") else None,
-                layer=target.layer,
-                epoch=target.epoch,
-                cursor=target.forward_from,
-            )
-            for target in message.targets
-        ]
-        runner.start(message.epoch, targets)
+        runner.start(message.epoch, [_target_of(runner.stage, target) for target in message.targets])
 
     def _input(self, runner: StageRunner, message: pb.Input) -> None:
         if not runner.stage.first or not message.token_ids:
@@ -204,3 +195,14 @@ class ControlHandler:
 
     def _status(self, runner: StageRunner) -> pb.Status:
         return runner.status(draining=self._state() is PeerState.DRAINING)
+
+
+def _target_of(stage: Stage, message: pb.Target) -> Target:
+    """Raises ``WrongRange`` for one that does not follow ``stage`` on a route, such as the stage itself."""
+    following = 0 if stage.last else stage.layers.end  # the ring leads from the last stage to the first
+    peer = address_from_wire(message.peer) if message.HasField("peer") else None
+    if peer is None and not stage.last:
+        raise WrongRange(f"the owner hears from the last stage, not from that of layers {stage.layers}")
+    if peer is not None and message.layer != following:
+        raise WrongRange(f"layer {following} follows layers {stage.layers}, not layer {message.layer}")
+    return Target(peer=peer, layer=message.layer, epoch=message.epoch, cursor=message.forward_from)

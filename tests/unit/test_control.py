@@ -1,4 +1,4 @@
-"""The owner's end of a control stream, against a peer that answers as the test says."""
+"""Both ends of a control stream: the owner's against a peer that answers as the test says, and a peer's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.control import Event, HopControl
 from swarm.errors import Busy
+from swarm.protocol import address_to_wire, decode
+from swarm.sampling import SamplingParams
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
 from swarm.transport import CONTROL, Stream
 from swarm.types import Hop, LayerRange
+from tests.sim.world import PROFILE, World
 
 
 def opened(*replies: pb.ControlReply) -> tuple[HopControl, list[Event]]:
@@ -59,3 +62,56 @@ def test_a_refusal_is_the_answer_to_an_open() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         opened(pb.ControlReply(error=pb.Error(code="busy", message="full")))
     assert caught.group_contains(Busy, match="full")
+
+
+@pytest.mark.parametrize(
+    ("layers", "layer", "to_a_peer", "refused"),
+    [
+        (LayerRange(0, 2), 2, True, False),
+        (LayerRange(2, 4), 4, True, False),
+        (LayerRange(4, 6), 0, True, False),
+        (LayerRange(4, 6), 0, False, False),
+        (LayerRange(0, 6), 0, True, False),
+        (LayerRange(0, 2), 0, True, True),
+        (LayerRange(2, 4), 2, True, True),
+        (LayerRange(2, 4), 3, True, True),
+        (LayerRange(2, 4), 0, True, True),
+        (LayerRange(4, 6), 4, True, True),
+        (LayerRange(2, 4), 0, False, True),
+    ],
+)
+def test_a_stage_goes_on_only_to_the_layer_that_follows(
+    layers: LayerRange, layer: int, to_a_peer: bool, refused: bool
+) -> None:
+    """Not to itself, above all: its outputs would be its inputs."""
+
+    async def main() -> str:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+        to = address_to_wire(peer.node.address) if to_a_peer else None
+        target = pb.Target(epoch=1, peer=to, layer=layer)
+        opening = pb.Open(
+            session="s",
+            epoch=1,
+            model=PROFILE.model_id,
+            start=layers.start,
+            end=layers.end,
+            max_positions=8,
+            sampling=SamplingParams(temperature=0).to_wire(),
+            token_ids=[1],
+            stop_at=8,
+            prompt_length=1,
+        )
+        for request in (
+            pb.ControlRequest(open=opening),
+            pb.ControlRequest(start=pb.Start(epoch=1, targets=[target])),
+            pb.ControlRequest(ping=True),
+        ):
+            await stream.send(request.SerializeToString())
+        replies = [decode(pb.ControlReply, await stream.receive() or b"") for _ in range(2)]
+        stream.abort()
+        assert replies[0].WhichOneof("kind") == "opened"
+        return replies[1].error.code
+
+    assert run_virtual(main) == ("wrong_range" if refused else "")
