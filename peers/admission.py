@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 
 from peers.peer import Peer
 from peers.probe import obtain_voucher
 from peers.reachability import Reachability, find_out
-from swarm.discovery import MAX_SKEW_S
+from swarm.dht_time import dht_time
 from swarm.errors import NotAdmitted, SwarmError
 from swarm.types import LayerRange, PeerState, Voucher
 
@@ -47,7 +46,7 @@ class Admission:
                 if found.dialled is False:
                     raise NotAdmitted(f"{error.message}; this machine {found.sentence}") from None
                 raise
-        self._compare_clocks(self.voucher)
+        self._tell_of_clock()
         return self.voucher
 
     async def _probed(self) -> Voucher:
@@ -59,11 +58,10 @@ class Admission:
         known = peer.view.announcements()
         return await obtain_voucher(peer.transport, known, peer.profile, self._layers, peer.identity, peer.settings)
 
-    def _compare_clocks(self, voucher: Voucher) -> None:
-        skew_s = time.time() - voucher.at
-        if abs(skew_s) > MAX_SKEW_S:
-            verifier = voucher.verifier[-6:]
-            told = f"our clock is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} that of peer {verifier}"
+    def _tell_of_clock(self) -> None:
+        difference = dht_time.difference()
+        if difference is not None:
+            told = f"our clock is {difference}, whose time is used"
             self._peer.report({"event": "warning", "code": "clock", "message": told})
 
     async def reachability(self) -> Reachability:

@@ -8,11 +8,10 @@ It is no proof against a peer that answers probes rightly and sessions wrongly.
 
 from __future__ import annotations
 
-import time
-
 import msgpack
 
 from swarm.config import PolicySettings
+from swarm.dht_time import dht_time
 from swarm.errors import NotAdmitted
 from swarm.identity import Identity, verify
 from swarm.types import Announcement, LayerRange, ModelId, PeerId, Voucher
@@ -50,7 +49,7 @@ def require(policy: PolicySettings, memory_mb: int, gflops: float, gpu: bool) ->
 
 def vouch(identity: Identity, subject: PeerId, model: ModelId, layers: LayerRange) -> Voucher:
     """The word of ``identity`` that it has probed ``layers`` of ``subject``."""
-    at = time.time()
+    at = dht_time()
     return Voucher(identity.peer_id, at, identity.sign(_message(subject, model, layers, at)))
 
 

@@ -1,10 +1,11 @@
 """The distributed hash table (Kademlia; Maymounkov & Mazieres 2002) that announcements live on.
 
 One hivemind ``DHTNode``, hardened in ``dht_node.py``, on the transport's daemon and event loop; not the forked
-``hivemind.DHT``. Two more departures from hivemind:
+``hivemind.DHT``. Three more departures from hivemind:
 
 - *Healing.* Initial peers and those of a peer book that are not in the routing table are pinged for ever, so a
   restarted bootstrap peer doesn't split the swarm (D10).
+- *One time.* Pings make the clocks of a swarm agree (``swarm.dht_time``).
 - *No caches.* A view that routes must see the latest (D4), and keeps its own copy.
 """
 
@@ -18,7 +19,6 @@ import math
 import os
 import random
 import tempfile
-import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from typing import Any, Self
 from swarm import _hivemind, multiaddrs
 from swarm.config import Settings
 from swarm.dht_node import MAX_TTL_S, MAX_VALUE_BYTES, RecordCheck, RecordValidator, create_node, node_id_of
+from swarm.dht_time import dht_time
 from swarm.errors import SwarmError, Unreachable
 from swarm.libp2p import Libp2pTransport
 from swarm.types import PeerAddress, PeerId
@@ -112,7 +113,7 @@ class Dht:
         too_big = len(value) > MAX_VALUE_BYTES - _PACKING_BYTES or not ttl_s <= MAX_TTL_S
         if self._dht is None or not self._transport.alive or too_big:
             return False
-        expiration = time.time() + ttl_s
+        expiration = dht_time() + ttl_s
         try:
             async with asyncio.timeout(self._settings.timeouts.dht_s):
                 return bool(await self._dht.store(key, value, expiration, subkey=subkey, exclude_self=self._client))
@@ -178,14 +179,16 @@ class Dht:
         """Why each of those failed that did. If one came back or is new, look for our own neighbours through it."""
         news = any(self._is_missing(peer) for peer in peers)
         outcomes = await asyncio.gather(*(self._ping(peer) for peer in peers))
-        if news and None in outcomes:
+        dht_time.agree(ahead_s for _, ahead_s in outcomes)
+        failures = {peer.peer_id: why for peer, (why, _) in zip(peers, outcomes, strict=True) if why is not None}
+        if news and len(failures) < len(peers):
             with contextlib.suppress(Exception):  # a search that fails now is made again at the next ping
                 async with asyncio.timeout(self._settings.timeouts.dht_s):
                     await self._dht.find_nearest_nodes([self._dht.node_id])
-        return {peer.peer_id: why for peer, why in zip(peers, outcomes, strict=True) if why is not None}
+        return failures
 
-    async def _ping(self, peer: PeerAddress) -> str | None:
-        """Dial and ping, twice. ``None`` if the peer answered, else why not."""
+    async def _ping(self, peer: PeerAddress) -> tuple[str | None, float]:
+        """Dial and ping, twice. ``None`` if the peer answered, else why not; how far it is ahead of us, or NaN."""
         why: str | None = None
         for attempt in range(2):
             if attempt:
@@ -194,15 +197,17 @@ class Dht:
                 await self._transport.connect(peer)
                 raw = _PeerID.from_base58(peer.peer_id)
                 async with asyncio.timeout(self._settings.timeouts.dht_s):
-                    if await self._dht.protocol.call_ping(raw) is not None:
+                    protocol = self._dht.protocol
+                    node_id, ahead_s = await asyncio.gather(protocol.call_ping(raw), protocol.ahead_s(raw))
+                    if node_id is not None:
                         self._dht.blacklist.register_success(raw)
-                        return None
+                        return None, ahead_s
                 why = why or "it is no node of this DHT, or did not answer"
             except SwarmError as error:
                 why = why or error.message  # the first reason: the second is often p2pd's back-off
             except Exception as error:  # as in store
                 why = why or repr(error)
-        return why
+        return why, math.nan
 
     def _is_missing(self, peer: PeerAddress) -> bool:
         return _PeerID.from_base58(peer.peer_id) not in self._dht.protocol.routing_table

@@ -7,6 +7,7 @@ Departures from hivemind:
 - *Record validator* on what is stored and on what is read. A record is a subkey that is a peer id and a value that
   this peer has signed; plain values, long ones and far expirations are refused. In a dictionary with bad entries only
   these are dropped (stock: all of it, so that one junk entry hides a key).
+- *Time* is the swarm's (``dht_time``), for what hivemind itself does with records, too.
 - *Node ids* are SHA-1 of the peer id; others are ignored, in routing tables and in search results. So taking over a
   key takes as many identities as it takes luck, not one peer with twenty made-up ids (D9).
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable
 from types import FunctionType
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import msgpack
 
 from swarm import _hivemind
+from swarm.dht_time import dht_time
 from swarm.identity import is_peer_id
 
 _node = _hivemind.load("hivemind.dht.node")
@@ -35,6 +36,10 @@ _timed = _hivemind.load("hivemind.utils.timed_storage")
 _Serializer: Any = _hivemind.load("hivemind.utils.serializer").MSGPackSerializer
 _Protocol: Any = _hivemind.load("hivemind.dht.protocol").DHTProtocol
 _Storage: Any = _storage.DHTLocalStorage
+
+_dht_pb2: Any = _hivemind.load("hivemind.proto.dht_pb2")
+for _module in (_node, _routing, _timed, _hivemind.load("hivemind.dht.protocol")):
+    _module.get_dht_time = dht_time
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +93,7 @@ class _GuardedSerializer(_Serializer):  # type: ignore[misc]
 class RecordValidator:
     """hivemind's validator interface (validate, sign_value, strip_value). ``validate`` never raises."""
 
-    def __init__(self, check: RecordCheck, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, check: RecordCheck, clock: Callable[[], float] = dht_time) -> None:
         self._check = check
         self._clock = clock
 
@@ -155,6 +160,17 @@ class SwarmDHTProtocol(_Protocol):  # type: ignore[misc]
         protocol = await super().create(*args, **kwargs)
         protocol.storage, protocol.cache = _LocalStorage(maxsize=MAX_KEYS), _LocalStorage(maxsize=MAX_KEYS)
         return protocol
+
+    async def ahead_s(self, peer: Any) -> float:
+        """How far the clock of a peer is ahead of :data:`dht_time`, or NaN if it does not say."""
+        began = dht_time()
+        try:
+            async with self.rpc_semaphore:
+                request = _dht_pb2.PingRequest()
+                response = await self.get_stub(peer).rpc_ping(request, timeout=self.wait_timeout)
+        except Exception:  # hivemind raises anything
+            return math.nan
+        return float(response.dht_time) - (began + dht_time()) / 2
 
     async def update_routing_table(self, node_id: Any, peer_id: Any, responded: bool = True) -> None:
         if node_id is not None and node_id != node_id_of(peer_id.to_bytes()):

@@ -29,6 +29,7 @@ from typing import Protocol
 
 from swarm.announcement_record import MAX_LIFETIME_S, decode_announcement, encode_announcement
 from swarm.config import DiscoverySettings, PlannerSettings
+from swarm.dht_time import dht_time
 from swarm.identity import Identity
 from swarm.link_times import Links, links_of
 from swarm.types import Announcement, ModelId, PeerAddress, PeerId, PeerState
@@ -78,7 +79,7 @@ class Announcer:
         store: RecordStore,
         identity: Identity,
         settings: DiscoverySettings,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = dht_time,
     ) -> None:
         self._store = store
         self._identity = identity
@@ -180,7 +181,7 @@ class SwarmView:
         check: Callable[[Announcement], str | None] = lambda announcement: None,
         planner: PlannerSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
+        wall_clock: Callable[[], float] = dht_time,
     ) -> None:
         """``on_seen``: told of every live peer at each refresh, for example ``Dht.remember``.
 

@@ -23,6 +23,7 @@ from swarm.announcement_record import (
     encode_announcement,
 )
 from swarm.config import DiscoverySettings, PlannerSettings
+from swarm.dht_time import DhtTime
 from swarm.discovery import Announcer, SwarmView, keys_of
 from swarm.identity import Identity
 from swarm.types import (
@@ -68,7 +69,7 @@ class Clock:
 class MemoryDht:
     """Keeps the latest expiration of each subkey, as the real one does."""
 
-    clock: Clock
+    clock: Callable[[], float]
     records: dict[str, dict[str, tuple[bytes, float]]] = field(default_factory=dict)
     stores: int = 0
 
@@ -87,7 +88,7 @@ class MemoryDht:
         return {key: dict(self.records.get(key, {})) for key in keys}
 
 
-def view_of(dht: MemoryDht, clock: Clock, wall: Clock | None = None) -> SwarmView:
+def view_of(dht: MemoryDht, clock: Clock, wall: Callable[[], float] | None = None) -> SwarmView:
     return SwarmView(dht, MODEL, 30, DiscoverySettings(), clock=clock, wall_clock=wall or dht.clock)
 
 
@@ -309,20 +310,25 @@ def test_a_voucher_counts_only_for_whom_what_and_which_layers_it_was_signed() ->
 
 
 @pytest.mark.parametrize("skew_s", [-300.0, 300.0])
-async def test_who_announces_with_a_wrong_clock_is_warned_at_once(
+async def test_a_wrong_clock_is_warned_of_at_once_and_the_swarms_time_helps(
     skew_s: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other nodes refuse the record: too far in the future, or expired already."""
 
     class Refusing(MemoryDht):
         async def store(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool:
-            expiration, now = self.clock() + ttl_s, self.clock() - skew_s
-            return now < expiration <= now + 120.0 and await super().store(key, subkey, value, ttl_s)
+            expiration = self.clock() + ttl_s
+            return others < expiration <= others + 120.0 and await super().store(key, subkey, value, ttl_s)
 
-    clock, identity = Clock(), Identity.ephemeral()
+    clock, identity = Clock(1.8e9), Identity.ephemeral()
+    others = clock() - skew_s
     async with Announcer(Refusing(clock), identity, DiscoverySettings(), clock) as announcer:
         assert not await announcer.update(announcement(identity))
         assert any("is our clock right?" in line for line in caplog.messages)
+    put_right = DhtTime(clock)
+    put_right.agree([-skew_s])
+    async with Announcer(Refusing(put_right), identity, DiscoverySettings(), put_right) as announcer:
+        assert await announcer.update(announcement(identity))
 
 
 # --- announcer and view ----------------------------------------------------------------------------------------------

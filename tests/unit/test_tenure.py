@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -17,8 +16,9 @@ from peers.seat import Room
 from peers.stopping import Stopping
 from peers.tenure import Move, Tenure
 from swarm.config import PeerSettings, PlacementSettings, Settings
+from swarm.dht_time import dht_time
 from swarm.identity import Identity
-from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState, Voucher
+from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState
 from tests.sim.world import PROFILE
 
 MB = 1_000_000
@@ -141,11 +141,12 @@ async def test_a_gap_is_closed_whatever_the_others_do() -> None:
     assert move.loading is not None
 
 
-@pytest.mark.parametrize(("skew_s", "warned"), [(0.0, False), (20.0, False), (-300.0, True), (300.0, True)])
-def test_a_clock_that_differs_from_the_verifiers_is_told(skew_s: float, warned: bool) -> None:
+@pytest.mark.parametrize(("offset_s", "told"), [(0.0, None), (300.0, "300 s behind"), (-300.0, "300 s ahead of")])
+def test_a_clock_that_differs_from_the_swarms_is_told(
+    offset_s: float, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[dict[str, object]] = []
-    admission = Admission(peer_among([], events.append), OLD)
-    admission._compare_clocks(Voucher(ME.peer_id, time.time() - skew_s, b""))
-    assert bool(events) == warned
-    if warned:
-        assert ("ahead of" if skew_s > 0 else "behind") in str(events[0]["message"])
+    monkeypatch.setattr(dht_time, "offset_s", offset_s)
+    Admission(peer_among([], events.append), OLD)._tell_of_clock()
+    assert [event["code"] for event in events] == ([] if told is None else ["clock"])
+    assert all(str(told) in str(event["message"]) for event in events)
