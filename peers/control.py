@@ -63,6 +63,8 @@ class ControlHandler:
                     self._start(self._table.runners[key], message.start)
                 elif kind == "input":
                     self._input(self._table.runners[key], message.input)
+                elif kind == "fetch":
+                    await tell(pb.ControlReply(fetched=self._table.runners[key].fetch(message.fetch)))
                 elif kind == "finish":
                     prefix = message.finish.prefix
                 elif kind == "ping":

@@ -15,13 +15,15 @@ from typing import Protocol
 
 from peers.executor import Executor, StepReply, StepRequest
 from peers.outgoing import frame_of, output_of
+from peers.row_codec import DTYPES, decoded, encoded
 from peers.stage import OpenRequest, Stage, Target, Work
 from peers.step_answers import StepAnswers
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import BadTensor, Internal, StreamLost, SwarmError
-from swarm.protocol import error_to_wire, logprobs_to_wire, timing_to_wire
+from swarm.errors import BadRequest, BadTensor, Internal, StreamLost, SwarmError
+from swarm.protocol import error_to_wire, logprobs_to_wire, rows_to_wire, timing_to_wire
 from swarm.types import HopTiming, PeerAddress, PeerId
+from swarm.wire import encoding_of, row_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +152,24 @@ class StageRunner:
                 while target.unacked and target.unacked[0] <= ack.sequence:
                     target.unacked.popleft()
                 follower.wake.set()
+
+    def fetch(self, request: pb.Fetch) -> pb.Fetched:
+        """Rows of the checkpoint log as the next hop gets them, in the model's dtype, if they are all there.
+
+        Raises :class:`BadRequest`.
+        """
+        log, profile = self.stage.log, self.executor.profile
+        rows, most = request.end - request.start, self.settings.limits.max_frame_bytes // 2
+        if log is None or not 0 < rows * row_bytes(profile.dtype, profile.hidden_size) <= most:
+            raise BadRequest(f"rows {request.start}:{request.end} can't be fetched from this stage at once")
+        reply = pb.Fetched(number=request.number, log_start=self.stage.log_start)
+        if log.start <= request.start and request.end <= log.end:
+            data, width = log.read(request.start, request.end), profile.hidden_size
+            encoding = encoding_of(self.stage.output_wire, profile.dtype)
+            if encoding != profile.dtype:
+                data = encoded(decoded(data, encoding, width, DTYPES[profile.dtype]), profile.dtype)
+            reply.hidden.CopyFrom(rows_to_wire(data, profile.dtype, width))
+        return reply
 
     def status(self, draining: bool) -> pb.Status:
         return pb.Status(

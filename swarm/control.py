@@ -53,6 +53,8 @@ class HopControl:
         self._settings = settings
         self._listener = listener
         self._opened: asyncio.Future[pb.Opened] | None = None
+        self._fetched: asyncio.Future[pb.Fetched] | None = None
+        self._fetches = 0
         self._opening = 0
         """The epoch that was asked for last."""
         self._reader: asyncio.Task[None] | None = None
@@ -95,6 +97,21 @@ class HopControl:
     async def input(self, epoch: int, start: int, token_ids: list[int], step: pb.Step | None) -> None:
         await self._send(pb.ControlRequest(input=pb.Input(epoch=epoch, start=start, token_ids=token_ids, step=step)))
 
+    async def fetch(self, start: int, end: int) -> pb.Fetched:
+        """Outputs out of the stage's checkpoint log, if it has them; raises ``PeerLost``. One after the other."""
+        if self.lost is not None:
+            raise self.lost
+        self._fetches += 1
+        self._fetched = asyncio.get_running_loop().create_future()
+        await self._send(pb.ControlRequest(fetch=pb.Fetch(number=self._fetches, start=start, end=end)))
+        try:
+            async with asyncio.timeout(self._settings.timeouts.open_s):
+                return await self._fetched
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer to fetch within {self._settings.timeouts.open_s:.0f} s") from None
+        finally:
+            self._fetched = None
+
     async def ping(self) -> None:
         """Ask for a ``Status`` out of turn."""
         await self._send(pb.ControlRequest(ping=True))
@@ -124,6 +141,8 @@ class HopControl:
             raise HopLost(self, error) from None
 
     def _end(self) -> None:
+        if self._fetched is not None and not self._fetched.done() and self.lost is not None:
+            self._fetched.set_exception(self.lost)
         if self._reader is not None:
             self._reader.cancel()
 
@@ -146,6 +165,9 @@ class HopControl:
         if kind == "opened":
             if self._opened is not None and not self._opened.done():
                 self._opened.set_result(reply.opened)
+        elif kind == "fetched":
+            if self._fetched is not None and not self._fetched.done() and reply.fetched.number == self._fetches:
+                self._fetched.set_result(reply.fetched)
         elif kind == "output":
             self._listener(self, reply.output)
         elif kind == "status":
@@ -163,6 +185,8 @@ class HopControl:
         if self.lost is not None:
             return
         self.lost = error
+        if self._fetched is not None and not self._fetched.done():
+            self._fetched.set_exception(error)
         if self._opened is not None and not self._opened.done():
             self._opened.set_exception(error)
         else:

@@ -170,20 +170,32 @@ class Step(_message.Message):
     def __init__(self, number: _Optional[int] = ..., answer_from: _Optional[int] = ..., hidden: _Optional[bool] = ...) -> None: ...
 
 class ControlRequest(_message.Message):
-    __slots__ = ("open", "start", "input", "close", "ping", "finish")
+    __slots__ = ("open", "start", "input", "close", "ping", "finish", "fetch")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     open: Open
     start: Start
     input: Input
     close: bool
     ping: bool
     finish: Finish
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., close: _Optional[bool] = ..., ping: _Optional[bool] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+    fetch: Fetch
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., close: _Optional[bool] = ..., ping: _Optional[bool] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("number", "start", "end")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    start: int
+    end: int
+    def __init__(self, number: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("prefix",)
@@ -251,17 +263,29 @@ class Status(_message.Message):
     computed: int
     def __init__(self, epoch: _Optional[int] = ..., have: _Optional[int] = ..., computing: _Optional[bool] = ..., draining: _Optional[bool] = ..., queued: _Optional[int] = ..., computed: _Optional[int] = ...) -> None: ...
 
+class Fetched(_message.Message):
+    __slots__ = ("number", "log_start", "hidden")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LOG_START_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    log_start: int
+    hidden: Tensor
+    def __init__(self, number: _Optional[int] = ..., log_start: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
 class ControlReply(_message.Message):
-    __slots__ = ("opened", "output", "status", "error")
+    __slots__ = ("opened", "output", "status", "error", "fetched")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     output: Output
     status: Status
     error: Error
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    fetched: Fetched
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., fetched: _Optional[_Union[Fetched, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("session", "epoch", "sequence", "start", "hidden", "token_ids", "hops", "want_ack", "layer", "draft", "draft_start", "step")

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from swarm import protocol_pb2 as pb
 from swarm.chain import Chain
 from swarm.config import Settings
-from swarm.control import HopLost
-from swarm.errors import BadRequest, Cancelled, Internal, ProtocolError, SwarmError, TooLong
+from swarm.control import HopControl, HopLost
+from swarm.errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    PeerLost,
+    ProtocolError,
+    SwarmError,
+    TooLong,
+)
 from swarm.health import Health
 from swarm.knowledge import View
 from swarm.models import ModelProfile
 from swarm.protocol import rows_from_wire
-from swarm.rebuilds import Patience, Rebuild
+from swarm.rebuilds import RETRY_FIRST_S, Patience, Rebuild
 from swarm.transcript import FinishReason
 from swarm.transport import Transport
 from swarm.types import Route, SessionId
@@ -40,8 +49,9 @@ class StepAnswer:
     start: int
     logits: bytes
     """Row-major float32 ``[rows, vocabulary]``."""
-    hidden: bytes
-    """``[rows, hidden]`` in the model's dtype, behind the last layer and the final norm; empty unless asked for."""
+    hidden: Mapping[int, bytes]
+    """By the number of layers before them, where the route is cut and at its end: hidden states ``[rows, hidden]`` in
+    the model's dtype, the last behind the final norm. Empty unless asked for."""
 
 
 class Inputs:
@@ -146,7 +156,8 @@ class Inputs:
 
     def answer(self) -> StepAnswer:
         """To the newest input; call it once it is :attr:`answered`."""
-        return StepAnswer(self._answer_from, b"".join(self._logits), b"".join(self._hidden))
+        hidden = {self._profile.num_layers: b"".join(self._hidden)} if self._want_hidden else {}
+        return StepAnswer(self._answer_from, b"".join(self._logits), hidden)
 
 
 class StepSession:
@@ -230,20 +241,25 @@ class StepSession:
     async def run(self, tokens: Sequence[int], answer_from: int, *, hidden: bool = False) -> StepAnswer:
         """The answers after positions ``answer_from`` and later of ``tokens``, which is the whole sequence.
 
-        Only what differs from the sequence before is computed, and rows whose answers are wanted. Raises
-        :class:`SwarmError`; after one that is not the request's fault the session is over.
+        Only what differs from the sequence before is computed, and rows whose answers are wanted. ``hidden``: the
+        hidden states, too, of peers that keep checkpoints. Raises :class:`SwarmError`; after one that is not the
+        request's fault the session is over.
         """
         async with self._turn:
             start = min(self.shared(tokens), answer_from)
             answers = []
             for wanted in range(answer_from, len(tokens), self._rows_at_once):
                 piece = tokens[start : wanted + self._rows_at_once]
-                answers.append(await self._step(start, piece, wanted, hidden))
+                answer = await self._step(start, piece, wanted, hidden)
                 start += len(piece)
+                if hidden:
+                    answer = replace(answer, hidden={**await self._at_cuts(wanted, start), **answer.hidden})
+                answers.append(answer)
         if not answers:
             raise BadRequest(f"no answer is wanted of {len(tokens)} tokens from {answer_from} on")
-        logits, states = b"".join(a.logits for a in answers), b"".join(a.hidden for a in answers)
-        return StepAnswer(answer_from, logits, states)
+        cuts = set.intersection(*(set(a.hidden) for a in answers))  # the route may have changed meanwhile
+        states = {cut: b"".join(a.hidden[cut] for a in answers) for cut in sorted(cuts)}
+        return StepAnswer(answer_from, b"".join(a.logits for a in answers), states)
 
     async def _step(self, start: int, token_ids: Sequence[int], answer_from: int, hidden: bool) -> StepAnswer:
         async with self._changing:
@@ -260,6 +276,33 @@ class StepSession:
                 except HopLost as loss:
                     self._chain.events.put_nowait((loss.control, loss.error))
         return await self._answer
+
+    async def _at_cuts(self, start: int, end: int) -> dict[int, bytes]:
+        """Rows ``start .. end - 1`` behind every hop but the last, out of their checkpoint logs.
+
+        A hop that was replaced just now has them after its replay. Raises as :meth:`run`.
+        """
+        _, _, profile = self._network
+        wait_s = self._settings.recovery.wait_s
+        try:
+            async with asyncio.timeout(wait_s):
+                while True:
+                    async with self._changing:
+                        if self._error is not None:
+                            raise self._error
+                        controls = self._chain.controls[:-1] if self._chain is not None else []
+                    told = await asyncio.gather(*(c.fetch(start, end) for c in controls), return_exceptions=True)
+                    found: dict[int, bytes] = {}
+                    for control, fetched in zip(controls, told, strict=True):
+                        if isinstance(fetched, pb.Fetched):
+                            found |= _rows_at(control, fetched, start, end, profile)
+                        elif not isinstance(fetched, PeerLost):  # a lost one is replaced
+                            raise fetched
+                    if len(found) == len(controls):
+                        return found
+                    await asyncio.sleep(RETRY_FIRST_S)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no hidden states came within {wait_s:g} s") from None
 
     # ---- the session's own task -------------------------------------------------------------------------
 
@@ -334,3 +377,16 @@ class StepSession:
                 with chain.controls[-1].blamed():
                     self.inputs.commit(output)
             watch.check(awaited=not self.inputs.answered)
+
+
+def _rows_at(control: HopControl, fetched: pb.Fetched, start: int, end: int, profile: ModelProfile) -> dict[int, bytes]:
+    """By the number of layers up to this hop's end; empty if they are not there yet. Raises :class:`SwarmError`."""
+    if not fetched.HasField("hidden"):
+        if fetched.log_start > start:
+            name = f"peer {control.hop.peer.peer_id[-6:]}"
+            raise BadRequest(f"{name} keeps no checkpoints, so it can't tell the hidden states behind its layers")
+        return {}
+    rows = rows_from_wire(fetched.hidden, profile.dtype, profile.hidden_size, end - start)
+    if fetched.hidden.shape[0] != end - start:
+        raise ProtocolError(f"{fetched.hidden.shape[0]} hidden states came where {end - start} were asked for")
+    return {control.hop.layers.end: rows}

@@ -5,8 +5,8 @@ and assisted decoding, logits processors, stopping criteria, streamers; and so d
 The KV cache stays with the peers: :class:`SwarmCache` holds a session for each sequence of the batch and knows all
 its tokens. A beam that takes over another one's text costs the tokens in which they differ.
 
-What a transformers model has and this one has not: weights, gradients, ``inputs_embeds``, attentions, and of hidden
-states all but the last (behind the final norm), because those at the cuts never come to the owner of a session.
+What a transformers model has and this one has not: weights, gradients, ``inputs_embeds``, attentions, and hidden
+states between the layers of one peer: those at the cuts of the route it has, see :class:`SwarmOutput`.
 
 This package is the one that imports torch and transformers.
 """
@@ -17,6 +17,7 @@ import contextlib
 import contextvars
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +39,7 @@ from swarm.errors import BadRequest
 from swarm.huggingface.cache import SwarmCache
 from swarm.models import ModelProfile
 
-__all__ = ["SwarmCache", "SwarmConfig", "SwarmForCausalLM"]
+__all__ = ["SwarmCache", "SwarmConfig", "SwarmForCausalLM", "SwarmOutput"]
 
 HIDDEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CAPACITY = 512
@@ -65,6 +66,18 @@ class SwarmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             "is_decoder": True,
         }
         return cls(**facts)
+
+
+@dataclass
+class SwarmOutput(CausalLMOutputWithPast):
+    """``hidden_states[i]`` ``[batch, kept columns, hidden]`` is what comes out of layer ``cuts[i] - 1``.
+
+    So it equals ``hidden_states[cuts[i]]`` of the whole model. There is one for each hop of the route, the last behind
+    the final norm; of a batch whose sequences go different ways, those that all of them have. A route may change from
+    one call to the next.
+    """
+
+    cuts: tuple[int, ...] | None = None
 
 
 _caches: contextvars.ContextVar[list[SwarmCache]] = contextvars.ContextVar("caches of the generate call under way")
@@ -157,12 +170,12 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **unsupported: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> SwarmOutput | tuple[Any, ...]:
         """Logits ``[batch, kept columns, vocabulary]``; padded columns have zeros.
 
         ``attention_mask`` ``[batch, past and new columns]`` may hide padding; positions count what is not hidden.
-        Without a cache nothing stays at the peers, unless ``use_cache=True`` asks for one. ``hidden_states`` is the
-        last layer's alone.
+        Without a cache nothing stays at the peers, unless ``use_cache=True`` asks for one. ``output_hidden_states``
+        costs a round trip more, and as many rows from each hop as there are logits.
         """
         given = [name for name, value in unsupported.items() if value is not None]
         if given or output_attentions:
@@ -184,17 +197,21 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         shown = [mask[-keep:] for mask in cache.masks]
         profile = self.client.profile
         logits = _rows(shown, [a.logits if a else b"" for a in answers], profile.vocab_size, torch.float32)
-        states = None
+        states, cuts = None, None
         if output_hidden_states:
             dtype = HIDDEN_DTYPES[profile.dtype]
-            states = (_rows(shown, [a.hidden if a else b"" for a in answers], profile.hidden_size, dtype),)
+            cuts = tuple(sorted(set.intersection(*(set(a.hidden) for a in answers if a))))
+            states = tuple(
+                _rows(shown, [a.hidden[cut] if a else b"" for a in answers], profile.hidden_size, dtype) for cut in cuts
+            )
         loss = self.loss_function(logits, labels, profile.vocab_size) if labels is not None else None
         kept = logits[:, logits_to_keep] if some else logits[:, -int(logits_to_keep) :]
-        output = CausalLMOutputWithPast(
+        output = SwarmOutput(
             loss=loss,
             logits=kept.to(input_ids.device),
             past_key_values=cache if past_key_values is not None or use_cache else None,
             hidden_states=states,
+            cuts=cuts,
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import pipeline
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer, pipeline
 
 from swarm.errors import BadRequest
 from swarm.huggingface import SwarmForCausalLM
 from swarm.local import LocalSwarm
 from swarm.types import LayerRange
-from tests.live.helpers import MODEL, SETTINGS, STORY, THIRDS, Reference, index_of, local_swarm
+from tests.live.helpers import MODEL, SETTINGS, STORY, Reference, index_of, only_thirds
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(180, func_only=True)]
 
 NEW = 12
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 4},
+    "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.95},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +55,7 @@ def both(model: SwarmForCausalLM, local: Any, ids: torch.Tensor, seed: int = 0, 
     return found[0], found[1]
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        {"do_sample": False},
-        {"do_sample": False, "num_beams": 4},
-        {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.95},
-        {"do_sample": False, "prompt_lookup_num_tokens": 4},
-    ],
-    ids=["greedy", "beams", "sampling", "lookup"],
-)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_every_way_of_decoding_gives_what_the_whole_model_gives(
     model: SwarmForCausalLM, local: Any, prompt: torch.Tensor, way: dict[str, Any]
 ) -> None:
@@ -79,42 +73,44 @@ def test_a_padded_batch(model: SwarmForCausalLM, local: Any) -> None:
     assert found[0] == found[1]
 
 
-class KillAfter(BaseStreamer):  # type: ignore[misc]
-    """Counts tokens, and acts when so many have come."""
+class At(LogitsProcessor):
+    """Changes nothing, and acts once, when the text is so long."""
 
-    def __init__(self, count: int, act: Any) -> None:
-        self.count, self.act, self.tokens = count, act, 0
+    def __init__(self, length: int, act: Callable[[], object]) -> None:
+        self.length, self.act, self.acted = length, act, False
 
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens += value.numel() if value.ndim == 1 else 0
-        if self.tokens == self.count:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if input_ids.shape[1] == self.length and not self.acted:
+            self.acted = True
             self.act()
-
-    def end(self) -> None:
-        pass
+        return scores
 
 
-def test_a_peer_killed_in_the_middle_is_not_seen(tmp_path_factory: pytest.TempPathFactory, local: Any) -> None:
-    ranges = [*THIRDS, LayerRange(10, 20)]
-    with (
-        local_swarm(MODEL, ranges, tmp_path_factory.mktemp("killed")) as swarm,
-        SwarmForCausalLM.from_pretrained(initial_peers=swarm.initial_peers, settings=SETTINGS) as model,
-    ):
-        ids = model.tokenizer()(STORY, return_tensors="pt").input_ids[:, :30]
-        cache = model.new_cache(128)
+@pytest.mark.parametrize("way", ["beams", "sampling"])
+def test_a_peer_killed_in_the_middle_is_not_seen(
+    model: SwarmForCausalLM, thirds: LocalSwarm, local: Any, prompt: torch.Tensor, way: str
+) -> None:
+    thirds.add(LayerRange(10, 20))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        expected = local.generate(prompt, **options(**WAYS[way])).tolist()
+    cache = model.new_cache(128)
 
-        def kill() -> None:
-            victim = cache.sessions[0].route.hops[1].peer.peer_id
-            os.kill(swarm.peers[index_of(swarm, victim)].pid, signal.SIGKILL)
+    def kill() -> None:
+        thirds.kill(index_of(thirds, cache.sessions[0].route.hops[1].peer.peer_id))
 
-        with torch.no_grad():
-            expected = local.generate(ids, **options(do_sample=False)).tolist()
-        streamer = KillAfter(6, kill)
-        found = model.generate(ids, past_key_values=cache, streamer=streamer, **options(do_sample=False))
+    torch.manual_seed(3)
+    killing = At(prompt.shape[1] + 4, kill)
+    try:
+        found = model.generate(
+            prompt, past_key_values=cache, logits_processor=LogitsProcessorList([killing]), **options(**WAYS[way])
+        )
         assert found.tolist() == expected
-        assert streamer.tokens == len(expected[0]) - ids.shape[1]
-        assert [len(session.rebuilds) for session in cache.sessions] == [1]
+        assert killing.acted
+        assert sum(len(session.rebuilds) for session in cache.sessions) >= 1
+    finally:
         cache.close()
+        only_thirds(thirds)
 
 
 def test_a_second_call_goes_on_with_the_session(model: SwarmForCausalLM, local: Any) -> None:
@@ -158,7 +154,7 @@ def test_what_can_not_be_is_refused_in_words(model: SwarmForCausalLM, prompt: to
         model(prompt, attention_mask=torch.ones(1, 3))
 
 
-def test_logits_of_every_position_and_the_last_hidden_states(
+def test_logits_of_every_position_and_the_hidden_states_at_the_cuts(
     model: SwarmForCausalLM, local: Any, prompt: torch.Tensor
 ) -> None:
     with torch.no_grad():
@@ -166,7 +162,9 @@ def test_logits_of_every_position_and_the_last_hidden_states(
     output = model(prompt, output_hidden_states=True)
     assert output.past_key_values is None
     torch.testing.assert_close(output.logits, expected.logits, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(output.hidden_states[-1], expected.hidden_states[-1], rtol=1e-3, atol=1e-3)
+    assert output.cuts == (10, 20, 30)
+    for cut, states in zip(output.cuts, output.hidden_states, strict=True):
+        torch.testing.assert_close(states, expected.hidden_states[cut], rtol=1e-3, atol=1e-3)
     last = model(prompt, logits_to_keep=2)
     assert last.logits.shape == (1, 2, model.config.vocab_size)
     torch.testing.assert_close(last.logits, expected.logits[:, -2:], rtol=1e-3, atol=1e-3)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
 from swarm.errors import BadRequest, Cancelled, NoRoute, TooLong
 from swarm.stepping import StepSession
 from swarm.testing import SimTransport, ToyCache
-from tests.sim.world import NUM_LAYERS, PROFILE, Faults, LayerRange, World, run_virtual
+from tests.sim.world import NUM_LAYERS, PROFILE, SETTINGS, Faults, LayerRange, World, run_virtual
 
 THIRDS = [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)]
 CAPACITY = 64
 
 
-def expected(world: World, tokens: list[int], answer_from: int) -> tuple[bytes, bytes]:
-    """Logits and hidden states after ``answer_from`` and later, by one decoder that nothing happens to."""
-    whole = LayerRange(0, NUM_LAYERS)
-    states = world.decoder.run(whole, ToyCache(whole, len(tokens)), 0, tokens)[answer_from:]
-    return world.decoder.logits(states), b"".join(state.to_bytes(8, "big") for state in states)
+def states_after(world: World, cut: int, tokens: list[int], answer_from: int) -> list[int]:
+    """Hidden states behind so many layers, by one decoder that nothing happens to."""
+    layers = LayerRange(0, cut)
+    return world.decoder.run(layers, ToyCache(layers, len(tokens)), 0, tokens)[answer_from:]
 
 
 def session_of(world: World, capacity: int = CAPACITY) -> StepSession:
@@ -36,10 +36,11 @@ async def swarm_of(seed: int, ranges: list[LayerRange], faults: Faults | None = 
 
 async def check(world: World, session: StepSession, tokens: list[int], answer_from: int, hidden: bool = False) -> None:
     answer = await session.run(tokens, answer_from, hidden=hidden)
-    logits, states = expected(world, tokens, answer_from)
     assert answer.start == answer_from
-    assert answer.logits == logits
-    assert answer.hidden == (states if hidden else b"")
+    assert answer.logits == world.decoder.logits(states_after(world, NUM_LAYERS, tokens, answer_from))
+    assert list(answer.hidden) == ([hop.layers.end for hop in session.route.hops] if hidden else [])
+    for cut, rows in answer.hidden.items():
+        assert rows == b"".join(state.to_bytes(8, "big") for state in states_after(world, cut, tokens, answer_from))
 
 
 def test_logits_of_any_rows_and_only_what_differs_is_computed() -> None:
@@ -86,6 +87,40 @@ def test_a_kill_between_and_within_steps_is_not_seen(victim: int) -> None:
             await check(world, session, [*tokens[:5], *tokens], 5)
             await check(world, session, [*tokens[:5], *tokens, 4], 14)
             assert len(session.rebuilds) == 2
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("delay_s", [0.001, 0.02, 0.05, 0.08])
+def test_hidden_states_at_the_cuts_survive_a_kill(victim: int, delay_s: float) -> None:
+    async def main() -> None:
+        world = await swarm_of(20 + victim, THIRDS * 2)
+        async with session_of(world) as session:
+            tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+            await check(world, session, tokens, 8, hidden=True)
+            world.later(delay_s, kill_soon(world, session, victim))
+            await check(world, session, [*tokens, 7, 7], 3, hidden=True)
+            await asyncio.sleep(1)
+            await check(world, session, [*tokens, 7, 8], 3, hidden=True)
+            assert len(session.rebuilds) == 1
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_without_checkpoints_there_are_no_hidden_states_at_the_cuts() -> None:
+    async def main() -> None:
+        settings = replace(SETTINGS, peer=replace(SETTINGS.peer, checkpoints=False))
+        world = World(4, settings=settings)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        async with session_of(world) as session:
+            await check(world, session, [3, 1, 4], 2)
+            with pytest.raises(BadRequest, match="keeps no checkpoints"):
+                await session.run([3, 1, 4, 5], 3, hidden=True)
+            await check(world, session, [3, 1, 4, 6], 3)
         await world.settle()
 
     run_virtual(main)

@@ -221,8 +221,20 @@ def test_a_padded_batch_with_scores_and_hidden_states(model: SwarmForCausalLM, l
     for mine, other in zip(ours.logits, theirs.logits, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
     for mine, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        torch.testing.assert_close(mine[-1][:, -1], other[-1][:, -1], rtol=1e-4, atol=1e-4)
+        for cut, states in zip((2, 4, 6), mine, strict=True):
+            torch.testing.assert_close(states[:, -1], other[cut][:, -1], rtol=1e-4, atol=1e-4)
     ours.past_key_values.close()
+
+
+def test_hidden_states_at_the_cuts_are_those_of_the_whole_model(model: SwarmForCausalLM, local: Any) -> None:
+    with torch.no_grad():
+        expected = local(PROMPT, output_hidden_states=True).hidden_states
+    found = model(PROMPT, output_hidden_states=True)
+    assert found.cuts == (2, 4, 6)
+    for cut, states in zip(found.cuts, found.hidden_states, strict=True):
+        assert states.shape == (1, PROMPT.shape[1], 48)
+        torch.testing.assert_close(states, expected[cut], rtol=1e-4, atol=1e-4)
+    assert model(PROMPT).hidden_states is model(PROMPT).cuts is None
 
 
 def test_logits_and_loss_of_all_positions(model: SwarmForCausalLM, local: Any) -> None:
