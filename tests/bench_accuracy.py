@@ -2,7 +2,8 @@
 
 ``agreement`` is the share of positions whose most likely token is float32's, ``error`` the mean difference of the
 logarithms of the probability that the token that follows was given. With a wire, hidden states are rounded twice, after
-each third of the layers, as on a route of three peers.
+each third of the layers, as on a route of three peers. ``other shape`` compares a choice with itself: the share of
+positions whose most likely token is another when rows come eight at a time, as a replay's do in other numbers.
 ``python -m tests.bench_accuracy [--weights int8,int4] [--wires int8] [--model REF] [--text FILE] [--json]``
 """
 
@@ -43,26 +44,31 @@ def windows_of(model: str, text: str) -> list[list[int]]:
     return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
 
 
-def logits_of(shard: Shard, ids: list[int], wire: str) -> torch.Tensor:
-    """``[tokens, vocabulary]``."""
+def logits_of(shard: Shard, ids: list[int], wire: str, at_once: int) -> torch.Tensor:
+    """``[tokens, vocabulary]``, computed so many rows at once."""
     parts = [shard.layers] if wire == MODEL else even_ranges(shard.profile.num_layers, 3)
-    hidden = None
-    for layers in parts:
-        last = layers.end == shard.profile.num_layers
-        step = Step(layers, shard.new_cache(layers, len(ids)), 0, hidden=hidden, head_rows=len(ids) if last else 0)
-        step.token_ids = None if layers.start else ids
-        (output,) = shard.run([step])
-        if output.hidden is not None:
-            hidden = decoded(encoded(output.hidden, wire), wire, shard.profile.hidden_size, shard.dtype)
-    assert output.logits is not None
-    return output.logits
+    caches = [shard.new_cache(layers, len(ids)) for layers in parts]
+    logits = []
+    for start in range(0, len(ids), at_once):
+        tokens, hidden = ids[start : start + at_once], None
+        for layers, cache in zip(parts, caches, strict=True):
+            first, last = layers.start == 0, layers.end == shard.profile.num_layers
+            head_rows = len(tokens) if last else 0
+            (output,) = shard.run([Step(layers, cache, start, tokens if first else None, hidden, head_rows)])
+            if output.hidden is not None:
+                hidden = decoded(encoded(output.hidden, wire), wire, shard.profile.hidden_size, shard.dtype)
+        assert output.logits is not None
+        logits.append(output.logits)
+    return torch.cat(logits)
 
 
-def log_probabilities(shard: Shard, windows: list[list[int]], wire: str = MODEL) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probabilities(
+    shard: Shard, windows: list[list[int]], wire: str = MODEL, at_once: int = WINDOW
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each position of each window but its last: that of the token that follows, and the likeliest token."""
     found, likeliest = [], []
     for ids in windows:
-        logits = logits_of(shard, ids, wire)[:-1]
+        logits = logits_of(shard, ids, wire, at_once)[:-1]
         likeliest.append(logits.argmax(-1))
         found.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
     return torch.cat(found), torch.cat(likeliest)
@@ -84,21 +90,23 @@ def main() -> None:
     choices |= {f"wire {name}": ("float32", "auto", name) for name in options.wires.split(",") if name}
     if not options.json:
         print(f"{sum(map(len, windows))} tokens in windows of {WINDOW}\n")
-        print(f"{'':20} {'perplexity':>10} {'agreement':>10} {'error':>8} {'MB':>7}")
+        print(f"{'':20} {'perplexity':>10} {'agreement':>10} {'error':>8} {'other shape':>11} {'MB':>7}")
     for name, (dtype, weights, wire) in choices.items():
         shard = load(options.model, dtype, weights)
         found, likeliest = log_probabilities(shard, windows, wire)
+        otherwise = log_probabilities(shard, windows, wire, at_once=8)[1]
         figures = {
             "perplexity": float(torch.exp(-found.mean())),
             "agreement": float((likeliest == first).float().mean()),
             "error": float((found - base).abs().mean()),
+            "other_shape": float((likeliest != otherwise).float().mean()),
             "weights_mb": shard.size_bytes / 1e6,
         }
         if options.json:
             print(json.dumps({"choice": name, **figures}), flush=True)
         else:
-            perplexity, agreement, error, size = figures.values()
-            print(f"{name:20} {perplexity:10.3f} {agreement:10.2%} {error:8.4f} {size:7.1f}", flush=True)
+            perplexity, agreement, error, other, size = figures.values()
+            print(f"{name:20} {perplexity:10.3f} {agreement:10.2%} {error:8.4f} {other:11.2%} {size:7.1f}", flush=True)
 
 
 if __name__ == "__main__":
