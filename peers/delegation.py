@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator
 
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
+from swarm.coverage import explained
 from swarm.delegation import request_from_wire, route_to_wire
-from swarm.errors import Busy, ProtocolError, SwarmError
+from swarm.errors import Busy, NoRoute, ProtocolError, SwarmError
 from swarm.health import Health
 from swarm.knowledge import View, known
 from swarm.models import ModelProfile
@@ -38,13 +39,17 @@ class DelegationHandler:
     def plan(self, request: pb.PlanRequest) -> pb.RouteNews:
         """The route that a session would take now; raises ``NoRoute``."""
         now = asyncio.get_running_loop().time()
-        route = plan_route(
-            self._view.announcements(),
-            self._profile.num_layers,
-            tokens=request.tokens,
-            excluded=frozenset(PeerId(peer) for peer in request.exclude),
-            knowledge=known(self._view, self._health, now, self._settings.planner),
-        )
+        announcements = self._view.announcements()
+        try:
+            route = plan_route(
+                announcements,
+                self._profile.num_layers,
+                tokens=request.tokens,
+                excluded=frozenset(PeerId(peer) for peer in request.exclude),
+                knowledge=known(self._view, self._health, now, self._settings.planner),
+            )
+        except NoRoute as error:
+            raise explained(error, announcements, self._profile, self._view.check) from None
         return route_to_wire(0, route, "planned")
 
     async def handle(self, stream: Stream) -> None:

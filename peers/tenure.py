@@ -21,7 +21,7 @@ from peers.service import PeerService
 from peers.shard import Shard
 from peers.speed_cache import store_speed
 from swarm.admission import require
-from swarm.coverage import coverage_of
+from swarm.coverage import served
 from swarm.errors import Busy
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerState, SessionId
 
@@ -145,7 +145,7 @@ class Tenure:
     def _report_ready(self, plan: MemoryPlan, weights_bytes: int, verifier: str) -> None:
         peer, local = self._peer, self._peer.transport.local
         others = [a for a in peer.view.announcements() if a.peer.peer_id != local.peer_id]
-        serving = [a.layers for a in [*others, self.announcement()] if a.state is PeerState.SERVING]
+        coverage = served([*others, self.announcement()], peer.profile, peer.view.check)
         peer.report(
             {
                 "event": "ready",
@@ -158,7 +158,7 @@ class Tenure:
                 "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "memory": plan.in_mb(),
                 "vouched_by": verifier,
-                "coverage": coverage_of(serving, peer.profile).sentence(),
+                "coverage": coverage.sentence(),
             }
         )
 

@@ -17,6 +17,7 @@ from swarm.admission import check_announcement
 from swarm.announcement_record import check_record
 from swarm.config import Settings
 from swarm.config_loader import load_settings
+from swarm.coverage import explained
 from swarm.delegation import DelegatedSession
 from swarm.discovery import SwarmView
 from swarm.errors import Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
@@ -229,12 +230,10 @@ class AsyncClient:
     async def plan(self, tokens: int = 0) -> Route:
         """The route that a session of ``tokens`` tokens would take; raises ``NoRoute``."""
         announcements = await self.view.refresh()
-        return plan_route(
-            announcements,
-            self.profile.num_layers,
-            tokens=tokens,
-            knowledge=self.knowledge(),
-        )
+        try:
+            return plan_route(announcements, self.profile.num_layers, tokens=tokens, knowledge=self.knowledge())
+        except NoRoute as error:
+            raise explained(error, announcements, self.profile, self.view.check) from None
 
     def knowledge(self) -> Knowledge:
         """For planning now."""

@@ -11,6 +11,7 @@ from swarm.types import Announcement, LayerRange, PeerState
 
 if TYPE_CHECKING:
     from swarm.models import ModelProfile
+    from swarm.plans import Check
 
 MB = 1_000_000
 
@@ -85,7 +86,13 @@ def coverage_of(served: Sequence[LayerRange], profile: ModelProfile) -> Coverage
     return Coverage(tuple(counts), tuple(gaps), sum(weights_bytes(profile, gap) for gap in gaps), len(served))
 
 
-def explained(error: NoRoute, announcements: Iterable[Announcement], profile: ModelProfile) -> NoRoute:
+def served(announcements: Iterable[Announcement], profile: ModelProfile, check: Check) -> Coverage:
+    """By those whom a planner would use: ``check`` is that of ``swarm.plans.Knowledge``."""
+    serving = [a.layers for a in announcements if a.state is PeerState.SERVING and check(a) is None]
+    return coverage_of(serving, profile)
+
+
+def explained(error: NoRoute, announcements: Iterable[Announcement], profile: ModelProfile, check: Check) -> NoRoute:
     """The planner's refusal; if layers are missing, with how much that is and what would help."""
-    coverage = coverage_of([a.layers for a in announcements if a.state is PeerState.SERVING], profile)
+    coverage = served(announcements, profile, check)
     return error if coverage.complete else NoRoute(f"{error.message}: {coverage.remedy()}")

@@ -97,7 +97,7 @@ class HopPlanner:
         try:
             self.plan(LayerRange(0, self._profile.num_layers), (), ())
         except NoRoute:
-            raise explained(error, self._view.announcements(), self._profile) from None
+            raise explained(error, self._view.announcements(), self._profile, self._view.check) from None
 
     def blame(self, hop: Hop, error: SwarmError) -> None:
         self._health.failed(hop.peer.peer_id, error.code, _now())

@@ -9,9 +9,9 @@ import typer
 from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
 from swarm.commands.tables import table
 from swarm.config import Settings
-from swarm.coverage import coverage_of, explained
+from swarm.coverage import explained, served
 from swarm.errors import NoRoute
-from swarm.types import LayerRange, PeerId, PeerState
+from swarm.types import LayerRange, PeerId
 
 if TYPE_CHECKING:
     from swarm.routing import Plan
@@ -57,10 +57,9 @@ def plan(
                 found = find_plan(announcements, whole, demand, knowledge, excluded=excluded, runners_up=RUNNERS_UP)
             except NoRoute as error:
                 if as_json:
-                    serving = [a.layers for a in announcements if a.state is PeerState.SERVING]
-                    missing = coverage_of(serving, profile).missing
+                    missing = served(announcements, profile, knowledge.check).missing
                     print_json({"event": "plan", "hops": [], "missing": [[gap.start, gap.end] for gap in missing]})
-                raise explained(error, announcements, profile) from None
+                raise explained(error, announcements, profile, knowledge.check) from None
             if as_json:
                 print_json(as_event(found))
             else:

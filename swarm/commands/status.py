@@ -6,7 +6,7 @@ import asyncio
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,9 +16,10 @@ from swarm.commands.drawing import Pen, bar, cells, counts_line, pen_for, ruler
 from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
 from swarm.commands.tables import Cell, colours_wanted, paint, table
 from swarm.config import Settings
-from swarm.coverage import Coverage, coverage_of
+from swarm.coverage import Coverage, served
 from swarm.models import ModelProfile
-from swarm.types import Announcement, PeerState
+from swarm.plans import Check
+from swarm.types import Announcement, PeerId, PeerState
 
 WATCH_S = 2.0
 MOST_COLUMNS, LEAST_COLUMNS = 64, 15
@@ -37,6 +38,8 @@ class Status:
     peers: Sequence[tuple[Announcement, float]]
     """With their ages in seconds, by first layer."""
     coverage: Coverage
+    refused: Mapping[PeerId, str]
+    """Why a peer that serves is in no plan."""
 
 
 def status(
@@ -55,7 +58,8 @@ def status(
         async with AsyncClient(list(settings.network.initial_peers), model, settings) as client:
             while True:
                 announcements = await client.peers()
-                now = status_of(client.profile, [(a, client.view.age(a.peer.peer_id)) for a in announcements])
+                aged = [(a, client.view.age(a.peer.peer_id)) for a in announcements]
+                now = status_of(client.profile, aged, client.view.check)
                 if as_json:
                     print_json(as_event(now))
                 else:
@@ -69,10 +73,11 @@ def status(
     run(work, initial_peers, config, as_json=as_json, verbose=verbose)
 
 
-def status_of(profile: ModelProfile, peers: Sequence[tuple[Announcement, float]]) -> Status:
+def status_of(profile: ModelProfile, peers: Sequence[tuple[Announcement, float]], check: Check) -> Status:
+    """``check``: as planners do, see ``swarm.plans.Knowledge``."""
     ordered = sorted(peers, key=lambda item: (item[0].layers, item[0].peer.peer_id))
-    serving = [a.layers for a, _ in ordered if a.state is PeerState.SERVING]
-    return Status(profile, ordered, coverage_of(serving, profile))
+    refused = {a.peer.peer_id: reason for a, _ in ordered if a.state is PeerState.SERVING and (reason := check(a))}
+    return Status(profile, ordered, served([a for a, _ in ordered], profile, check), refused)
 
 
 def _show(status: Status, *, clear: bool) -> None:
@@ -110,7 +115,8 @@ def rendered(status: Status, pen: Pen, width: int, *, coloured: bool = False) ->
         head, [*rows, ["peers", counts_line(coverage.counts, columns), *[""] * 7]], right=right, coloured=coloured
     )
     verdict = paint(coverage.sentence(), "green" if coverage.complete else "red", coloured=coloured)
-    return [f"{profile.model_id}, {profile.num_layers} layers, {profile.dtype}", "", *lines, "", verdict]
+    refused = [f"not used: {peer[-6:]}: {reason}" for peer, reason in status.refused.items()]
+    return [f"{profile.model_id}, {profile.num_layers} layers, {profile.dtype}", "", *lines, "", verdict, *refused]
 
 
 def as_event(status: Status) -> dict[str, Any]:
@@ -130,6 +136,7 @@ def as_event(status: Status) -> dict[str, Any]:
                 "queue_s": a.queue_s,
                 "sessions": a.sessions,
                 "kv_tokens_free": a.kv_tokens_free,
+                "refused": status.refused.get(a.peer.peer_id),
                 "age_s": None if math.isinf(age_s) else round(age_s, 1),
             }
             for a, age_s in status.peers

@@ -59,7 +59,7 @@ class Live:
                     log.info("the swarm can't be read: %s", error)
         profile, gone = self._state.client.profile, self._state.local_peers.gone()
         there = [a for a in view.announcements() if a.peer.peer_id not in gone]
-        return status_of(profile, [(a, view.age(a.peer.peer_id)) for a in there])
+        return status_of(profile, [(a, view.age(a.peer.peer_id)) for a in there], view.check)
 
     async def map(self) -> SwarmMap:
         return swarm_map(await self.status(), self._state.local_peers.names())

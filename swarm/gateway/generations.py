@@ -14,14 +14,14 @@ from dataclasses import asdict
 
 from swarm.client import AsyncClient, AsyncStream, Generation
 from swarm.config import GatewaySettings
-from swarm.coverage import Coverage, coverage_of
+from swarm.coverage import Coverage, served
 from swarm.errors import NoRoute, SwarmError
 from swarm.gateway.gate import Gate
 from swarm.gateway.hub import Began, Ended, GenerationHub, RouteTaken, Source, TokenOut
 from swarm.gateway.traces import TraceStore
 from swarm.session import RouteChanged
 from swarm.transcript import GenerationRequest
-from swarm.types import PeerState, Token
+from swarm.types import Token
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,8 @@ class Generations:
 
     def coverage(self) -> Coverage:
         """By what was last read of the swarm."""
-        announced = self.client.view.announcements()
-        return coverage_of([a.layers for a in announced if a.state is PeerState.SERVING], self.client.profile)
+        view = self.client.view
+        return served(view.announcements(), self.client.profile, view.check)
 
     async def check_coverage(self) -> Coverage:
         """Raises :class:`NoRoute`, naming what is missing. Reads the DHT only when something is."""

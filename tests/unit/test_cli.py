@@ -59,6 +59,10 @@ def peer(name: str, start: int, end: int, state: PeerState = PeerState.SERVING) 
     )
 
 
+def anybody(announcement: Announcement) -> None:
+    return None
+
+
 def test_a_bar_has_one_cell_a_layer_or_shares_them() -> None:
     assert bar(LayerRange(2, 5), cells(6, 64), ASCII) == "..###."
     assert bar(LayerRange(2, 5), cells(6, 64), ASCII, serving=False) == "..===."
@@ -98,7 +102,7 @@ def test_status_is_a_picture_with_what_is_missing() -> None:
         (peer("BBBBBB", 0, 3), 7.0),
         (peer("CCCCCC", 2, 5), math.inf),
     ]
-    lines = rendered(status_of(profile(6), peers), ASCII, 64)
+    lines = rendered(status_of(profile(6), peers, anybody), ASCII, 64)
     assert lines[2:7] == [
         "peer    0       layers  state     a token  load  KV free  age  version",
         "BBBBBB  ###...  0:3     serving    6.0 ms     2      61k  7 s  0.1.0",
@@ -108,7 +112,7 @@ def test_status_is_a_picture_with_what_is_missing() -> None:
     ]
     assert lines[-1].startswith("nobody serves layers 5:6: 1 of 6 layers, 2 MB of weights")
     assert not any("\x1b" in line for line in lines)
-    event = as_event(status_of(profile(6), peers))
+    event = as_event(status_of(profile(6), peers, anybody))
     assert event["missing"] == [[5, 6]]
     assert event["peers_of_layer"] == [1, 1, 2, 1, 1, 0]
     assert [entry["age_s"] for entry in event["peers"]] == [7.0, None, 3.0]
@@ -116,7 +120,7 @@ def test_status_is_a_picture_with_what_is_missing() -> None:
 
 
 def test_status_of_a_swarm_without_peers() -> None:
-    lines = rendered(status_of(profile(4), []), ASCII, 64)
+    lines = rendered(status_of(profile(4), [], anybody), ASCII, 64)
     assert lines[3] == "peers  0000"
     assert "nobody serves layers 0:4" in lines[-1]
 

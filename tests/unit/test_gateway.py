@@ -136,6 +136,9 @@ class ScriptedView:
     def __init__(self, layers: LayerRange) -> None:
         self.layers = layers
 
+    def check(self, announcement: Announcement) -> None:
+        """Anybody is used."""
+
     def announcements(self) -> list[Announcement]:
         return [
             Announcement(
