@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from swarm.errors import Internal, SwarmError, from_code
 
 TAIL_LINES = 12
@@ -107,6 +109,8 @@ class Child:
         self._changed = threading.Condition()
         self._ended = False
         self._buried = False
+        self._frozen: set[int] = set()
+        """Processes below it that are stopped, which the guard knows of meanwhile."""
         self._reader = threading.Thread(target=self._read, name=f"stdout of {name}", daemon=True)
 
     @classmethod
@@ -155,12 +159,40 @@ class Child:
         with self._changed:
             return list(self._events)
 
-    def signal(self, number: int, *, group: bool = True) -> None:
-        """To the whole group (the peer and its daemon), or to the process alone. None of it if it has ended."""
+    def signal(self, number: int, *, alone: bool = False) -> None:
+        """To the process and all below it (a peer's daemon has a group of its own), or to it ``alone``.
+
+        None of it if it has ended.
+        """
         if not self.alive:
             return
+        below = [] if alone else self._below()
         with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
+            (os.kill if alone else os.killpg)(self.pid, number)
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def freeze(self) -> None:
+        """SIGSTOP to the process and all below it."""
+        for pid in self._below():  # a stopped daemon can't notice that its process is gone
+            self._guard.add(pid)
+            self._frozen.add(pid)
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+        self._release_frozen()
+
+    def _release_frozen(self) -> None:
+        while self._frozen:
+            self._guard.release(self._frozen.pop())
+
+    def _below(self) -> list[int]:
+        try:
+            return [process.pid for process in psutil.Process(self.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit code, or None if it is still there after ``timeout_s``."""
@@ -170,14 +202,16 @@ class Child:
             return None
 
     def bury(self) -> None:
-        """Kills what is left of the group and gives back pipe, thread and process entry. May be called again."""
+        """Kills what is left of it and gives back pipe, thread and process entry. May be called again."""
         if self._buried:
             return
+        self.signal(signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM for a group of zombies
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(REAP_S)
         self._reader.join(REAP_S)
         self._guard.release(self.pid)
+        self._release_frozen()
         self._buried = True
 
     def tail(self, lines: int = TAIL_LINES) -> str:

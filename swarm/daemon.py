@@ -77,9 +77,9 @@ class Daemon:
             self._key_file = self._identity.private_key_file(folder)
             # a subclass, because hivemind puts its sockets where everybody can connect to them
             members: dict[str, object] = {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"}
-            # Ctrl-C in a terminal goes to the whole process group: in it, p2pd would end before a client has closed
-            # its sessions. A peer's p2pd stays: who kills or freezes a peer's group means both.
-            if not self._listen and (setsid := shutil.which("setsid")) is not None:
+            # Ctrl-C in a terminal goes to the whole process group. In it, p2pd would end before a client has closed its
+            # sessions, or a peer has handed its own over. It ends when this process is gone, however that went.
+            if (setsid := shutil.which("setsid")) is not None:
                 members["_make_process_args"] = staticmethod(partial(_p2p.P2P._make_process_args, setsid))
             self._p2p_class = type("SwarmP2P", (_p2p.P2P,), members)
             stack.push_async_callback(self._end)

@@ -147,17 +147,17 @@ class LocalSwarm:
 
     def freeze(self, index: int) -> None:
         """SIGSTOP to the peer and its daemon: connections stay open, nothing answers."""
-        self.peers[index].child.signal(signal.SIGSTOP)
+        self.peers[index].child.freeze()
         self.peers[index].frozen = True
 
     def resume(self, index: int) -> None:
-        self.peers[index].child.signal(signal.SIGCONT)
+        self.peers[index].child.resume()
         self.peers[index].frozen = False
 
     def drain(self, index: int, timeout_s: float = TimeoutSettings().drain_s + STOP_S) -> int:
         """SIGTERM to the peer; waits until it has left. Its exit code; raises :class:`DeadlineExceeded`."""
         child = self.peers[index].child
-        child.signal(signal.SIGTERM, group=False)  # its daemon must live for as long as it drains
+        child.signal(signal.SIGTERM, alone=True)  # its daemon must live for as long as it drains
         code = child.wait(timeout_s)
         if code is None:
             raise DeadlineExceeded(f"{child.name} has not left after {timeout_s:g} s")
@@ -168,7 +168,10 @@ class LocalSwarm:
         """SIGTERM to all, after ``stop_s`` SIGKILL. May be called again."""
         frozen = {peer.pid for peer in self.peers if peer.frozen}
         for child in self._children:
-            child.signal(signal.SIGKILL if child.pid in frozen else signal.SIGTERM, group=child.pid in frozen)
+            if child.pid in frozen:
+                child.signal(signal.SIGKILL)
+            else:
+                child.signal(signal.SIGTERM, alone=True)
         deadline = time.monotonic() + self._stop_s
         try:
             for child in self._children:

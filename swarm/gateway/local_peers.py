@@ -155,7 +155,7 @@ class LocalPeers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for running in self._running.values():
-            running.child.signal(signal.SIGTERM, group=False)
+            running.child.signal(signal.SIGTERM, alone=True)
         deadline = self._clock() + self._stop_s
         try:
             for running in self._running.values():
@@ -226,7 +226,7 @@ class LocalPeers:
     def drain(self, name: str) -> OwnPeer:
         """SIGTERM: it hands its sessions over and leaves. Returns at once."""
         running = self._find(name)
-        running.child.signal(signal.SIGTERM, group=False)  # its daemon must live for as long as it drains
+        running.child.signal(signal.SIGTERM, alone=True)  # its daemon must live for as long as it drains
         return self._now(running)
 
     def kill(self, name: str) -> OwnPeer:

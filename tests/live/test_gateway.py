@@ -53,7 +53,7 @@ def gateway(thirds: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Ite
             started = Gateway(child)
             yield started
             started.openai.close()
-            child.signal(signal.SIGTERM, group=False)
+            child.signal(signal.SIGTERM, alone=True)
             assert child.wait(15) == 0, child.tail()
         finally:
             child.bury()

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -217,18 +218,28 @@ async def test_every_position_killed_during_a_long_prefill(spares: LocalSwarm, u
         await nothing_left(client, spares, daemons)
 
 
+def interrupt(swarm: LocalSwarm, index: int) -> int | None:
+    """Ctrl-C in the peer's terminal: SIGINT to its process group. Its exit code."""
+    child = swarm.peers[index].child
+    os.killpg(child.pid, signal.SIGINT)
+    return child.wait(30)
+
+
 async def test_peers_that_are_told_to_leave_hand_over(spares: LocalSwarm, undisturbed: Undisturbed) -> None:
-    """The first of the route, which the ring leads to, and the last, which samples."""
-    moments = {3: 0, 40: 2}
+    """The first of the route, which the ring leads to, by SIGTERM; and the last, which samples, by Ctrl-C."""
+    moments = {3: (0, spares.drain), 40: (2, partial(interrupt, spares))}
     count = 100
-    leaving: list[asyncio.Task[int]] = []
+    leaving: list[asyncio.Task[int | None]] = []
     struck: list[Hop] = []
+    daemons: list[int] = []
 
     def strike(index: int, seen: Watched) -> None:
         if index in moments:
-            struck.append(seen.route.hops[moments[index]])
+            position, tell = moments[index]
+            struck.append(seen.route.hops[position])
             victim = index_of(spares, struck[-1].peer.peer_id)
-            leaving.append(asyncio.create_task(asyncio.to_thread(spares.drain, victim)))
+            daemons.append(daemon_of(spares.peers[victim].pid))
+            leaving.append(asyncio.create_task(asyncio.to_thread(tell, victim)))
 
     async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
         prompt = story(client)
@@ -240,7 +251,7 @@ async def test_peers_that_are_told_to_leave_hand_over(spares: LocalSwarm, undist
         assert struck[0] in first.lost
         assert struck[1] in second.lost
         assert all("leaving" in route.reason for route in seen.routes[1:])
-        await released(client, spares)
+        await nothing_left(client, spares, daemons)
 
 
 async def test_two_neighbours_killed_at_once(spares: LocalSwarm, undisturbed: Undisturbed) -> None:
