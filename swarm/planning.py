@@ -247,7 +247,8 @@ class Field:
             return "no route with room leads through it"
         if at_best_s <= best.cost_s * (1 + self.knowledge.spread):
             return "no faster: the chosen route is as good"
-        return f"slower: at best {at_best_s * 1e3:.1f} ms a token through it, {best.cost_s * 1e3:.1f} without"
+        counted = ", with a share of the prompt" if self.demand.prompt_tokens else ""
+        return f"slower: at best {at_best_s * 1e3:.1f} ms a token through it, {best.cost_s * 1e3:.1f} without{counted}"
 
     def refusal(self) -> str:
         held = [a.layers for a in self.usable]

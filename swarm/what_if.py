@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from swarm.errors import BadRequest, NoRoute
+from swarm.errors import BadRequest, NoRoute, WrongRange
 from swarm.plans import Demand, Knowledge
 from swarm.routing import plan
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState, Route
@@ -22,7 +23,10 @@ class Alternative:
     """What the planner expects of a changed swarm."""
 
     change: str
-    """``without`` a peer of the route, or with a ``copy`` of it: same layers, speed and links, no queue."""
+    """``without`` a peer of the route, or with a ``copy`` of it: same layers, speed and links, no queue.
+
+    ``gone``: it isn't announced any more, so there is nothing to ask.
+    """
     peer_id: PeerId
     decode_s: float | None
     """From token to token; ``None``: then there is no route."""
@@ -37,24 +41,26 @@ def alternatives(
     for hop in route.hops:
         peer = hop.peer.peer_id
         original = next((a for a in announcements if a.peer.peer_id == peer), None)
+        if original is None:
+            found.append(Alternative("gone", peer, None))
+            continue
         try:
-            without = plan(announcements, wanted, demand, knowledge, excluded=frozenset({peer}))
+            without = plan([a for a in announcements if a is not original], wanted, demand, knowledge)
             found.append(Alternative("without", peer, without.decode_s))
         except NoRoute as error:
             found.append(Alternative("without", peer, None, error.message))
-        if original is not None:
-            copy = replace(original, peer=PeerAddress(PeerId(f"copy of {peer}")), queue_s=0.0)
-            links = knowledge.links.with_copy(peer, copy.peer.peer_id)
-            try:
-                extended = plan([*announcements, copy], wanted, demand, replace(knowledge, links=links))
-                found.append(Alternative("copy", peer, extended.decode_s))
-            except NoRoute as error:
-                found.append(Alternative("copy", peer, None, error.message))
+        copy = replace(original, peer=PeerAddress(PeerId(f"copy of {peer}")), queue_s=0.0)
+        links = knowledge.links.with_copy(peer, copy.peer.peer_id)
+        try:
+            extended = plan([*announcements, copy], wanted, demand, replace(knowledge, links=links))
+            found.append(Alternative("copy", peer, extended.decode_s))
+        except NoRoute as error:
+            found.append(Alternative("copy", peer, None, error.message))
     return found
 
 
 def add_peer(
-    announcements: Sequence[Announcement], knowledge: Knowledge, spec: str
+    announcements: Sequence[Announcement], knowledge: Knowledge, spec: str, num_layers: int
 ) -> tuple[list[Announcement], Knowledge]:
     """``START:END[@LINKms][/LAYERms]``: one more peer with these layers, ``LINK`` ms one way from everybody.
 
@@ -67,11 +73,14 @@ def add_peer(
     if not announcements:
         raise BadRequest("nobody is announced, so nobody's speed is known; start a peer first")
     layers = LayerRange.parse(match[1])
-    last = max(a.layers.end for a in announcements)
-    holders = [a.head_s for a in announcements if a.layers.end == last and a.head_s > 0]
+    if layers.end > num_layers:
+        raise WrongRange(f"{spec.strip()!r} has layers that don't exist: the model's are 0:{num_layers}")
+    holders = [a.head_s for a in announcements if a.layers.end == num_layers and a.head_s > 0]
+    name, known = f"added {spec.strip()}", {a.peer.peer_id for a in announcements}
+    names = (PeerId(name if number == 1 else f"{name} ({number})") for number in itertools.count(1))
     typical = announcements[0]
     added = Announcement(
-        peer=PeerAddress(PeerId(f"added {spec.strip()} ({len(announcements)})")),
+        peer=PeerAddress(next(new for new in names if new not in known)),
         model=typical.model,
         layers=layers,
         state=PeerState.SERVING,
@@ -80,7 +89,7 @@ def add_peer(
         prefill_s_per_token_layer=_middle(a.prefill_s_per_token_layer for a in announcements),
         kv_tokens_free=max(a.kv_tokens_free for a in announcements),
         step_s=_middle(a.step_s for a in announcements),
-        head_s=_middle(holders) if holders and layers.end == last else 0.0,
+        head_s=_middle(holders) if holders and layers.end == num_layers else 0.0,
     )
     new, inner = added.peer.peer_id, knowledge.check
     links = knowledge.links

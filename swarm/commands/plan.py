@@ -51,7 +51,7 @@ def plan(
             demand = client.demand(prompt_tokens, max_tokens or settings.inference.max_tokens)
             excluded = frozenset(named(announcements, name) for name in exclude or ())
             for spec in add or ():
-                announcements, knowledge = add_peer(announcements, knowledge, spec)
+                announcements, knowledge = add_peer(announcements, knowledge, spec, profile.num_layers)
             try:
                 whole = LayerRange(0, profile.num_layers)
                 found = find_plan(announcements, whole, demand, knowledge, excluded=excluded, runners_up=RUNNERS_UP)

@@ -68,6 +68,8 @@ def why(
 
 
 def sentence(option: Alternative) -> str:
+    if option.change == "gone":
+        return f"{option.peer_id[-6:]} is not in this swarm any more"
     change = "without" if option.change == "without" else "with a copy of"
     if option.decode_s is None:
         return f"{change} {option.peer_id[-6:]}: no route: {option.note}"
