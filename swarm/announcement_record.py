@@ -39,6 +39,8 @@ MAX_LAYERS = 4096
 MAX_LINKS = 8
 MAX_LIFETIME_S = 120.0
 """From the signed ``sent_at`` to the expiration on the DHT: nobody can keep a dead peer's record alive for longer."""
+MOST_KNOWN = 16_384
+"""Decoded records that are kept; a view of more peers than this would check every signature at every refresh."""
 
 _DOMAIN = b"swarm announcement 1\n"
 """Signed together with the payload, so that no other signature of the same key passes for an announcement."""
@@ -96,7 +98,7 @@ def _payload(a: Announcement, identity: Identity) -> bytes:
     return payload
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=MOST_KNOWN)
 def _decode(peer_id: str, record: bytes) -> Announcement | None:
     # cached, because the same record comes from every replica at every refresh and a signature costs 0.1 ms
     try:

@@ -69,7 +69,9 @@ def add_peer(
     """
     match = _SPEC.match(spec.strip())
     if match is None:
-        raise BadRequest(f"{spec!r} is no peer; write START:END, START:END@LINKms or START:END@LINKms/LAYERms")
+        raise BadRequest(
+            f"{spec!r} is no peer; write START:END, START:END@LINKms or START:END@LINKms/LAYERms, as in 10:20@5ms/1.5ms"
+        )
     if not announcements:
         raise BadRequest("nobody is announced, so nobody's speed is known; start a peer first")
     layers = LayerRange.parse(match[1])

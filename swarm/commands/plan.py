@@ -31,7 +31,8 @@ def plan(
     add: Annotated[
         list[str] | None,
         typer.Option(
-            help="Plan with one more peer: START:END, START:END@LINKms or START:END@LINKms/LAYERms; repeatable."
+            help="Plan with one more peer: its layers START:END, then, if wanted, @LINKms one way to everybody and "
+            "/LAYERms a token and layer, as in 10:20@5ms/1.5ms; repeatable."
         ),
     ] = None,
     config: ConfigFile = None,
