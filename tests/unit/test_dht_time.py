@@ -7,7 +7,9 @@ import random
 
 import pytest
 
-from swarm.dht_time import TOLERANCE_S, DhtTime
+from swarm import _hivemind
+from swarm.dht_node import _LocalStorage
+from swarm.dht_time import TOLERANCE_S, DhtTime, dht_time
 
 NOW = 1.8e9
 
@@ -91,3 +93,14 @@ def test_a_clock_that_is_put_right_later_is_followed() -> None:
         ask(clock, [wrong_by(0.0), wrong_by(0.0)])
     assert abs(clock() - NOW) <= TOLERANCE_S
     assert clock.difference() is None
+
+
+@pytest.mark.parametrize("offset_s", [-600.0, 600.0])
+def test_what_hivemind_keeps_expires_by_the_swarms_time(offset_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dht_time, "offset_s", offset_s)
+    storage = _LocalStorage()
+    assert storage.store_subkey(b"key", "lives", b"value", dht_time() + 10)
+    assert not storage.store_subkey(b"key", "expired", b"value", dht_time() - 10)
+    assert [subkey for subkey, _ in storage.get(b"key").value.items()] == ["lives"]
+    for module in ("hivemind.dht.node", "hivemind.dht.protocol", "hivemind.dht.routing"):
+        assert _hivemind.load(module).get_dht_time is dht_time
