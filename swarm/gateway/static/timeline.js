@@ -109,6 +109,7 @@ export class Timeline {
       const x = event.clientX - box.getBoundingClientRect().left + box.scrollLeft;
       this.select(this.first + Math.floor(x / STEP));
     });
+    box.addEventListener("scroll", () => this.label());
     box.addEventListener("pointerleave", () => this.select(null));
     box.addEventListener("keydown", (event) => {
       const moves = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
@@ -222,13 +223,20 @@ export class Timeline {
     }
     this.strip.setAttribute("width", count * STEP);
     this.breaks = this.breaks.filter(({ index, mark }) => index >= this.first || mark.remove());
+    if (atEnd) this.box.scrollLeft = this.box.scrollWidth;
+    this.label();
+  }
+
+  /** The words to each break stand right of it, or left where only there is room for them in what is seen. */
+  label() {
+    const seen = this.box.scrollLeft;
     for (const { index, mark } of this.breaks) {
       const x = (index - this.first) * STEP;
-      const late = x > 260 && count * STEP - x < 260;
-      mark.setAttribute("x", late ? x - 4 : x + 4);
-      mark.setAttribute("text-anchor", late ? "end" : "start");
+      const width = mark.getComputedTextLength() + 4;
+      const left = x + width > seen + this.box.clientWidth && x - width >= seen;
+      mark.setAttribute("x", left ? x - 4 : x + 4);
+      mark.setAttribute("text-anchor", left ? "end" : "start");
     }
-    if (atEnd) this.box.scrollLeft = this.box.scrollWidth;
   }
 
   select(index) {
