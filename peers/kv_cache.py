@@ -143,13 +143,6 @@ class KVBudget:
         self.touch(session)
         self._make_way()
 
-    def shrink(self, session: SessionId, size_bytes: int) -> None:
-        """Gives part of what the session holds back."""
-        if size_bytes < 0 or size_bytes > self.held(session):
-            raise ValueError(f"{session} holds {self.held(session)} bytes, it can't give {size_bytes} back")
-        self._held[session] -= size_bytes
-        self._used_bytes -= size_bytes
-
     def release(self, session: SessionId) -> int:
         """Gives everything back and returns how much it was; twice is harmless."""
         size_bytes = self._held.pop(session, 0)

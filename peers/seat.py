@@ -21,7 +21,7 @@ from peers.rebalance import Mover, close_gaps, may_drop, should_move
 from swarm.config import PlacementSettings, Settings
 from swarm.coverage import coverage_of, nobody_serves
 from swarm.discovery import Announcer, SwarmView
-from swarm.errors import NotAdmitted, SwarmError
+from swarm.errors import Internal, NotAdmitted, SwarmError
 from swarm.info import describe
 from swarm.models import ModelProfile
 from swarm.transport import Transport
@@ -107,8 +107,7 @@ async def take_seat(
 
     Raises :class:`NotAdmitted` if not one layer fits.
     """
-    chosen: LayerRange | None = None
-    for _ in range(ROUNDS):
+    for tries_left in reversed(range(ROUNDS)):
         await announcer.update(replace(draft, moving_to=None))
         await asyncio.sleep(settings.settle_s * random.uniform(1.0, 1.2))
         chosen = choose_range(await view.refresh(), draft, profile.num_layers, settings)
@@ -116,10 +115,10 @@ async def take_seat(
             raise NotAdmitted(f"not one layer of {profile.name} fits this peer's memory")
         await announcer.update(replace(draft, layers=chosen, moving_to=chosen))
         await asyncio.sleep(settings.settle_s / 2)
-        if not _lost_the_seat(await view.refresh(), draft.peer.peer_id, chosen, profile, settings):
-            break
-    assert chosen is not None
-    return chosen
+        seen = await view.refresh()
+        if not tries_left or not _lost_the_seat(seen, draft.peer.peer_id, chosen, profile, settings):
+            return chosen
+    raise Internal("no range was chosen")
 
 
 def _lost_the_seat(

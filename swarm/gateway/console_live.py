@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
@@ -26,8 +26,6 @@ TICK_S = 0.5
 """How often a page is brought up to date."""
 KEEP_ALIVE_S = 15.0
 MAX_JOIN_ADDRESSES = 4
-
-Render = Callable[[str], str]
 
 
 class Live:

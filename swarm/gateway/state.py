@@ -30,10 +30,6 @@ class Access:
     def on_loopback(self) -> bool:
         return is_loopback(self.host)
 
-    @property
-    def may_control(self) -> bool:
-        return self.on_loopback or self.allow_remote_control
-
 
 def is_loopback(host: str) -> bool:
     try:

@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 from dataclasses import replace
 
+import pytest
+
 from swarm.delegation import DelegatedSession
 from swarm.errors import Busy, NoRoute
+from swarm.info import ask_for_plan
 from swarm.sampling import SamplingParams
 from swarm.session import Session
 from swarm.testing import SimTransport
@@ -256,5 +259,23 @@ def test_a_thin_client_that_goes_away_frees_every_stage() -> None:
         await asyncio.sleep(2.0)
         assert all(not peer.service.table.runners for peer in world.peers)
         await world.settle()
+
+    run_virtual(main)
+
+
+def test_any_peer_plans_when_asked_and_leaves_out_whom_it_is_told() -> None:
+    async def main() -> None:
+        world = World(33)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        transport, asked = SimTransport(world.owner), world.peers[1].node.address
+        route = await ask_for_plan(transport, asked, 20, [], world.settings)
+        assert [hop.layers for hop in route.hops] == list(THIRDS)
+        tired = route.hops[0].peer.peer_id
+        another = await ask_for_plan(transport, asked, 20, [tired], world.settings)
+        assert tired not in [hop.peer.peer_id for hop in another.hops]
+        both = [peer.node.address.peer_id for peer in (world.peers[0], world.peers[3])]
+        with pytest.raises(NoRoute, match="0:2"):
+            await ask_for_plan(transport, asked, 20, both, world.settings)
 
     run_virtual(main)
