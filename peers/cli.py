@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +15,18 @@ import uvloop
 
 from peers.lean_imports import import_transformers
 from peers.process_memory import limit_growth, return_library_pages, wait_asleep
+from swarm.commands.options import (
+    AsJson,
+    ConfigFile,
+    Device,
+    Dtype,
+    InitialPeers,
+    LogFormat,
+    MaxMemoryMb,
+    ModelReference,
+    Verbose,
+    Weights,
+)
 from swarm.config import Settings
 from swarm.config_loader import load_settings
 from swarm.errors import SwarmError
@@ -46,9 +57,9 @@ def root() -> None:
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
+    model: ModelReference = None,
     layers: Annotated[str | None, typer.Option(help="START:END, half open, or auto.")] = None,
-    initial_peers: Annotated[list[str] | None, typer.Option(help="Multiaddr of a running peer; repeatable.")] = None,
+    initial_peers: InitialPeers = None,
     host_maddrs: HostMaddrs = None,
     announce_maddrs: AnnounceMaddrs = None,
     nat_port_map: NatPortMap = None,
@@ -57,23 +68,21 @@ def serve(
         typer.Option("--auto-nat/--no-auto-nat", help="Help others to find out whether they can be dialled."),
     ] = None,
     use_relay: UseRelay = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:N or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="How matrices are stored: float32, bfloat16, int8 or int4; auto: in the dtype.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of the compute thread; 0: as many as torch likes.")
     ] = None,
-    max_memory_mb: Annotated[int | None, typer.Option(help="What the peer may take for weights and KV caches.")] = None,
+    max_memory_mb: MaxMemoryMb = None,
     identity: Annotated[str | None, typer.Option(help="Key file; made if missing.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="Serve /metrics for Prometheus there, on the loopback; 0: don't.")
     ] = None,
-    log_format: Annotated[str | None, typer.Option(help="Of what goes to stderr: text or json.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on stderr.")] = False,
+    log_format: LogFormat = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Load a layer range, join the swarm and serve until SIGTERM or Ctrl-C."""
     flags = {
@@ -102,7 +111,7 @@ def serve(
 
 @app.command()
 def probe(
-    model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
+    model: ModelReference = None,
     initial_peers: Annotated[
         list[str] | None, typer.Option(help="Peers to measure the way to, and to be dialled by; repeatable.")
     ] = None,
@@ -110,12 +119,12 @@ def probe(
     announce_maddrs: AnnounceMaddrs = None,
     nat_port_map: NatPortMap = None,
     use_relay: UseRelay = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:N or mps.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    max_memory_mb: Annotated[int | None, typer.Option(help="What a peer here may take.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_memory_mb: MaxMemoryMb = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, though it is known.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML settings.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what this machine could give: devices, memory, layers, their speed, the way to other peers and back."""
     flags = {

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.commands.shared import (
-    AsJson,
-    ConfigFile,
-    Verbose,
-    ending_on_sigterm,
-    failing_well,
-    load,
-    log_to_stderr,
-    print_json,
-    run_async,
-    say,
-)
+from swarm.commands.options import AsJson, ConfigFile, Dtype, ModelReference, Verbose, Weights
+from swarm.commands.shared import ending_on_sigterm, failing_well, load, log_to_stderr, print_json, run_async, say
 from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.errors import BadRequest
@@ -47,12 +37,9 @@ def bench(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"A section: {', '.join(SECTIONS)}; repeatable.")] = None,
     contenders: Annotated[str, typer.Option(help="Who takes part, separated by commas.")] = ",".join(CONTENDERS),
-    model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="How our peers store matrices: float32, bfloat16, int8, int4, or auto: in the dtype."),
-    ] = None,
+    model: ModelReference = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
     rounds: Annotated[int, typer.Option(min=1, help="Contenders take turns so often; medians count.")] = 5,
     tokens: Annotated[int, typer.Option(min=4, help="To generate in each run.")] = 48,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,

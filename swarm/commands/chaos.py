@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.commands.shared import (
-    AsJson,
-    ConfigFile,
-    Verbose,
-    ending_on_sigterm,
-    failing_well,
-    load,
-    log_to_stderr,
-    print_json,
-    run_async,
-    say,
-)
+from swarm.commands.options import AsJson, ConfigFile, ModelReference, Verbose, Weights
+from swarm.commands.shared import ending_on_sigterm, failing_well, load, log_to_stderr, print_json, run_async, say
 from swarm.commands.tables import Cell, colours_wanted, table
 from swarm.config import Settings
 from swarm.faults import KINDS, Observation, Trial, medians, plan_trials
@@ -44,10 +34,8 @@ def chaos(
     parts: Annotated[int, typer.Option(min=1, help="Layer ranges; each has two peers.")] = 3,
     in_one: Annotated[bool, typer.Option("--in-one", help="All faults in one generation.")] = False,
     drafts: Annotated[bool, typer.Option("--drafts", help="Speculate, too: several tokens may come at once.")] = False,
-    model: Annotated[str | None, typer.Option(help="Built-in name, folder, .gguf file or Hub id.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="How peers store matrices: auto, float32, bfloat16, int8 or int4.")
-    ] = None,
+    model: ModelReference = None,
+    weights: Weights = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep what the peers say there.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,

@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.commands.generate import (
+from swarm.commands.generate import show_route
+from swarm.commands.options import (
+    ConfigFile,
+    InitialPeers,
     MaxTokens,
     MinP,
+    Model,
     RepetitionPenalty,
     Seed,
     Speculation,
     Temperature,
     TopK,
     TopP,
+    Verbose,
     Wire,
-    show_route,
 )
-from swarm.commands.shared import ConfigFile, InitialPeers, Model, Verbose, failing_well, load, log_to_stderr, say
+from swarm.commands.shared import failing_well, load, log_to_stderr, say
 from swarm.errors import SwarmError, TooLong
 
 if TYPE_CHECKING:

@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from swarm.commands.shared import (
-    AsJson,
-    ConfigFile,
-    InitialPeers,
-    LogFormat,
-    Model,
-    Verbose,
-    print_json,
-    run,
-    say,
-)
+from swarm.commands.options import AsJson, ConfigFile, InitialPeers, LogFormat, Model, Verbose
+from swarm.commands.shared import print_json, run, say
 from swarm.config import Settings
 from swarm.errors import ConfigError
 

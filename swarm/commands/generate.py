@@ -9,30 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
+from swarm.commands.options import (
+    AsJson,
+    ConfigFile,
+    InitialPeers,
+    MaxTokens,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Speculation,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    Verbose,
+    Wire,
+)
+from swarm.commands.shared import print_json, run, say
 from swarm.config import Settings
 from swarm.types import Route
 
 if TYPE_CHECKING:
     from swarm.client import Generation
-
-MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0: all.")]
-MinP = Annotated[float | None, typer.Option(help="Keep tokens this likely, relative to the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes known tokens less likely.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
-Speculation = Annotated[
-    str | None, typer.Option(help="auto: guess repeated text ahead where that saves time; off. The text is the same.")
-]
-Wire = Annotated[
-    str | None,
-    typer.Option(
-        help="Hidden states go from peer to peer as model (its dtype), or rounded for slow links: bfloat16, int8."
-    ),
-]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
 
 
 def generate(

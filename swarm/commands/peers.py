@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from swarm.commands.shared import AsJson, failing_well, print_json, say
+from swarm.commands.options import AsJson
+from swarm.commands.shared import failing_well, print_json, say
 from swarm.commands.tables import Cell, colours_wanted, table
 from swarm.errors import BadRequest, DeadlineExceeded, SwarmError, from_code
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
+from swarm.commands.options import AsJson, ConfigFile, InitialPeers, Model, Verbose
+from swarm.commands.shared import print_json, run, say
 from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.coverage import explained, served

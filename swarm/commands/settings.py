@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from swarm.commands.shared import AsJson, ConfigFile, load, print_json
+from swarm.commands.options import AsJson, ConfigFile
+from swarm.commands.shared import load, print_json
 from swarm.config_loader import show
 
 app = typer.Typer(no_args_is_help=True, help="The settings in force.")

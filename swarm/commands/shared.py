@@ -1,4 +1,4 @@
-"""What all commands share: their common options, running under the settings in force, saying and failing."""
+"""What all commands share: running under the settings in force, saying and failing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -19,15 +19,6 @@ from swarm import logs
 from swarm.config import Settings
 from swarm.config_loader import LoadedSettings, load_settings
 from swarm.errors import SwarmError, Unreachable
-
-InitialPeers = Annotated[
-    list[str] | None, typer.Option(help="Multiaddr of a running peer; repeatable. Or SWARM_INITIAL_PEERS.")
-]
-Model = Annotated[str | None, typer.Option(help="Name of the model, if the peers serve several.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML settings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
-LogFormat = Annotated[str | None, typer.Option(help="Of what goes to stderr: text or json.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on stderr.")]
 
 Work = Callable[[Settings], Coroutine[Any, Any, None]]
 

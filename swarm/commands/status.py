@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from swarm.commands.drawing import Pen, bar, cells, counts_line, pen_for, ruler
-from swarm.commands.shared import AsJson, ConfigFile, InitialPeers, Model, Verbose, print_json, run, say
+from swarm.commands.options import AsJson, ConfigFile, InitialPeers, Model, Verbose
+from swarm.commands.shared import print_json, run, say
 from swarm.commands.tables import Cell, colours_wanted, paint, table
 from swarm.config import Settings
 from swarm.coverage import Coverage, served

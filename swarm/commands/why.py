@@ -8,17 +8,8 @@ from typing import Annotated
 
 import typer
 
-from swarm.commands.shared import (
-    AsJson,
-    ConfigFile,
-    InitialPeers,
-    Verbose,
-    failing_well,
-    load,
-    print_json,
-    run,
-    say,
-)
+from swarm.commands.options import AsJson, ConfigFile, InitialPeers, Verbose
+from swarm.commands.shared import failing_well, load, print_json, run, say
 from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.trace import Why, explain
