@@ -66,6 +66,8 @@ class Chain:
         self.epoch = 0
         self.next_epoch = itertools.count(1).__next__
         self.complete = False
+        self.settled = 0
+        """Step mode: the epoch in which an answer has come through all hops, so that none of them replays any more."""
         self.rebuilds: list[Rebuild] = []
         self.reused = 0
         """Tokens of the prompt that every stage had from an earlier session when this one was opened."""
@@ -244,6 +246,13 @@ class Chain:
 
     async def feed_step(self, start: int, *, rewound: bool) -> None:
         """Step mode: inputs from ``start`` on are new; ``rewound``: stages hold others there. Raises ``HopLost``."""
+        if rewound and self.settled != self.epoch:
+            # A hop may still be replaying what its target has already, the inputs that are replaced among it, and the
+            # replacement may overtake that: then nobody would tell the target. A new epoch tells everybody.
+            self._stop_handovers()
+            self.epoch = self.next_epoch()
+            await self._open_and_start()
+            return
         if rewound:
             # What we feed the successors of the first hop is gone; its next heartbeat begins another handover.
             self._stop_handovers(self.controls[0])

@@ -376,6 +376,8 @@ class StepSession:
             if output is not None:
                 with chain.controls[-1].blamed():
                     self.inputs.commit(output)
+                if output.epoch == chain.epoch:
+                    chain.settled = chain.epoch
             watch.check(awaited=not self.inputs.answered)
 
 

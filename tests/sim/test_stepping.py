@@ -93,6 +93,25 @@ def test_a_kill_between_and_within_steps_is_not_seen(victim: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_an_input_that_goes_back_while_a_new_peer_replays_reaches_all_hops(seed: int, victim: int) -> None:
+    async def main() -> None:
+        for delay_s in (0.02, 0.07, 0.12, 0.17, 0.3):
+            world = await swarm_of(seed, THIRDS * 2, Faults(latency_s=(0.02, 0.05)))
+            async with session_of(world) as session:
+                tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+                await check(world, session, tokens, 8)
+                world.kill(world.peer_of(session, victim), forget=True)
+                await asyncio.sleep(delay_s)
+                # past the end of what the survivors have, of which they have to forget a part
+                await check(world, session, [*tokens[:4], *[7] * 8], 11)
+                assert len(session.rebuilds) == 1
+            await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("delay_s", [0.001, 0.02, 0.05, 0.08])
 def test_hidden_states_at_the_cuts_survive_a_kill(victim: int, delay_s: float) -> None:
     async def main() -> None:
