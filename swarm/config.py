@@ -59,7 +59,7 @@ class PeerSettings:
 class EngineSettings:
     max_batch_tokens: int = 512
     """Rows in one forward pass, decode steps first."""
-    mixed_prefill_tokens: int = 32
+    mixed_prefill_tokens: int = 16
     """Rows of prompts in one forward pass while other sessions decode: what those have to wait for."""
     prefill_chunk_tokens: int = 128
     """A long prompt goes in pieces of this size, so that stages work on different ones at once."""
