@@ -101,8 +101,7 @@ class FrameRouter:
         try:
             if runner is None:
                 raise Evicted("no such stage here")
-            if sender not in runner.stage.previous:  # before a look at the frame: a stranger's errors are no news
-                raise NotAllowed("this sender was not named when the session was opened")
+            runner.stage.check_sender(sender)  # before a look at the frame: a stranger's errors are no news
             work = self._to_work(runner.stage, sender, frame)
             runner.accept(work)
         except NotAllowed as error:

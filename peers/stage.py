@@ -243,10 +243,14 @@ class Stage:
 
     # ---- frames -----------------------------------------------------------------------------------------
 
+    def check_sender(self, sender: PeerId) -> None:
+        if sender not in self.previous:
+            raise NotAllowed("this sender was not named when the session was opened")
+
     def accept(self, work: Work, waiting_limit: int) -> bool:
         """Queue ``work`` under the rules above. ``False``: dropped. Raises ``NotAllowed``, ``Gap``, ``TooLong``."""
-        if work.sender is not None and work.sender not in self.previous:
-            raise NotAllowed("this sender was not named when the session was opened")
+        if work.sender is not None:
+            self.check_sender(work.sender)
         if work.epoch != self.epoch or self.superseded:
             return False
         if work.sender is not None:

@@ -59,8 +59,7 @@ class Architecture:
         family = config.get("model_type")
         if not isinstance(family, str):
             raise ModelError(f"the config of {source} lacks model_type")
-        if family not in SUPPORTED:
-            raise UnsupportedModel(f"{source} is of the architecture {family!r}; supported are {', '.join(SUPPORTED)}")
+        check_supported(family, source)
         if config.get("quantization_config"):
             raise UnsupportedModel(f"{source} is quantised ({_method(config)}); use a float checkpoint or a GGUF file")
 
@@ -144,6 +143,12 @@ class Architecture:
     def head_bytes(self, dtype: str, weights: str = "auto") -> int:
         """Final norm and head. A peer with both ends of a tied model holds the table once."""
         return self.embedding_bytes(dtype, weights) + self.hidden_size * DTYPE_BYTES[dtype]
+
+
+def check_supported(family: str, source: str) -> None:
+    """Raises :class:`UnsupportedModel`."""
+    if family not in SUPPORTED:
+        raise UnsupportedModel(f"{source} is of the architecture {family!r}; supported are {', '.join(SUPPORTED)}")
 
 
 def bytes_per_weight(dtype: str, weights: str) -> float:

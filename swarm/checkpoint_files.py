@@ -33,13 +33,20 @@ class WeightFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises :class:`ModelError` if the file is missing or is no JSON object."""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror or error}") from error
+    return json_object(data, str(path))
+
+
+def json_object(data: bytes, source: str) -> dict[str, Any]:
+    """Raises :class:`ModelError` that names ``source``."""
+    try:
+        value = json.loads(data)
     except ValueError as error:
-        raise ModelError(f"{path} is no valid JSON") from error
+        raise ModelError(f"{source} is no valid JSON") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object")
+        raise ModelError(f"{source} holds no JSON object")
     return value
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from swarm import protocol_pb2 as pb
-from swarm.config import Settings
+from swarm.config import Settings, TimeoutSettings
 from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost, SwarmError
 from swarm.protocol import decode, error_from_wire
 from swarm.transport import CONTROL, Stream, Transport
@@ -131,6 +131,12 @@ class HopControl:
             self.lost = reason or StreamLost("given up")
         self._stream.abort()
         self._end()
+
+    def check_heard(self, timeouts: TimeoutSettings) -> None:
+        """Raises ``DeadlineExceeded`` after ``heartbeat_misses`` heartbeats of silence."""
+        silent_s = asyncio.get_running_loop().time() - self.last_heard
+        if silent_s > timeouts.heartbeat_s * timeouts.heartbeat_misses:
+            raise DeadlineExceeded(f"no heartbeat for {silent_s:.1f} s")
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:

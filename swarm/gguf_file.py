@@ -99,6 +99,9 @@ class _Reader:
         self._at = at + size
         return at
 
+    def _not_text(self) -> ModelError:
+        return ModelError(f"{self._path} is corrupt: a string of its header is not UTF-8")
+
     def _cut_off(self) -> ModelError:
         return ModelError(f"{self._path} is cut off or corrupt: its header reaches past the end of the file")
 
@@ -112,7 +115,7 @@ class _Reader:
         try:
             return self._view[at : at + length].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ModelError(f"{self._path} is corrupt: a string of its header is not UTF-8") from error
+            raise self._not_text() from error
 
     def _strings(self, count: int) -> list[str]:
         """A vocabulary has 50,000 and more, so this is a tight loop."""
@@ -128,7 +131,7 @@ class _Reader:
         try:
             return [text.decode("utf-8") for text in found]
         except UnicodeDecodeError as error:
-            raise ModelError(f"{self._path} is corrupt: a string of its header is not UTF-8") from error
+            raise self._not_text() from error
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -6,7 +6,7 @@ import math
 import struct
 from typing import Any
 
-from swarm.architectures import SUPPORTED
+from swarm.architectures import SUPPORTED, check_supported
 from swarm.errors import ModelError, UnsupportedModel
 from swarm.gguf_file import GgufHeader
 
@@ -18,8 +18,7 @@ _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
     """The transformers config; raises :class:`UnsupportedModel`, or :class:`ModelError` for missing metadata."""
     family, path = header.architecture, header.path
-    if family not in SUPPORTED:
-        raise UnsupportedModel(f"{path} is of the architecture {family!r}; supported are {', '.join(SUPPORTED)}")
+    check_supported(family, str(path))
     if _optional(header, "expert_count"):
         raise UnsupportedModel(f"{path} is a mixture of experts; only dense models of {', '.join(SUPPORTED)} can run")
     if "token_embd.weight" not in header.tensors:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from swarm.control import HopControl
-from swarm.errors import DeadlineExceeded, NoRoute, PeerLost, SwarmError
+from swarm.errors import NoRoute, PeerLost, SwarmError
 from swarm.types import Hop, PeerId
 
 if TYPE_CHECKING:
@@ -88,10 +88,8 @@ class Handover:
                 await self.fresh[0].input(self._epoch, start, tokens[start:], transcript.step)
             await asyncio.sleep(self._poll_s)
             for control in self.fresh:
-                silent = asyncio.get_running_loop().time() - control.last_heard
-                if silent > timeouts.heartbeat_s * timeouts.heartbeat_misses:
-                    with self._refusing(control.hop):
-                        raise DeadlineExceeded(f"no heartbeat for {silent:.1f} s")
+                with self._refusing(control.hop):
+                    control.check_heard(timeouts)
             await self.fresh[-1].ping()
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from swarm.checkpoint_files import json_object
 from swarm.errors import BadRequest, ModelError
 from swarm.token_bytes import TokenBytes
 
@@ -150,13 +151,7 @@ class TextStream:
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise ModelError(f"{name} is no valid JSON") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{name} holds no JSON object")
-    return value
+    return json_object(files.get(name, b"{}"), name)
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

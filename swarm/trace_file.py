@@ -19,16 +19,17 @@ def keep_trace(trace: Trace) -> None:
 
 def write_trace(file: Path, trace: Trace) -> None:
     """Raises :class:`BadRequest` if ``file`` can't be written."""
-    try:
-        file.write_text(trace.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise BadRequest(f"can't write {file}: {error.strerror}") from None
+    _write(file, trace.to_json())
 
 
 def export_trace(file: Path, trace: Trace) -> None:
     """For Chrome's trace viewer and Perfetto. Raises :class:`BadRequest` if ``file`` can't be written."""
+    _write(file, json.dumps(chrome_trace(trace)))
+
+
+def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(json.dumps(chrome_trace(trace)), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadRequest(f"can't write {file}: {error.strerror}") from None
 

@@ -110,12 +110,9 @@ class Watch:
             self._chain.prepare_handover(control, self._pace.latest_s)
 
     def _check_silence(self) -> None:
-        timeouts = self._settings.timeouts
-        allowed = timeouts.heartbeat_s * timeouts.heartbeat_misses
         for control in self._chain.controls:
-            silent = _now() - control.last_heard
-            if silent > allowed:
-                raise HopLost(control, DeadlineExceeded(f"no heartbeat for {silent:.1f} s"))
+            with control.blamed():
+                control.check_heard(self._settings.timeouts)
 
     def _check_progress(self) -> None:
         """A peer that beats but doesn't move is given the step deadline, and more while it computes."""
