@@ -148,7 +148,7 @@ class RecoverySettings:
 class PlannerSettings:
     hop_s: float = 0.001
     """One hop's share of framing, scheduling and passing on, beside its link and its layers."""
-    hop_margin_s: float = 0.002
+    hop_margin_s: float = 0.001
     """What a hop more has to gain: figures are never exact, and each hop is one more that can fail."""
     link_s: float = 0.005
     """One way between peers of which nothing was measured."""
