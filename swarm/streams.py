@@ -200,7 +200,7 @@ class FramedStream:
 
     def _broken(self, reason: str) -> StreamLost:
         """Sending is over; what the remote sent before can still be received."""
-        return StreamLost(f"stream to peer {self._remote} is lost: {self._failure or reason}")
+        return StreamLost(f"stream to peer {self._remote[-6:]} is lost: {self._failure or reason}")
 
     def _lost(self, reason: str) -> StreamLost:
         self._fail(reason)
