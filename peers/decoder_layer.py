@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from peers.attention import Span, swarm_attention
 from peers.fused_layer import FusedLayer
+from peers.norm import RootMeanSquareNorm, fast_norm
 from peers.quantized_linear import DENSE_ROWS
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
@@ -36,8 +37,8 @@ class DecoderLayer(nn.Module):
         self.window = _window(attention)
         self.heads: int = attention.config.num_attention_heads
         self.kv_heads: int = attention.config.num_key_value_heads
-        self.input_norm = _norm(layer.input_layernorm)
-        self.output_norm = _norm(layer.post_attention_layernorm)
+        self.input_norm = fast_norm(layer.input_layernorm)
+        self.output_norm = fast_norm(layer.post_attention_layernorm)
         self.query_norm: nn.Module | None = getattr(attention, "q_norm", None)
         self.key_norm: nn.Module | None = getattr(attention, "k_norm", None)
         self.query_key_value, self.output = query_key_value, output
@@ -115,27 +116,3 @@ class Rotation(nn.Module):
 def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """``[rows, heads, head_dim]``: each half rotated into the other."""
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), signed_sin)
-
-
-class RootMeanSquareNorm(nn.Module):
-    """The family's norm in float32, through the one norm that torch computes in a single kernel on a CPU.
-
-    ``x`` beside ``-x`` has the mean 0, and so its variance is the mean square of ``x``.
-    """
-
-    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat((weight, torch.zeros_like(weight))), requires_grad=False)
-        self.epsilon = epsilon
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        size = rows.shape[-1]
-        both = torch.cat((rows, rows.neg()), -1)
-        return torch.layer_norm(both, (2 * size,), self.weight, None, self.epsilon)[..., :size]
-
-
-def _norm(norm: Any) -> nn.Module:
-    weight = norm.weight.detach()
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return norm  # type: ignore[no-any-return]
-    return RootMeanSquareNorm(weight, norm.variance_epsilon)

@@ -23,11 +23,10 @@ import numpy as np
 import torch
 
 from peers.drafting import MAX_DRAFT, verified
-from peers.executor import Done, StepReply, StepRequest
+from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.kv_cache import SequenceCache
 from peers.row_codec import DTYPES, decoded, encoded
 from peers.shard import Shard, Step, StepOutput
-from peers.stage import Cache
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
 from swarm.models import ModelProfile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from swarm.errors import SwarmError
 from swarm.models import ModelProfile
@@ -13,8 +13,14 @@ from swarm.sampling import SampleResult, SamplingParams
 from swarm.types import LayerRange
 from swarm.wire import MODEL
 
-if TYPE_CHECKING:
-    from peers.stage import Cache
+
+class Cache(Protocol):
+    """A session's KV cache: positions ``0 .. length - 1``."""
+
+    @property
+    def length(self) -> int: ...
+
+    def truncate(self, length: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,12 @@ With four bits a weight a layer's arithmetic takes less time than the calls of i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from peers.block_kernels import BlockKernels, block_kernels, described
+from peers.norm import RootMeanSquareNorm
 from peers.quantized_linear import QuantizedLinear
-
-if TYPE_CHECKING:
-    from peers.decoder_layer import RootMeanSquareNorm
 
 
 class FusedLayer:

@@ -12,8 +12,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from peers.checkpoints import CheckpointLog
+from peers.executor import Cache
 from peers.kv_cache import KVBudget
-from peers.stage import Cache, Stage
+from peers.stage import Stage
 from swarm.prefix import BLOCK, NAME_BYTES, cut, shared_tokens
 from swarm.types import LayerRange, PeerId
 

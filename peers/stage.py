@@ -15,24 +15,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from peers.checkpoints import CheckpointLog
 from peers.drafting import MAX_DRAFT, Drafter
-from peers.executor import SampleRequest
+from peers.executor import Cache, SampleRequest
 from swarm.errors import BadRequest, Gap, NotAllowed, ProtocolError, StaleEpoch, TooLong
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId, SessionId
 from swarm.wire import MODEL, WIRES
-
-
-class Cache(Protocol):
-    """A session's KV cache: positions ``0 .. length - 1``."""
-
-    @property
-    def length(self) -> int: ...
-
-    def truncate(self, length: int) -> None: ...
 
 
 @dataclass(slots=True)

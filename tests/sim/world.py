@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import swarm.config as config
 from peers import drafting
-from peers.executor import Done, StepReply, StepRequest
+from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.service import PeerService
-from peers.stage import Cache
 from swarm.errors import BadTensor, SwarmError
 from swarm.health import Health
 from swarm.models import ModelProfile

@@ -1,0 +1,33 @@
+"""The norm of Llama's family, in one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class RootMeanSquareNorm(nn.Module):
+    """The family's norm in float32, through the one norm that torch computes in a single kernel on a CPU.
+
+    ``x`` beside ``-x`` has the mean 0, and so its variance is the mean square of ``x``.
+    """
+
+    def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat((weight, torch.zeros_like(weight))), requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        size = rows.shape[-1]
+        both = torch.cat((rows, rows.neg()), -1)
+        return torch.layer_norm(both, (2 * size,), self.weight, None, self.epsilon)[..., :size]
+
+
+def fast_norm(norm: Any) -> nn.Module:
+    """In place of a norm of transformers; that one itself where this is no faster."""
+    weight = norm.weight.detach()
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return norm  # type: ignore[no-any-return]
+    return RootMeanSquareNorm(weight, norm.variance_epsilon)
