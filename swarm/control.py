@@ -177,7 +177,8 @@ class HopControl:
         elif kind == "output":
             self._listener(self, reply.output)
         elif kind == "status":
-            self.have = max(self.have, reply.status.have)
+            if reply.status.epoch >= self._opening:  # else it may tell of rows that the newest open took back
+                self.have = max(self.have, reply.status.have)
             if reply.status.computed != self.computed:
                 self.computed, self.moved_at = reply.status.computed, self.last_heard
             self.computing, self.draining = reply.status.computing, reply.status.draining

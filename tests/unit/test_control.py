@@ -40,6 +40,7 @@ def opened(*replies: pb.ControlReply) -> tuple[HopControl, list[Event]]:
             control = await HopControl.dial(hop, transport, Settings(), lambda _, event: heard.append(event), tasks)
             try:
                 await control.open(pb.Open(session="s", epoch=2, keep=9))
+                await asyncio.sleep(1)  # for what is said after the answer
             finally:
                 await control.close()
         return control, heard
@@ -56,6 +57,14 @@ def test_an_error_of_an_older_epoch_is_no_answer_to_an_open() -> None:
     control, heard = opened(late, ANSWER)
     assert control.have == 5
     assert heard == [late.error]
+
+
+def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() -> None:
+    def heartbeat(epoch: int, have: int) -> pb.ControlReply:
+        return pb.ControlReply(status=pb.Status(epoch=epoch, have=have))
+
+    assert opened(ANSWER, heartbeat(1, 9))[0].have == 5
+    assert opened(ANSWER, heartbeat(2, 7))[0].have == 7
 
 
 def test_a_refusal_is_the_answer_to_an_open() -> None:
