@@ -80,7 +80,8 @@ async def test_every_metric_of_the_dashboard_exists() -> None:
     }
     assert len(asked) > 15
     profile = SimpleNamespace(num_layers=4, layer_bytes=1, embedding_bytes=1, head_bytes=1, tied=False)
-    client: Any = SimpleNamespace(profile=profile, view=SimpleNamespace(announcements=list, age=lambda: 0.0))
+    view = SimpleNamespace(announcements=list, age=lambda: 0.0, check=lambda announcement: None)
+    client: Any = SimpleNamespace(profile=profile, view=view)
     gateway = GatewayMetrics(Generations(client, GenerationHub(8), Settings().gateway))
     peer = peer_metrics()
     serving(peer)
