@@ -77,6 +77,8 @@ class Chain:
         self._tasks = tasks
         self._lost: list[Hop] = []
         self._lost_at = 0.0
+        self._refused: dict[PeerId, SwarmError] = {}
+        """Peers that failed since the route was last complete: not tried again while others have their layers."""
         self._returning: list[Hop] = []
         """Hops whose stages wait for us to come back: they were lost when our own daemon died."""
         self._ring_from = 0
@@ -116,7 +118,6 @@ class Chain:
     async def establish(self, reason: str) -> None:
         """Bring the session onto a complete route, however many attempts that takes within ``recovery.wait_s``."""
         first, wire = reason == "opened", self.transcript.wire
-        refused: dict[PeerId, SwarmError] = {}
         pause = RETRY_FIRST_S
         deadline = _now() + self.settings.recovery.wait_s
         self._stop_handovers()
@@ -127,30 +128,30 @@ class Chain:
             if first:  # an attempt that failed left its cuts
                 self.transcript.wire = wire
             try:
-                await self._assemble(refused)
+                await self._assemble()
                 self.transcript.wire = self.transcript.wire.cut_at(hop.layers.start for hop in self.hops)
                 await self._open_and_start()
                 break
             except HopLost as loss:
                 await self.bury(loss)
-                refused[loss.control.hop.peer.peer_id] = loss.error
             except NoRoute as error:
                 if first:
-                    await self.planner.explain(error, refused)
+                    await self.planner.explain(error, self._refused)
                 if _now() > deadline:
                     waited = f"nobody came within {self.settings.recovery.wait_s:.0f} s"
                     raise NoRoute(f"{error.message}, and {waited}") from None
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_MOST_S)
-                refused.clear()
+                self._refused.clear()
                 await self.planner.refresh()
         self.complete = True
+        self._refused.clear()
         if first:
             self.reused = min(control.came_with or 0 for control in self.controls)
         else:
             self._record(reason, keep, survivors)
 
-    async def _assemble(self, refused: dict[PeerId, SwarmError]) -> None:
+    async def _assemble(self) -> None:
         """Dial new hops wherever layers have none; ``controls`` then cover the model in order."""
         hops, self._returning = self._returning, []
         reached = 0
@@ -158,7 +159,7 @@ class Chain:
         for layers in [*ends, None]:
             start = layers.start if layers else self._num_layers
             if start > reached:
-                hops += self.planner.plan(LayerRange(reached, start), refused, self.hops)
+                hops += self.planner.plan(LayerRange(reached, start), self._refused, self.hops)
             reached = layers.end if layers else reached
         dialled = await asyncio.gather(*(self.dial(hop) for hop in hops), return_exceptions=True)
         failed = False
@@ -167,13 +168,13 @@ class Chain:
                 self.controls.append(result)
             elif isinstance(result, SwarmError):
                 self.planner.blame(hop, result)
-                refused[hop.peer.peer_id] = result
+                self._refused[hop.peer.peer_id] = result
                 failed = True
             else:
                 raise result
         self.controls.sort(key=lambda control: control.hop.layers)
         if failed:
-            await self._assemble(refused)
+            await self._assemble()
 
     async def dial(self, hop: Hop) -> HopControl:
         return await HopControl.dial(hop, self._transport, self.settings, self._hear, self._tasks)
@@ -228,6 +229,7 @@ class Chain:
                 self._returning.append(control.hop)
             else:
                 self.planner.blame(control.hop, error)
+                self._refused[control.hop.peer.peer_id] = error
         self._lost += [control.hop for control in dead]
         names = ", ".join(f"{c.hop.peer.peer_id[-6:]} [{c.hop.layers}]" for c in dead)
         logger.info("session %s lost %s: %s", self._name, names, loss.error)

@@ -142,6 +142,27 @@ def test_a_frozen_peer_is_replaced_and_its_late_frames_change_nothing() -> None:
     assert len(outcome.session.rebuilds) == 1
 
 
+def test_a_peer_that_fell_silent_is_not_asked_again_while_another_has_its_layers() -> None:
+    """However often that other one has failed before: a silent peer costs ``timeouts.open_s``."""
+    struck: list[SimPeer] = []
+
+    def freeze(world: World, session: Session, index: int) -> None:
+        if index != 4 or struck:
+            return
+        struck.append(world.peer_of(session, 1))
+        struck[0].node.freeze()
+        now = asyncio.get_running_loop().time()
+        for peer in world.peers:
+            if peer is not struck[0] and peer.executor.layers == LayerRange(2, 4):
+                for _ in range(4):
+                    world.health.failed(peer.node.address.peer_id, "stream_lost", now)
+        asyncio.get_running_loop().call_later(30.0, struck[0].node.resume)
+
+    outcome = run(24, [*THIRDS, LayerRange(2, 4)], freeze, tokens=30)
+    (rebuild,) = outcome.session.rebuilds
+    assert rebuild.duration_s < SETTINGS.timeouts.open_s / 2
+
+
 def test_losing_all_hops_but_one() -> None:
     def kill(world: World, session: Session, index: int) -> None:
         if index == 4 and not session.rebuilds:
