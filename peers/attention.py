@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from peers.attention_kernel import AttentionKernel, Rows, attention_kernel, table
 from peers.kv_cache import SequenceCache
 from swarm.errors import UnsupportedModel
 
 IMPLEMENTATION: Final = "swarm"
+
+FEW_ROWS: Final = 9
+"""A decode step and its draft: more rows are worth a matrix product of their own."""
 
 
 @dataclass(slots=True)
@@ -59,14 +64,26 @@ class Span:
         return 0 if window is None else max(0, self.start - window + 1)
 
 
-def spans_of(caches: Sequence[SequenceCache], starts: Sequence[int], counts: Sequence[int]) -> list[Span]:
+class Spans(tuple[Span, ...]):
+    """Those of a batch. Few rows of many sessions are one call of the kernel, if there is one."""
+
+    @cached_property
+    def few(self) -> Rows:
+        return table([span for span in self if span.count <= FEW_ROWS])
+
+    @cached_property
+    def many(self) -> list[Span]:
+        return [span for span in self if span.count > FEW_ROWS]
+
+
+def spans_of(caches: Sequence[SequenceCache], starts: Sequence[int], counts: Sequence[int]) -> Spans:
     """The spans of a batch whose sessions' rows follow each other in this order."""
     spans = []
     offset = 0
     for cache, start, count in zip(caches, starts, counts, strict=True):
         spans.append(Span(cache, start, count, offset))
         offset += count
-    return spans
+    return Spans(spans)
 
 
 def swarm_attention(
@@ -93,35 +110,50 @@ def swarm_attention(
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel(f"{type(module).__name__} caps its scores or has attention sinks")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    heads, head_dim = query.shape[1], query.shape[3]
-    new_keys, new_values, queries = key[0], value[0], query[0]
-    outputs = []
-    for span in spans:
-        start, count, offset = span.start, span.count, span.offset
-        end = start + count
-        keys, values = span.cache.layer(layer)
-        keys[:, start:end] = new_keys[:, offset : offset + count]
-        values[:, start:end] = new_values[:, offset : offset + count]
-        first = span.first_key(sliding_window)
-        keys, values = keys[None, :, first:end], values[None, :, first:end]
-        if count == 1:
-            # The query heads that share a kv head become the rows of one small matrix: nothing is repeated.
-            grouped = queries[:, offset].reshape(1, keys.shape[1], -1, head_dim)
-            output = scaled_dot_product_attention(grouped, keys, values, scale=scaling)
-            outputs.append(output.reshape(1, heads, head_dim))
-        else:
-            mask = span.mask(sliding_window, query)
-            output = scaled_dot_product_attention(
-                queries[None, :, offset : offset + count],
-                keys,
-                values,
-                attn_mask=mask,
-                scale=scaling,
-                is_causal=mask is None,
-                enable_gqa=keys.shape[1] != heads,
-            )
-            outputs.append(output[0].transpose(0, 1))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    result = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    spans = spans if isinstance(spans, Spans) else Spans(spans)
+    one_by_one: Sequence[Span] = spans
+    kernel = attention_kernel() if AttentionKernel.takes(query, key, value) else None
+    if kernel is not None:
+        one_by_one = spans.many
+        if spans.few:
+            kernel.attend(spans.few, layer, sliding_window, scale, query[0], key[0], value[0], result)
+    for span in one_by_one:
+        rows = slice(span.offset, span.offset + span.count)
+        result[rows] = _attend(
+            span, layer, sliding_window, scale, query[:, :, rows], key[0, :, rows], value[0, :, rows]
+        )
+    return result[None], None
+
+
+def _attend(
+    span: Span,
+    layer: int,
+    window: int | None,
+    scale: float,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> torch.Tensor:
+    """One session: ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and ``value`` ``[kv_heads, rows, head_dim]``;
+    returns ``[rows, heads, head_dim]``."""
+    heads, count, head_dim = query.shape[1:]
+    end = span.start + count
+    keys, values = span.cache.layer(layer)
+    keys[:, span.start : end] = key
+    values[:, span.start : end] = value
+    first = span.first_key(window)
+    keys, values = keys[None, :, first:end], values[None, :, first:end]
+    if count == 1:
+        # The query heads that share a kv head become the rows of one small matrix: nothing is repeated.
+        grouped = query.reshape(1, keys.shape[1], -1, head_dim)
+        return scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(1, heads, head_dim)
+    mask, gqa = span.mask(window, query), keys.shape[1] != heads
+    output = scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=scale, is_causal=mask is None, enable_gqa=gqa
+    )
+    return output[0].transpose(0, 1)
 
 
 AttentionInterface.register(IMPLEMENTATION, swarm_attention)

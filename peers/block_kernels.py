@@ -9,14 +9,8 @@ are. A machine without a compiler expands blocks with torch: the same numbers to
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import re
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,18 +18,13 @@ from typing import Final
 
 import torch
 
+from peers.compiled import compiled, why
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
-from swarm.cache import cache_folder
 from swarm.errors import Internal
 
 logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).with_name("block_kernels.c")
-COMPILERS: Final = ("cc", "gcc", "clang")
-FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
-COMPILE_S: Final = 60.0
-
-
 _FOUR: Final = ctypes.c_int64 * 4
 Matrix = ctypes.Array[ctypes.c_int64]
 """Kind, address, outputs and blocks: valid as long as the matrix is."""
@@ -114,45 +103,14 @@ def described(matrix: Blocks) -> Matrix:
 def block_kernels() -> BlockKernels | None:
     """None where there is no compiler, or what it made does not work; said once in the log."""
     try:
-        kernels = BlockKernels(_library())
+        kernels = BlockKernels(compiled(SOURCE))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        logger.warning("no kernels for quantised weights, products will be slow: %s", _reason(error))
+        logger.warning("no kernels for quantised weights, products will be slow: %s", why(error))
         return None
     if not _right(kernels):
         logger.warning("the kernels that the compiler made for quantised weights give wrong results; not used")
         return None
     return kernels
-
-
-def _library() -> Path:
-    """The compiled library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
-    source = SOURCE.read_bytes()
-    facts = [source, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
-    place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
-    if place.is_file():
-        return place
-    compiler = next(
-        (path for name in (os.environ.get("CC", ""), *COMPILERS) if name and (path := shutil.which(name))), None
-    )
-    if compiler is None:
-        raise OSError("no C compiler (cc, gcc or clang)")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Several peers of one machine may compile at once: each into a folder of its own, then an atomic rename.
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
-        made.replace(place)
-    return place
-
-
-def _cpu() -> bytes:
-    """What the CPU can do: homes are shared between machines, and code for one may not run on another."""
-    try:
-        found = re.search(rb"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
-    except OSError:
-        return platform.processor().encode()
-    return found[2] if found else b""
 
 
 def _right(kernels: BlockKernels) -> bool:
@@ -166,9 +124,3 @@ def _right(kernels: BlockKernels) -> bool:
         if not torch.allclose(expanded, wanted, atol=1e-6) or not torch.allclose(product, rows @ wanted.T, atol=1e-4):
             return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError):
-        return f"the compiler failed: {error.stderr.decode(errors='replace')[-500:]}"
-    return str(error)

@@ -53,6 +53,13 @@ class SequenceCache:
         """What a cache of this shape takes; ``item_bytes`` is the size of one element of its dtype."""
         return len(layers) * 2 * kv_heads * capacity * head_dim * item_bytes
 
+    @property
+    def base_address(self) -> int:
+        """Where layer 0 of the model would begin, if this cache had it."""
+        _, two, kv_heads, capacity, head_dim = self._data.shape
+        layer_bytes = two * kv_heads * capacity * head_dim * self._data.itemsize
+        return self._data.data_ptr() - self.layers.start * layer_bytes
+
     def copy(self, length: int, capacity: int) -> SequenceCache:
         """A cache for ``capacity`` positions that begins with the first ``length`` of this one."""
         _, _, kv_heads, _, head_dim = self._data.shape

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from peers.executor import Executor, SampleRequest, StepRequest, run
+from peers.process_memory import keep_scratch, map_large_blocks
 from peers.row_codec import DTYPES
 from peers.shard import Shard
 from peers.weights import open_source
@@ -81,9 +82,13 @@ def load_shard(
 
     if settings.peer.threads:
         torch.set_num_threads(settings.peer.threads)
-    source = open_source(reference, layers)
-    device = choose_device(settings.peer.device)
-    return Shard.load(profile, config_dict(reference), source, layers, device, DTYPES[profile.dtype], progress)
+    map_large_blocks()
+    try:
+        source = open_source(reference, layers)
+        device = choose_device(settings.peer.device)
+        return Shard.load(profile, config_dict(reference), source, layers, device, DTYPES[profile.dtype], progress)
+    finally:
+        keep_scratch()
 
 
 async def measure(executor: Executor) -> Speed:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from peers import attention
 from peers.attention import Span, spans_of, swarm_attention
+from peers.attention_kernel import attention_kernel
 from peers.kv_cache import SequenceCache
 from swarm.errors import UnsupportedModel
 from swarm.types import LayerRange
@@ -35,26 +37,33 @@ def expected(
     return out
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_each_session_attends_to_its_own_past(heads: int, kv_heads: int, window: int | None) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 8), (6, 2, 24), (3, 1, 64)])
+def test_each_session_attends_to_its_own_past(
+    heads: int, kv_heads: int, dim: int, window: int | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(attention, "attention_kernel", lambda: None)
+    elif attention_kernel() is None:
+        pytest.skip("no C compiler here")
     torch.manual_seed(0)
-    shapes = [(0, 5), (3, 1), (9, 4), (0, 1), (12, 1), (1, 2)]
+    shapes = [(0, 5), (3, 1), (9, 4), (0, 1), (52, 1), (1, 2), (20, 11)]
     caches, history = [], []
     for start, count in shapes:
-        cache = SequenceCache(LAYERS, kv_heads, HEAD_DIM, 16, torch.float32)
-        past = torch.randn(2, kv_heads, start + count, HEAD_DIM)
+        cache = SequenceCache(LAYERS, kv_heads, dim, 64, torch.float32)
+        past = torch.randn(2, kv_heads, start + count, dim)
         cache.write(LAYER, 0, past[0, :, :start], past[1, :, :start])
         caches.append(cache)
         history.append(past)
     starts, counts = [start for start, _ in shapes], [count for _, count in shapes]
     key = torch.cat([past[0, :, start:] for past, start in zip(history, starts, strict=True)], dim=1)[None]
     value = torch.cat([past[1, :, start:] for past, start in zip(history, starts, strict=True)], dim=1)[None]
-    query = torch.randn(1, sum(counts), heads, HEAD_DIM).transpose(1, 2)
+    query = torch.randn(1, sum(counts), heads, dim).transpose(1, 2)
     spans = spans_of(caches, starts, counts)
     out, weights = swarm_attention(Module(), query, key, value, None, scaling=0.3, spans=spans, sliding_window=window)
     assert weights is None
-    assert out.shape == (1, sum(counts), heads, HEAD_DIM)
+    assert out.shape == (1, sum(counts), heads, dim)
     for span, past in zip(spans, history, strict=True):
         rows = slice(span.offset, span.offset + span.count)
         wanted = expected(query[0, :, rows], past[0], past[1], span.start, window, 0.3)

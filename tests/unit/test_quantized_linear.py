@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from peers import block_kernels as kernels_module
+from peers import compiled as compiled_module
 from peers.block_kernels import block_kernels
 from peers.decoder_layer import DecoderLayer
 from peers.loading import HEAD_KINDS, LAYER_KINDS
@@ -95,7 +96,7 @@ def test_a_machine_without_a_compiler_is_told_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels_module, "COMPILERS", ())
+    monkeypatch.setattr(compiled_module, "COMPILERS", ())
     monkeypatch.setenv("CC", "")
     assert block_kernels.__wrapped__() is None
     assert "no C compiler" in caplog.text

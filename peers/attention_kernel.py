@@ -1,0 +1,107 @@
+"""Attention of few rows, of many sessions in one call: ``attention_kernel.c``, and the table of sessions that it takes.
+
+A session's decode step attends from one row. With a call of torch for each session and layer, calling takes several
+times as long as computing, and sixteen sessions in a pass spend more time there than in all matrix products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from peers.compiled import compiled, why
+from swarm.errors import Internal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peers.attention import Span
+
+logger = logging.getLogger(__name__)
+
+SOURCE: Final = Path(__file__).with_name("attention_kernel.c")
+LANES: Final = 8
+MOST_GROUP: Final = 16
+"""Query heads that share a kv head."""
+
+
+Rows = ctypes.Array[ctypes.c_int64]
+"""What the kernel wants to know of each session's rows: five numbers."""
+
+
+class AttentionKernel:
+    """May be called from several threads at once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises :class:`OSError` or :class:`AttributeError` for a library that is not ours."""
+        self._attend = ctypes.CDLL(str(path)).attend
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        numbers = [number, number]
+        self._attend.argtypes = [
+            pointer, *numbers, *numbers, *numbers, ctypes.c_float,
+            pointer, *numbers, pointer, *numbers, pointer, *numbers, pointer,
+        ]  # fmt: skip
+        self._attend.restype = ctypes.c_int
+
+    @staticmethod
+    def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Of ``[1, heads, rows, dim]``: float32 on a CPU, of usual shapes."""
+        _, heads, _, dim = query.shape
+        kv_heads = key.shape[1]
+        fits = dim % LANES == 0 and heads % kv_heads == 0 and heads // kv_heads <= MOST_GROUP
+        dense = query.stride(3) == key.stride(3) == value.stride(3) == 1
+        return fits and dense and query.dtype == torch.float32 and query.device.type == "cpu"
+
+    def attend(
+        self, spans: Rows, layer: int, window: int | None, scale: float,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """``query`` is ``[heads, rows, dim]``, ``key`` and ``value`` ``[kv_heads, rows, dim]``; the rows that ``spans``
+        name go into the caches, and their results into the contiguous ``out``, ``[rows, heads, dim]``."""
+        if self._attend(
+            spans, len(spans) // 5, layer, window or 0, query.shape[0], key.shape[0], query.shape[2], scale,
+            query.data_ptr(), query.stride(0), query.stride(1), key.data_ptr(), key.stride(0), key.stride(1),
+            value.data_ptr(), value.stride(0), value.stride(1), out.data_ptr(),
+        ):  # fmt: skip
+            raise Internal("no memory to attend")
+
+
+def table(spans: Sequence[Span]) -> Rows:
+    """Valid as long as the caches are."""
+    rows = [(span.cache.base_address, span.cache.capacity, span.start, span.count, span.offset) for span in spans]
+    return (ctypes.c_int64 * (5 * len(rows)))(*(number for row in rows for number in row))
+
+
+@cache
+def attention_kernel() -> AttentionKernel | None:
+    """None where there is no compiler, or what it made does not work; said once in the log."""
+    try:
+        kernel = AttentionKernel(compiled(SOURCE))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        logger.warning("no kernel for attention, many sessions at once will be slower: %s", why(error))
+        return None
+    if not _right(kernel):
+        logger.warning("the kernel that the compiler made for attention gives wrong results; not used")
+        return None
+    return kernel
+
+
+def _right(kernel: AttentionKernel) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    seen, heads, kv_heads, dim = 19, 6, 2, 24
+    cache = torch.randn(2, kv_heads, seen, dim, generator=generator)
+    query = 3 * torch.randn(heads, 1, dim, generator=generator)
+    key, value = cache[:, :, seen - 1 :].clone()
+    cache[:, :, seen - 1] = 0
+    out = torch.empty(1, heads, dim)
+    span = (ctypes.c_int64 * 5)(cache.data_ptr(), seen, seen - 1, 1, 0)
+    kernel.attend(span, 0, None, 0.2, query, key, value, out)
+    wanted = scaled_dot_product_attention(query[None], cache[:1], cache[1:], scale=0.2, enable_gqa=True)
+    return torch.allclose(out[0], wanted[0, :, 0], atol=1e-5)

@@ -1,0 +1,56 @@
+"""C files compiled on this machine, for this machine, by its own compiler; kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from swarm.cache import cache_folder
+
+COMPILERS: Final = ("cc", "gcc", "clang")
+FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
+COMPILE_S: Final = 60.0
+
+
+def compiled(source: Path) -> Path:
+    """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
+    facts = [source.read_bytes(), " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
+    place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
+    if place.is_file():
+        return place
+    compiler = next(
+        (path for name in (os.environ.get("CC", ""), *COMPILERS) if name and (path := shutil.which(name))), None
+    )
+    if compiler is None:
+        raise OSError("no C compiler (cc, gcc or clang)")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Several peers of one machine may compile at once: each into a folder of its own, then an atomic rename.
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        command = [compiler, *FLAGS, str(source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
+        made.replace(place)
+    return place
+
+
+def _cpu() -> bytes:
+    """What the CPU can do: homes are shared between machines, and code for one may not run on another."""
+    try:
+        found = re.search(rb"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
+    except OSError:
+        return platform.processor().encode()
+    return found[2] if found else b""
+
+
+def why(error: Exception) -> str:
+    """In words, why :func:`compiled` failed."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"the compiler failed: {error.stderr.decode(errors='replace')[-500:]}"
+    return str(error)
