@@ -25,7 +25,7 @@ from swarm.errors import UnsupportedModel
 IMPLEMENTATION: Final = "swarm"
 
 FEW_ROWS: Final = 9
-"""A decode step and its draft: more rows are worth a matrix product of their own."""
+"""A decode step and a draft of usual length: more rows are worth a matrix product of their own."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ def swarm_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    spans: Sequence[Span] | None = None,
+    spans: Spans | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -112,7 +112,6 @@ def swarm_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     result = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    spans = spans if isinstance(spans, Spans) else Spans(spans)
     one_by_one: Sequence[Span] = spans
     kernel = attention_kernel() if AttentionKernel.takes(query, key, value) else None
     if kernel is not None:

@@ -7,8 +7,6 @@ times as long as computing, and sixteen sessions in a pass spend more time there
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,15 +14,13 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peers.compiled import compiled, why
+from peers.compiled import load_kernels
 from swarm.errors import Internal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peers.attention import Span
-
-logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).with_name("attention_kernel.c")
 LANES: Final = 8
@@ -82,15 +78,7 @@ def table(spans: Sequence[Span]) -> Rows:
 @cache
 def attention_kernel() -> AttentionKernel | None:
     """None where there is no compiler, or what it made does not work; said once in the log."""
-    try:
-        kernel = AttentionKernel(compiled(SOURCE))
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        logger.warning("no kernel for attention, many sessions at once will be slower: %s", why(error))
-        return None
-    if not _right(kernel):
-        logger.warning("the kernel that the compiler made for attention gives wrong results; not used")
-        return None
-    return kernel
+    return load_kernels(SOURCE, AttentionKernel, _right, "no kernel for attention, many sessions will be slower")
 
 
 def _right(kernel: AttentionKernel) -> bool:

@@ -9,8 +9,6 @@ are. A machine without a compiler expands blocks with torch: the same numbers to
 from __future__ import annotations
 
 import ctypes
-import logging
-import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,11 +16,9 @@ from typing import Final
 
 import torch
 
-from peers.compiled import compiled, why
+from peers.compiled import load_kernels
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
 from swarm.errors import Internal
-
-logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).with_name("block_kernels.c")
 _FOUR: Final = ctypes.c_int64 * 4
@@ -102,15 +98,7 @@ def described(matrix: Blocks) -> Matrix:
 @cache
 def block_kernels() -> BlockKernels | None:
     """None where there is no compiler, or what it made does not work; said once in the log."""
-    try:
-        kernels = BlockKernels(compiled(SOURCE))
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        logger.warning("no kernels for quantised weights, products will be slow: %s", why(error))
-        return None
-    if not _right(kernels):
-        logger.warning("the kernels that the compiler made for quantised weights give wrong results; not used")
-        return None
-    return kernels
+    return load_kernels(SOURCE, BlockKernels, _right, "no kernels for quantised weights, products will be slow")
 
 
 def _right(kernels: BlockKernels) -> bool:

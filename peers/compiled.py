@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from swarm.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 COMPILERS: Final = ("cc", "gcc", "clang")
 FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 COMPILE_S: Final = 60.0
 
 
-def compiled(source: Path) -> Path:
+def load_kernels(source: Path, library: Callable[[Path], T], works: Callable[[T], bool], without: str) -> T | None:
+    """``library`` of the compiled ``source``. None, and a warning that says what is ``without`` it, where there is no
+    compiler, or what it made does not work."""
+    try:
+        kernels = library(_compiled(source))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        logger.warning("%s: %s", without, _why(error))
+        return None
+    if not works(kernels):
+        logger.warning("%s: what the compiler made of %s gives wrong results", without, source.name)
+        return None
+    return kernels
+
+
+def _compiled(source: Path) -> Path:
     """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
     facts = [source.read_bytes(), " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
     place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
@@ -49,8 +69,7 @@ def _cpu() -> bytes:
     return found[2] if found else b""
 
 
-def why(error: Exception) -> str:
-    """In words, why :func:`compiled` failed."""
+def _why(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         return f"the compiler failed: {error.stderr.decode(errors='replace')[-500:]}"
     return str(error)

@@ -7,14 +7,13 @@ keys. A step of one row costs as much in calls as in small operations, and a sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from peers.attention import Span, swarm_attention
+from peers.attention import Spans, swarm_attention
 from peers.fused_layer import FusedLayer
 from peers.norm import RootMeanSquareNorm, fast_norm
 from peers.quantized_linear import DENSE_ROWS
@@ -53,7 +52,7 @@ class DecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        spans: Sequence[Span],
+        spans: Spans,
         **_: Any,
     ) -> torch.Tensor:
         """``[1, rows, hidden]`` -> the same; ``position_embeddings`` are those of :class:`Rotation`."""
@@ -75,7 +74,7 @@ class DecoderLayer(nn.Module):
             return heads
         return torch.cat((self.query_norm(heads[:, : self.heads]), self.key_norm(heads[:, self.heads :])), 1)
 
-    def _attend(self, turned: torch.Tensor, mixed: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+    def _attend(self, turned: torch.Tensor, mixed: torch.Tensor, spans: Spans) -> torch.Tensor:
         """``[rows, heads * head_dim]`` for queries and keys ``turned``, and the values at the end of ``mixed``."""
         turned, values = turned.transpose(0, 1)[None], mixed[:, self.heads + self.kv_heads :].transpose(0, 1)[None]
         found, _ = swarm_attention(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peers.attention import Span, spans_of
+from peers.attention import Span, Spans, spans_of
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
 from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
@@ -216,7 +216,7 @@ class _View:
         self._head._modules = {**model._modules, "model": _Given()}
         self._run_head = inspect.unwrap(type(model).forward)
 
-    def decode(self, positions: torch.Tensor, spans: Sequence[Span], **inputs: torch.Tensor) -> torch.Tensor:
+    def decode(self, positions: torch.Tensor, spans: Spans, **inputs: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[rows, hidden]``."""
         output = self._run(self._base, position_ids=positions, use_cache=False, spans=spans, **inputs)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
