@@ -7,6 +7,9 @@
    Weights are expanded in registers. Each result is summed in an order that depends on the matrix's shape alone, so a row
    of activations gives the same bits whichever other rows share the call. */
 
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +25,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
 enum { BLOCK = 32, PIECES = BLOCK / LANES, OUTPUTS_TOGETHER = 2, PACKED_VECTORS = 4 };
+enum { MOST_THREADS = 16, PATIENCE = 2000 };
 enum { LINE = 64, AHEAD = 2, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -256,10 +260,11 @@ INLINE void packed_rows(int count, const float *weights_at, int64_t inputs, int6
     }
 }
 
-/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. */
-static void packed_product(const matrix *of, const float *rows, int64_t count, float *out, int64_t stride) {
-    const float *weights_at = (const float *)(intptr_t)of->address;
-    for (int64_t n = 0; n < of->outputs; n += of->packed, weights_at += of->packed * of->inputs)
+/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides first and stop. */
+static void packed_product(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *out,
+                           int64_t stride) {
+    const float *weights_at = (const float *)(intptr_t)of->address + first * of->inputs;
+    for (int64_t n = first; n < stop; n += of->packed, weights_at += of->packed * of->inputs)
         for (int64_t m = 0; m < count; m += PACKED_ROWS) { /* a cache holds the weights from one round to the next */
             int many = (int)(count - m < PACKED_ROWS ? count - m : PACKED_ROWS);
             const float *from = rows + m * of->inputs;
@@ -316,9 +321,8 @@ INLINE floats exponential(floats x) {
 }
 
 /* Sizes of rows are multiples of 32 here, those of heads of 2 * LANES. */
-static void norm_rows(const float *rows, int64_t count, int64_t size, int64_t apart, const float *weight, float epsilon,
-                      float *out) {
-    for (int64_t m = 0; m < count; m++, rows += apart, out += apart) {
+static void norm_rows(const float *rows, int64_t count, int64_t size, const float *weight, float epsilon, float *out) {
+    for (int64_t m = 0; m < count; m++, rows += size, out += size) {
         floats squares = {0};
         for (int64_t i = 0; i < size; i += LANES) squares += load(rows + i) * load(rows + i);
         float scale = 1.0f / __builtin_sqrtf(total(squares) / size + epsilon);
@@ -328,15 +332,6 @@ static void norm_rows(const float *rows, int64_t count, int64_t size, int64_t ap
 
 static void add_rows(float *to, const float *rows, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(rows + i));
-}
-
-static int times(const matrix *of, const float *rows, int64_t count, float *out) {
-    if (of->kind == FLOAT32) {
-        packed_product(of, rows, count, out, of->outputs);
-        return 0;
-    }
-    const uint8_t *data = (const uint8_t *)(intptr_t)of->address;
-    return product((int)of->kind, data, of->outputs, of->inputs / BLOCK, rows, count, out, of->outputs);
 }
 
 /* Each half of a head is rotated into the other; sines have the sign of their half. */
@@ -349,14 +344,24 @@ static void rotate(float *head, int64_t dim, const float *cosines, const float *
     }
 }
 
-/* rows[count, wide], of which gate and up lie side by side, 2 * wide apart -> silu(gate) * up, wide apart */
-static void gate(float *rows, int64_t count, int64_t wide) {
-    for (int64_t m = 0; m < count; m++)
-        for (int64_t i = 0; i < wide; i += LANES) {
-            const float *at = rows + m * 2 * wide + i;
-            floats value = load(at), gated = value / (1.0f + exponential(-value)) * load(at + wide);
-            store(rows + m * wide + i, gated); /* never before what is still to be read */
-        }
+/* ---- threads: each has a share of every product's outputs ---- */
+
+typedef struct {
+    int threads;
+    atomic_int here, round;
+} meeting;
+
+/* Returns when all threads have called it. Whoever waits for long lets others have the processor. */
+static void meet(meeting *at) {
+    if (at->threads == 1) return;
+    int round = atomic_load(&at->round);
+    if (atomic_fetch_add(&at->here, 1) + 1 == at->threads) {
+        atomic_store(&at->here, 0);
+        atomic_fetch_add(&at->round, 1);
+        return;
+    }
+    for (int spins = 0; atomic_load(&at->round) == round; spins++)
+        if (spins > PATIENCE) sched_yield();
 }
 
 /* As Python fills it: numbers of 64 bits; an address of 0 is of something that the layer does not have. */
@@ -371,56 +376,137 @@ typedef int attention(const int64_t *spans, int64_t sessions, int64_t layer, int
                       const float *keys, int64_t k_head, int64_t k_row, const float *values, int64_t v_head,
                       int64_t v_row, float *out);
 
-#define FLOATS(address) ((const float *)(intptr_t)(address))
+/* What all threads of one call share. */
+typedef struct {
+    const layer *layers;
+    int64_t number, count;
+    const float *cosines, *sines;
+    int64_t heads, kv_heads, dim;
+    float scale, epsilon;
+    attention *attend;
+    const int64_t *spans;
+    int64_t sessions, size;
+    float *mixed, *attended, *sums; /* outputs of products, complete once all threads have met */
+    atomic_int failed, begun;
+    meeting at;
+} pass;
 
-static int run_layer(const layer *own, int64_t count, const float *cosines, const float *sines, int64_t heads,
-                     int64_t kv_heads, int64_t dim, float scale, float epsilon, attention *attend, const int64_t *spans,
-                     int64_t sessions, float *hidden, float *rows, float *wider) {
-    int64_t size = own->output.outputs, mixed = own->query_key_value.outputs;
-    norm_rows(hidden, count, size, size, FLOATS(own->input_norm), epsilon, rows);
-    int failed = times(&own->query_key_value, rows, count, wider);
-    for (int64_t m = 0; m < count; m++) {
-        float *head = wider + m * mixed;
-        if (own->bias) add_rows(head, FLOATS(own->bias), mixed);
-        if (own->query_norm) {
-            norm_rows(head, heads, dim, dim, FLOATS(own->query_norm), epsilon, head);
-            norm_rows(head + heads * dim, kv_heads, dim, dim, FLOATS(own->key_norm), epsilon, head + heads * dim);
-        }
-        for (int64_t h = 0; h < heads + kv_heads; h++, head += dim) rotate(head, dim, cosines + m * dim, sines + m * dim);
-    }
-    const float *keys = wider + heads * dim, *values = keys + kv_heads * dim;
-    float *attended = wider + count * mixed;
-    failed |= attend(spans, sessions, own->number, own->window, heads, kv_heads, dim, scale, wider, dim, mixed, keys, dim,
-                     mixed, values, dim, mixed, attended);
-    failed |= times(&own->output, attended, count, rows);
-    add_rows(hidden, rows, count * size);
-    norm_rows(hidden, count, size, size, FLOATS(own->output_norm), epsilon, rows);
-    failed |= times(&own->gate_up, rows, count, wider);
-    gate(wider, count, own->down.inputs);
-    failed |= times(&own->down, wider, count, rows);
-    add_rows(hidden, rows, count * size);
-    return failed;
+typedef struct {
+    pass *of;
+    int index;
+    float *hidden, *rows; /* its own, [count, size] */
+    pthread_t thread;
+} worker;
+
+/* Numbers from .. to of `all`, in whole steps, are this thread's. */
+INLINE int64_t share(const worker *own, int part, int64_t all, int64_t step) {
+    return (all / step * (own->index + part) / own->of->at.threads) * step;
 }
 
-/* hidden[count, size], in place, through all layers; one after the other, so the compute thread holds nothing else up.
-   The tables of cosines and sines are [count, dim]. Returns 0, or -1 without memory. */
+static void times(worker *own, const matrix *of, const float *rows, float *out) {
+    int64_t step = of->kind == FLOAT32 ? of->packed : OUTPUTS_TOGETHER, count = own->of->count;
+    int64_t first = share(own, 0, of->outputs, step), stop = share(own, 1, of->outputs, step);
+    if (of->kind == FLOAT32) {
+        packed_product(of, first, stop, rows, count, out, of->outputs);
+        return;
+    }
+    int64_t blocks = of->inputs / BLOCK;
+    const uint8_t *data = (const uint8_t *)(intptr_t)of->address + first * row_bytes((int)of->kind, blocks);
+    if (product((int)of->kind, data, stop - first, blocks, rows, count, out + first, of->outputs)) own->of->failed = 1;
+}
+
+#define FLOATS(address) ((const float *)(intptr_t)(address))
+
+/* From what the first product gave to what the second one takes. */
+static void mix(pass *of, const layer *own) {
+    int64_t heads = of->heads, kv_heads = of->kv_heads, dim = of->dim, mixed = own->query_key_value.outputs;
+    for (int64_t m = 0; m < of->count; m++) {
+        float *head = of->mixed + m * mixed;
+        if (own->bias) add_rows(head, FLOATS(own->bias), mixed);
+        if (own->query_norm) {
+            norm_rows(head, heads, dim, FLOATS(own->query_norm), of->epsilon, head);
+            norm_rows(head + heads * dim, kv_heads, dim, FLOATS(own->key_norm), of->epsilon, head + heads * dim);
+        }
+        for (int64_t h = 0; h < heads + kv_heads; h++, head += dim)
+            rotate(head, dim, of->cosines + m * dim, of->sines + m * dim);
+    }
+    const float *keys = of->mixed + heads * dim, *values = keys + kv_heads * dim;
+    if (of->attend(of->spans, of->sessions, own->number, own->window, heads, kv_heads, dim, of->scale, of->mixed, dim,
+                   mixed, keys, dim, mixed, values, dim, mixed, of->attended))
+        of->failed = 1;
+}
+
+/* silu(gate) * up, in place of this thread's share of the gates */
+static void gate(worker *own, int64_t wide) {
+    int64_t first = share(own, 0, wide, LANES), stop = share(own, 1, wide, LANES);
+    for (int64_t m = 0; m < own->of->count; m++)
+        for (int64_t i = first; i < stop; i += LANES) {
+            float *at = own->of->mixed + m * 2 * wide + i;
+            floats value = load(at);
+            store(own->of->attended + m * wide + i, value / (1.0f + exponential(-value)) * load(at + wide));
+        }
+}
+
+static void run_layer(worker *own, const layer *now) {
+    pass *of = own->of;
+    int64_t size = of->size, count = of->count;
+    norm_rows(own->hidden, count, size, FLOATS(now->input_norm), of->epsilon, own->rows);
+    times(own, &now->query_key_value, own->rows, of->mixed);
+    meet(&of->at);
+    if (own->index == 0) mix(of, now);
+    meet(&of->at);
+    times(own, &now->output, of->attended, of->sums);
+    meet(&of->at);
+    add_rows(own->hidden, of->sums, count * size);
+    norm_rows(own->hidden, count, size, FLOATS(now->output_norm), of->epsilon, own->rows);
+    times(own, &now->gate_up, own->rows, of->mixed);
+    meet(&of->at);
+    gate(own, now->down.inputs);
+    meet(&of->at);
+    times(own, &now->down, of->attended, of->sums);
+    meet(&of->at);
+    add_rows(own->hidden, of->sums, count * size);
+}
+
+static void *work(void *given) {
+    worker *own = given;
+    for (int spins = 0; !atomic_load(&own->of->begun); spins++)
+        if (spins > PATIENCE) sched_yield();
+    for (int64_t n = 0; n < own->of->number; n++) run_layer(own, own->of->layers + n);
+    return NULL;
+}
+
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* hidden[count, size], in place, through all layers. The tables of cosines and sines are [count, dim]. Returns 0, or -1
+   without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
                int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, attention *attend,
-               const int64_t *spans, int64_t sessions, float *hidden) {
-    int64_t size = 0, wide = 0;
+               const int64_t *spans, int64_t sessions, int64_t threads, float *hidden) {
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads < 1) threads = 1;
+    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0;
     for (int64_t n = 0; n < number; n++) {
-        int64_t attended = layers[n].query_key_value.outputs + layers[n].output.inputs, gates = layers[n].gate_up.outputs;
-        int64_t most = attended > gates ? attended : gates;
-        size = layers[n].output.outputs > size ? layers[n].output.outputs : size;
-        wide = most > wide ? most : wide;
+        mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));
+        attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
     }
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
-    float *rows = aligned_alloc(LINE, count * (size + wide) * sizeof *rows);
-    if (rows == NULL) return -1;
-    int failed = 0;
-    for (int64_t n = 0; n < number && !failed; n++)
-        failed = run_layer(layers + n, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, attend, spans,
-                           sessions, hidden, rows, rows + count * size);
-    free(rows);
-    return failed ? -1 : 0;
+    float *memory = aligned_alloc(LINE, count * (mixed + attended + size + 2 * threads * size) * sizeof *memory);
+    if (memory == NULL) return -1;
+    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, attend, spans, sessions, size,
+                memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
+    worker workers[MOST_THREADS];
+    float *at = all.sums + count * size;
+    int64_t started = 1;
+    for (int64_t t = 0; t < threads; t++, at += 2 * count * size) {
+        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, 0};
+        if (t) memcpy(workers[t].hidden, hidden, count * size * sizeof *hidden);
+    }
+    while (started < threads && !pthread_create(&workers[started].thread, NULL, work, workers + started)) started++;
+    all.at.threads = (int)started; /* those that could be had */
+    atomic_store(&all.begun, 1);
+    work(workers);
+    for (int64_t t = 1; t < started; t++) pthread_join(workers[t].thread, NULL);
+    free(memory);
+    return all.failed ? -1 : 0;
 }

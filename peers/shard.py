@@ -224,7 +224,7 @@ class _View:
 
     def decode(self, positions: Sequence[int], spans: Spans, **inputs: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[rows, hidden]``."""
-        if self._pass is not None and len(positions) <= MOST_ROWS and torch.get_num_threads() == 1:
+        if self._pass is not None and len(positions) <= MOST_ROWS:
             rows = (
                 inputs["inputs_embeds"] if "inputs_embeds" in inputs else self._base.embed_tokens(inputs["input_ids"])
             )

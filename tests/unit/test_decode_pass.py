@@ -98,3 +98,13 @@ def test_what_the_kernels_do_not_know_goes_through_the_modules(changes: dict[str
     shard = shard_of(tmp_path, "llama", **changes)
     logits_of(shard, [TEXT], 1)
     assert passes(shard) == 0
+
+
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int4"])
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_any_number_of_threads_gives_the_same_bits(threads: int, weights: str, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "qwen3", weights)
+    texts = [TEXT, TEXT[3:], TEXT[:5]]
+    alone = logits_of(shard, texts, 2)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(logits_of(shard, texts, 2), alone, strict=True))
