@@ -24,9 +24,9 @@ from swarm.sampling import SampleResult
 MAX_DRAFT = 15
 """Tokens in one draft. With the token before them they are 16 rows, up to which kernels for few rows are quick."""
 
-_PRIOR = (0.2, 0.5, 0.2, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.95, 0.95)
-"""Share of right guesses before anything is known: of a copy after a difference, of which no token or one has been found
-again, and of others that have agreed with 2, 3, ... 8, 12 and 20 tokens."""
+_PRIOR = (0.2, 0.5, 0.2, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)
+"""Share of right guesses before anything is known: of a copy after a difference, of which no token or one has been
+found again; and of others, by how many tokens they have agreed with, from 2."""
 _PRIOR_WEIGHT = 2.0
 _KEPT = 0.97
 """What an observation of a bucket leaves of the weight of earlier ones."""
@@ -89,7 +89,7 @@ def _case(copy: Copy, ahead: int = 0) -> int:
         if copy.found + ahead < SURE:
             return copy.found + ahead
         agreed = copy.agreed // 2 + ahead
-    return min(agreed, 8) + (agreed >= 12) + (agreed >= 20)
+    return min(agreed, len(_PRIOR) - 1)
 
 
 class Rounds:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 
 _SHORTEST, _LONGEST = 2, 32
 """Tokens of a match: fewer are not looked for, more count as these."""
@@ -35,6 +36,10 @@ _FURTHER = 16
 """So many tokens of the source are searched for where to go on."""
 _DISTANCE_BITS = 3
 """A token that is found makes up for a distance from one for one of less than two to the power of these."""
+_FOLLOWED = 256
+"""Newest tokens of a prompt that are followed, in case it ends in a copy."""
+_BEGUN = 8
+"""It does if a copy has agreed with so many tokens."""
 SURE = 2
 """A copy goes on where so many of the newest tokens are found."""
 
@@ -45,9 +50,6 @@ class Edit:
     """In the source, ..."""
     after: tuple[int, ...] = ()
     """... and in the text."""
-
-
-_NO_EDIT = Edit()
 
 
 @dataclass(slots=True)
@@ -65,6 +67,9 @@ class Copy:
     found: int = 0
     """... because so many of the newest tokens are before it. None: one token for one."""
 
+    learned: dict[tuple[int, ...], Edit] = field(default_factory=dict)
+    """Edits that were found in it."""
+
     @property
     def lost(self) -> bool:
         """Where it goes on is not certain."""
@@ -80,13 +85,20 @@ class Lookup:
         self.restart(tokens)
 
     def restart(self, tokens: Sequence[int]) -> None:
-        """The text is this; edits stay."""
+        """The text is this; edits stay. If it ends in a copy, as where an answer is begun or goes on elsewhere, that
+        copy's edits are known too. What else is alike in a prompt, rows of a table, is no change of one to the other.
+        """
         self._tokens: list[int] = []
         self._places: dict[tuple[int, int], list[int]] = {}
         self.copies: list[Copy] = []
         """Those that have agreed longest first; no two expect the same place next."""
-        for token in tokens:
+        known = dict(self._edits)
+        for token in tokens[:-_FOLLOWED]:
             self._add(token)
+        for token in tokens[-_FOLLOWED:]:
+            self.append(token)
+        self.copies = [copy for copy in self.copies if copy.agreed >= _BEGUN]
+        self._edits = known | (self.copies[0].learned if self.copies else {})
         self._begin()
 
     def append(self, token: int) -> None:
@@ -155,13 +167,21 @@ class Lookup:
     def _go_on(self, copy: Copy) -> None:
         tokens, source = self._tokens, copy.source
         if all(other.agreed <= copy.agreed for other in self.copies):
-            same = len(copy.different) - copy.found
-            edit = Edit(tuple(tokens[source : copy.onward - copy.found]), tuple(copy.different[:same]))
-            self._edits[tuple(tokens[source - 1 : source + 1])] = edit
-            if edit != _NO_EDIT:
-                self._edits[tokens[source],] = edit
+            before = tuple(tokens[source : copy.onward - copy.found])
+            after = tuple(copy.different[: len(copy.different) - copy.found])
+            self._learn(copy, source, Edit())
+            for kind, start, end, new_start, new_end in SequenceMatcher(None, before, after, False).get_opcodes():
+                if kind != "equal":
+                    self._learn(copy, source + start, Edit(before[start:end], after[new_start:new_end]))
         copy.agreed = copy.agreed // 2 + copy.found
         copy.source, copy.different = copy.onward, []
+
+    def _learn(self, copy: Copy, source: int, edit: Edit) -> None:
+        new: dict[tuple[int, ...], Edit] = {tuple(self._tokens[source - 1 : source + 1]): edit}
+        if edit.before:
+            new[self._tokens[source],] = edit
+        copy.learned |= new
+        self._edits |= new
 
     def _add(self, token: int) -> None:
         self._tokens.append(token)
