@@ -35,11 +35,14 @@ _DIFFERENT = 8
 _FURTHER = 16
 """So many tokens of the source are searched for where to go on."""
 _DISTANCE_BITS = 3
-"""A token that is found makes up for a distance from one for one of less than two to the power of these."""
+"""A token that is found makes up for a distance from one for one of less than this power of two."""
 _FOLLOWED = 256
 """Newest tokens of a prompt that are followed, in case it ends in a copy."""
 _BEGUN = 8
 """It does if a copy has agreed with so many tokens."""
+_ENDING = 4
+"""As many tokens put in may belong to the token before them, as a longer name's do; more belong to the place."""
+_ANY = -1
 SURE = 2
 """A copy goes on where so many of the newest tokens are found."""
 
@@ -66,8 +69,7 @@ class Copy:
     """... and where the source goes on then ..."""
     found: int = 0
     """... because so many of the newest tokens are before it. None: one token for one."""
-
-    learned: dict[tuple[int, ...], Edit] = field(default_factory=dict)
+    learned: dict[tuple[int, int], Edit] = field(default_factory=dict)
     """Edits that were found in it."""
 
     @property
@@ -80,8 +82,8 @@ class Lookup:
     """One text, its copies and its edits."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self._edits: dict[tuple[int, ...], Edit] = {}
-        """By the first token of the source, and by that and the one before it."""
+        self._edits: dict[tuple[int, int], Edit] = {}
+        """By the last token of the source before it and the first that it is about, or one of them and ``_ANY``."""
         self.restart(tokens)
 
     def restart(self, tokens: Sequence[int]) -> None:
@@ -144,7 +146,8 @@ class Lookup:
     def _step(self, source: int) -> tuple[tuple[int, ...], int]:
         """What comes for the token at ``source``, which may be an edit and the token after it; and where it goes on."""
         tokens = self._tokens
-        for key in (tuple(tokens[source - 1 : source + 1]), (tokens[source],)):
+        last, first = tokens[source - 1], tokens[source]
+        for key in ((last, first), (_ANY, first), (last, _ANY)):
             edit = self._edits.get(key)
             if edit is not None:
                 end = source + len(edit.before)
@@ -155,7 +158,7 @@ class Lookup:
     def _find_onward(self, copy: Copy) -> None:
         tokens, different, source = self._tokens, copy.different, copy.source
         one_for_one = source + len(different)
-        copy.onward, copy.found, best = min(one_for_one, len(tokens)), 0, 0
+        copy.onward, copy.found, best = min(one_for_one, len(tokens)), 0, -1
         for onward in range(source + 1, min(source + _FURTHER, len(tokens)) + 1):
             found, most = 0, min(len(different), onward - source)
             while found < most and tokens[onward - 1 - found] == different[-1 - found]:
@@ -177,9 +180,12 @@ class Lookup:
         copy.source, copy.different = copy.onward, []
 
     def _learn(self, copy: Copy, source: int, edit: Edit) -> None:
-        new: dict[tuple[int, ...], Edit] = {tuple(self._tokens[source - 1 : source + 1]): edit}
+        last, first = self._tokens[source - 1], self._tokens[source]
+        new = {(last, first): edit}
         if edit.before:
-            new[self._tokens[source],] = edit
+            new[_ANY, first] = edit
+        elif 0 < len(edit.after) <= _ENDING:
+            new[last, _ANY] = edit
         copy.learned |= new
         self._edits |= new
 
