@@ -172,8 +172,9 @@ class Lookup:
         if all(other.agreed <= copy.agreed for other in self.copies):
             before = tuple(tokens[source : copy.onward - copy.found])
             after = tuple(copy.different[: len(copy.different) - copy.found])
-            self._learn(copy, source, Edit())
-            for kind, start, end, new_start, new_end in SequenceMatcher(None, before, after, False).get_opcodes():
+            self._learn(copy, source, Edit())  # a known one that was not made here is forgotten here
+            changes = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+            for kind, start, end, new_start, new_end in changes:
                 if kind != "equal":
                     self._learn(copy, source + start, Edit(before[start:end], after[new_start:new_end]))
         copy.agreed = copy.agreed // 2 + copy.found
