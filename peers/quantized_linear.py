@@ -2,7 +2,8 @@
 
 Few rows wait for memory: weights are read in their blocks and expanded in registers. Many rows wait for arithmetic:
 a piece of the matrix is expanded into scratch that a cache holds, and the dense kernel does the rest. Which of the
-two ran shows in the last bits of float32 only, so replayed rows continue a session as the lost ones would have.
+two ran shows in the last bits of float32 only, so replayed rows continue a session as the lost ones would have; rows in
+bfloat16 are multiplied in that if there are many. On other devices than CPUs pieces are always expanded.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ SCRATCH_BYTES: Final = 4 * 2**20
 
 
 class QuantizedLinear(nn.Module):
-    """Stands in for ``nn.Linear`` on a CPU, with rows of any float dtype."""
+    """Stands in for ``nn.Linear``, with rows of any float dtype."""
 
     def __init__(self, matrix: Blocks, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.rows, matrix.columns
         self.matrix = matrix
         self.bias = bias
-        self._kernels = block_kernels()
+        self._kernels = block_kernels() if matrix.data.device.type == "cpu" else None
         # It holds an address within the matrix, which this object keeps.
         self._product = self._kernels.bind(matrix) if self._kernels is not None else None
 
@@ -74,9 +75,10 @@ def _few(product: Product, rows: torch.Tensor, result: torch.Tensor) -> None:
 
 def _many(kernels: BlockKernels | None, matrix: Blocks, rows: torch.Tensor) -> torch.Tensor:
     """In the rows' own dtype where the machine has a kernel for that: what rounds rows may round weights, too."""
-    dtype = rows.dtype if packing_works(rows.dtype) else torch.float32
+    on_cpu = rows.device.type == "cpu"
+    dtype = rows.dtype if not on_cpu or packing_works(rows.dtype) else torch.float32
     rows = rows.to(dtype)
-    multiply = product if packing_works(dtype) else nn.functional.linear
+    multiply = product if on_cpu and packing_works(dtype) else nn.functional.linear
     result = rows.new_empty(rows.shape[0], matrix.rows)
     step = max(1, SCRATCH_BYTES // (4 * matrix.columns))
     scratch = rows.new_empty(min(step, matrix.rows), matrix.columns, dtype=torch.float32)

@@ -19,7 +19,7 @@ from peers.quantized_linear import DENSE_ROWS, QuantizedLinear, SideBySide
 from peers.shard import Shard, Step
 from peers.weights import open_source
 from peers.weights.blocks import BlockKind, Blocks, to_blocks
-from swarm.errors import ConfigError, UnsupportedModel
+from swarm.errors import ConfigError
 from swarm.models import config_dict, load_profile, resolve
 from swarm.types import LayerRange
 from tests.checkpoints import make_checkpoint, make_gguf
@@ -193,10 +193,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         resolve(path, "bfloat16", weights="float32")
     with pytest.raises(ConfigError, match="auto, float32, bfloat16, int8, int4"):
         resolve(path, weights="int3")
-    reference = resolve(path, weights="int4")
-    profile, layers = load_profile(reference), LayerRange(0, 1)
-    with pytest.raises(UnsupportedModel, match="take weights auto"):
-        Shard.load(profile, config_dict(reference), open_source(reference, layers), layers, device="meta")
 
 
 def test_the_sizes_that_are_reckoned_with_are_those_that_blocks_have(tmp_path: Path) -> None:
