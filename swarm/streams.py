@@ -5,7 +5,7 @@ EOF without the end frame is :class:`StreamLost`, and a length is checked before
 
 The hot path is a decode step: one frame of about 2 KB a hop. So ``send`` is one ``write`` and no wait, and ``receive``
 takes two reads from a buffer that usually holds both; no task and no timer is made for either. A write wakes the
-daemon, which costs more than all that precedes it: what one turn of the event loop has to send on a stream is one write.
+daemon, which costs more than all that precedes it: what one turn of the event loop sends on a stream is one write.
 """
 
 from __future__ import annotations
