@@ -43,7 +43,7 @@ def opened(epoch: int = 1, keep: int = 0, **extra: Any) -> OpenRequest:
 
 def stage(*, last: bool, **extra: Any) -> Stage:
     """With all rows before the newest token's, and one target."""
-    log = None if last else CheckpointLog(1, 64)
+    log = None if last else CheckpointLog(1)
     made = Stage(opened(**extra), OWNER, first=False, last=last, cache=FakeCache(), log=log)
     run(made, 0, KNOWN - 1)
     made.follow([Target(PeerAddress(AFTER, ()), 0, 1, KNOWN - 1)])
