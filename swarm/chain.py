@@ -200,14 +200,19 @@ class Chain:
             await self._feed(self.controls[0].have)
 
     def _commit_what_came(self) -> None:
-        """Tokens that were still on their way when the route was interrupted."""
-        while not self.events.empty():
+        """Tokens that were still on their way when the route was interrupted.
+
+        What a hop says is wrong in this very epoch, such as that it has no more room, stays to be heard.
+        """
+        for _ in range(self.events.qsize()):
             control, event = self.events.get_nowait()
             if isinstance(event, pb.Output) and control is self.controls[-1]:
                 with control.blamed():
                     self.transcript.commit(event)
             elif isinstance(event, SwarmError) and control in self.controls:
                 raise HopLost(control, event)
+            elif isinstance(event, pb.Error) and event.epoch >= self.epoch:
+                self.events.put_nowait((control, event))
 
     def _record(self, reason: str, kept: int, survivors: set[HopControl]) -> None:
         fresh = [control for control in self.controls if control not in survivors]
