@@ -75,6 +75,8 @@ class ToyExecutor:
         self.drafts_right = 0
         self.positions_run: dict[int, Counter[tuple[int, int]]] = {}
         """For each cache, how often each position was computed after the same tokens."""
+        self.kinds: list[str] = []
+        """How sessions had their keys and values kept here."""
         self._device = asyncio.Lock()
 
     @property
@@ -82,6 +84,7 @@ class ToyExecutor:
         return 4
 
     def new_cache(self, layers: LayerRange, capacity: int, kind: str = kv.MODEL) -> ToyCache:
+        self.kinds.append(kind)
         return ToyCache(layers, capacity)
 
     def copy_cache(self, cache: Cache, length: int, capacity: int) -> ToyCache:

@@ -12,7 +12,9 @@ from peers.kv_budget import KVBudget
 from peers.prefix_cache import PrefixCache
 from peers.shard import Shard, Step
 from peers.stage import Stage
-from swarm.prefix import BLOCK, NAME_BYTES, Prefixes, reckoned, shared_tokens
+from swarm.prefix import BLOCK, NAME_BYTES, Prefixes, SessionPrefix, reckoned, shared_tokens
+from swarm.sampling import SamplingParams
+from swarm.transcript import GenerationRequest, Transcript
 from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Route, SessionId
 from tests.reference import ModelSource, profile_of
 
@@ -64,6 +66,15 @@ def test_a_name_depends_on_every_token_before_on_the_model_and_on_the_key() -> N
     for other in others:
         blocks = [slice(at, at + NAME_BYTES) for at in range(0, len(whole), NAME_BYTES)]
         assert not any(whole[block] == other[block] for block in blocks)
+
+
+def test_texts_whose_keys_and_values_are_kept_otherwise_have_other_names() -> None:
+    def named(kind: str) -> bytes:
+        request = GenerationRequest(tuple(TEXT), 5, SamplingParams(), frozenset(), kv=kind)
+        return SessionPrefix(NAMES, MODEL, Transcript(request, 200, 1000)).name()
+
+    assert named("model") == NAMES.chain(MODEL, TEXT)
+    assert shared_tokens(named("model"), named("int8")) == 0
 
 
 def test_what_two_chains_share_is_counted_in_whole_blocks_from_the_beginning() -> None:
