@@ -123,6 +123,8 @@ class HopControl:
                 self._stream.try_send(pb.ControlRequest(finish=pb.Finish(prefix=prefix)).SerializeToString())
             self.lost = StreamLost("closed")
             await self._stream.close()
+        else:
+            self._stream.abort()
         self._end()
 
     def abort(self, reason: SwarmError | None = None) -> None:

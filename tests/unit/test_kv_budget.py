@@ -55,6 +55,18 @@ def test_the_idle_session_that_was_used_longest_ago_goes_first() -> None:
     assert budget.evictable(101) == [], "evicting everybody would not do"
 
 
+def test_others_give_way_after_the_idle_ones_in_their_order_and_no_more_than_it_takes() -> None:
+    budget = KVBudget(100, max_sessions=4)
+    for number in (1, 2, 3, 4):
+        budget.reserve(session(number), 25)
+    budget.mark_idle(session(3))
+    others = [session(2), session(3), session(1)]
+    assert budget.evictable(20, others=others) == [session(3)]
+    assert budget.evictable(50, others=others) == [session(3), session(2)]
+    assert budget.evictable(75, others=others) == [session(3), session(2), session(1)]
+    assert budget.evictable(76, others=others) == [], "nobody goes in vain"
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="known: lru"):
         KVBudget(1, 1, policy="random")
