@@ -53,8 +53,8 @@ class StageTable:
         self.runners: dict[StageKey, StageRunner] = {}
         self._tasks = tasks
         self._lingering: dict[StageKey, asyncio.TimerHandle] = {}
-        self._owed: dict[StageKey, float] = {}
-        """Stages that had to give way, and until when they come before newcomers."""
+        self._owed: dict[SessionId, float] = {}
+        """Sessions that had to give way, and until when they come before newcomers."""
         self._emptied = asyncio.Event()
         self._emptied.set()
 
@@ -103,8 +103,8 @@ class StageTable:
         one would have to give way at once."""
         now = asyncio.get_running_loop().time()
         self._owed = {owed: until for owed, until in self._owed.items() if until > now}
-        if key in self._owed:
-            self._owed[key] = now + OWED_S
+        if request.session in self._owed:
+            self._owed[request.session] = now + OWED_S
         elif self._owed:
             raise Busy("KV budget: sessions that had to give way come back first")
         full, size = self._size(request, request.max_positions), self._size(request, room)
@@ -121,7 +121,7 @@ class StageTable:
             free = self.budget.free_bytes
             raise Busy(f"KV budget: {needed} bytes asked for, to begin and grow, {free} of {limit} are free")
         self.budget.reserve(_held_as(key), size)
-        self._owed.pop(key, None)
+        self._owed.pop(request.session, None)
 
     # ---- growing, and giving way ------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class StageTable:
         """Free the stage now, and tell its owner why."""
         runner = self.runners[key]
         if isinstance(error, Busy):
-            self._owed[key] = asyncio.get_running_loop().time() + OWED_S
+            self._owed[runner.stage.session] = asyncio.get_running_loop().time() + OWED_S
         self._tasks.create_task(runner.report(error, None))
         self.free(key)
 
