@@ -51,13 +51,21 @@ class AttentionKernel:
         ]  # fmt: skip
         self._attend.restype = ctypes.c_int
 
+    @property
+    def address(self) -> int:
+        """Of the function, for the kernels that run whole layers."""
+        return ctypes.cast(self._attend, ctypes.c_void_p).value or 0
+
     @staticmethod
-    def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    def misfit(heads: int, kv_heads: int, dim: int) -> bool:
+        """Whether these numbers are unusual ones, which the kernel does not take."""
+        return bool(dim % LANES or heads % kv_heads or heads // kv_heads > MOST_GROUP)
+
+    @classmethod
+    def takes(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Of ``[1, heads, rows, dim]``: float32 on a CPU, of usual shapes."""
-        _, heads, _, dim = query.shape
-        kv_heads = key.shape[1]
-        fits = dim % LANES == 0 and heads % kv_heads == 0 and heads // kv_heads <= MOST_GROUP
         dense = query.stride(3) == key.stride(3) == value.stride(3) == 1
+        fits = not cls.misfit(query.shape[1], key.shape[1], query.shape[3])
         return fits and dense and query.dtype == torch.float32 and query.device.type == "cpu"
 
     def attend(

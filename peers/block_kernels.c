@@ -1,19 +1,39 @@
-/* Products of float32 rows with a matrix that stays in blocks: GGUF's Q4_0, Q4_1 and Q8_0, or plain bfloat16.
+/* Products of float32 rows with matrices that stay as they are stored, and all of a decoder layer around them.
 
-   A block is 32 neighbouring weights of one matrix row: a scale (float16), for Q4_1 a minimum (float16), codes. A
-   row has its scales first, then its minima, then its codes. Weights are expanded in registers. Each result is summed in an order that depends on the shape of the matrix
-   alone, so a row of activations gives the same bits whichever other rows share the call. */
+   A matrix is in GGUF's Q4_0, Q4_1 or Q8_0, in plain bfloat16, or in float32 as oneDNN packs it. In the first four, rows
+   of outputs follow each other, each with its scales (float16) first, then its minima (Q4_1), then the codes of its
+   blocks of 32 neighbouring weights. In the last, `packed` outputs stand side by side: [outputs / packed, inputs, packed].
 
+   Weights are expanded in registers. Each result is summed in an order that depends on the matrix's shape alone, so a row
+   of activations gives the same bits whichever other rows share the call. */
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef float floats __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS_TOGETHER = 8, PACKED_ROWS = 6 }; /* 32 registers */
+#else
+enum { LANES = 8, ROWS_TOGETHER = 4, PACKED_ROWS = 3 };
+#endif
 
-enum { Q4_0, Q4_1, Q8_0, BFLOAT16 };
-enum { BLOCK = 32, TOGETHER = 4 };
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
+enum { BLOCK = 32, PIECES = BLOCK / LANES, OUTPUTS_TOGETHER = 2, PACKED_VECTORS = 4 };
+enum { MOST_THREADS = 16, PATIENCE = 2000 };
+enum { LINE = 64, AHEAD = 2, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* As Python fills it: numbers of 64 bits. */
+typedef struct {
+    int64_t kind, address, outputs, inputs, packed;
+} matrix;
 
 INLINE int code_bytes(int kind) { return kind < Q8_0 ? 16 : kind == Q8_0 ? 32 : 64; }
 
@@ -28,11 +48,15 @@ INLINE floats load(const float *at) {
     return value;
 }
 
-INLINE float total(floats v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
+INLINE void store(float *at, floats value) { memcpy(at, &value, sizeof value); }
 
-#ifdef __AVX2__ /* compilers do not find these by themselves */
+INLINE floats all(float x) { return x - (floats){0}; }
+
+/* ---- weights as floats; compilers do not find these instructions by themselves ---- */
+
+/* `weights`: LANES * piece and on of a block, scale * code + shift. */
+
+#ifdef __AVX2__
 
 #include <immintrin.h>
 
@@ -46,28 +70,51 @@ INLINE void from_halves(const uint8_t *from, int64_t count, float *to) {
     }
 }
 
-INLINE void from_bytes(const uint8_t *codes, floats out[4]) {
-    for (int i = 0; i < 4; i++)
-        out[i] = (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * i))));
-}
+#ifdef __AVX512F__
 
-INLINE void from_nibbles(const uint8_t *codes, floats out[4]) {
-    __m128i pairs = _mm_loadu_si128((const __m128i *)codes), mask = _mm_set1_epi8(15);
-    __m128i low = _mm_and_si128(pairs, mask), high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
-    out[0] = (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low));
-    out[1] = (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(low, 8)));
-    out[2] = (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high));
-    out[3] = (floats)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(high, 8)));
-}
+INLINE float total(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 
-INLINE void from_bfloat16(const uint8_t *codes, floats out[4]) {
-    for (int i = 0; i < 4; i++) {
-        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(codes + 16 * i)));
-        out[i] = (floats)_mm256_slli_epi32(wide, 16);
+INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, float shift) {
+    if (kind < Q8_0) {
+        /* The sixteen numbers that a code may stand for; four bits of each lane choose one, the others do not count. */
+        const floats count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+        return (floats)_mm512_permutexvar_ps(piece ? _mm512_srli_epi32(pairs, 4) : pairs, (__m512)(count * scale + shift));
     }
+    if (kind == Q8_0) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + 16 * piece));
+        return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)) * scale;
+    }
+    __m256i upper = _mm256_loadu_si256((const __m256i *)(codes + 32 * piece));
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16);
 }
 
 #else
+
+INLINE float total(floats v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, float shift) {
+    if (kind < Q8_0) {
+        __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * (piece & 1))));
+        __m256i chosen = piece < 2 ? _mm256_and_si256(pairs, _mm256_set1_epi32(15)) : _mm256_srli_epi32(pairs, 4);
+        return (floats)_mm256_cvtepi32_ps(chosen) * scale + shift;
+    }
+    if (kind == Q8_0) {
+        __m128i bytes = _mm_loadl_epi64((const __m128i *)(codes + 8 * piece));
+        return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)) * scale;
+    }
+    __m128i upper = _mm_loadu_si128((const __m128i *)(codes + 16 * piece));
+    return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(upper), 16);
+}
+
+#endif
+#else
+
+INLINE float total(floats v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
 
 INLINE void from_halves(const uint8_t *from, int64_t count, float *to) {
     for (int64_t i = 0; i < count; i++) {
@@ -77,76 +124,85 @@ INLINE void from_halves(const uint8_t *from, int64_t count, float *to) {
     }
 }
 
-INLINE void from_bytes(const uint8_t *codes, floats out[4]) {
-    for (int i = 0; i < BLOCK; i++) out[i / 8][i % 8] = (int8_t)codes[i];
-}
-
-INLINE void from_nibbles(const uint8_t *codes, floats out[4]) {
-    for (int i = 0; i < BLOCK / 2; i++) {
-        out[i / 8][i % 8] = codes[i] & 15;
-        out[2 + i / 8][i % 8] = codes[i] >> 4;
+INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, float shift) {
+    floats out = {0};
+    for (int lane = 0; lane < LANES; lane++) {
+        int i = LANES * piece + lane;
+        if (kind < Q8_0) out[lane] = (i < 16 ? codes[i] & 15 : codes[i - 16] >> 4) * scale + shift;
+        if (kind == Q8_0) out[lane] = (int8_t)codes[i] * scale;
+        if (kind == BFLOAT16) {
+            uint32_t bits = ((uint32_t)codes[2 * i] << 16) | ((uint32_t)codes[2 * i + 1] << 24);
+            float value;
+            memcpy(&value, &bits, sizeof value);
+            out[lane] = value;
+        }
     }
-}
-
-INLINE void from_bfloat16(const uint8_t *codes, floats out[4]) {
-    for (int i = 0; i < BLOCK; i++) {
-        uint32_t bits = ((uint32_t)codes[2 * i] << 16) | ((uint32_t)codes[2 * i + 1] << 24);
-        float value;
-        memcpy(&value, &bits, sizeof value);
-        out[i / 8][i % 8] = value;
-    }
+    return out;
 }
 
 #endif
 
-/* weight = scale * code + shift: the numbers of a whole row, into factors[2 * blocks] */
+/* Scales and shifts of a whole row, into factors[2 * blocks]. */
 INLINE void read_factors(int kind, const uint8_t *row, int64_t blocks, float *factors) {
     from_halves(row, halves(kind) * blocks, factors);
     for (int64_t b = 0; kind == Q4_0 && b < blocks; b++) factors[blocks + b] = -8.0f * factors[b];
 }
 
-INLINE void decode(int kind, const uint8_t *from, floats codes[4]) {
-    if (kind < Q8_0) from_nibbles(from, codes);
-    if (kind == Q8_0) from_bytes(from, codes);
-    if (kind == BFLOAT16) from_bfloat16(from, codes);
-}
+/* ---- products ---- */
 
-/* One matrix row times `count` rows of activations. */
-INLINE void dot(int kind, int count, const uint8_t *codes_at, const float *factors, int64_t blocks, const float *rows,
-                const float *sums, float *out, int64_t stride) {
-    floats scaled[TOGETHER] = {0};
-    for (int64_t b = 0; b < blocks; b++, codes_at += code_bytes(kind)) {
-        floats codes[4];
-        decode(kind, codes_at, codes);
-        for (int i = 0; i < count; i++) {
-            const float *at = rows + (i * blocks + b) * BLOCK;
-            floats part = codes[0] * load(at);
-            part += codes[1] * load(at + 8);
-            part += codes[2] * load(at + 16);
-            part += codes[3] * load(at + 24);
-            scaled[i] += kind == BFLOAT16 ? part : part * factors[b];
+/* `outputs` rows of the matrix times `count` rows of activations; both are constants where this is inlined. */
+INLINE void dots(int kind, int outputs, int count, const uint8_t *matrix_row, int64_t blocks, const float *factors,
+                 const float *rows, float *out, int64_t stride) {
+    floats sums[OUTPUTS_TOGETHER][ROWS_TOGETHER] = {0};
+    for (int64_t b = 0; b < blocks; b++)
+        for (int piece = 0; piece < PIECES; piece++) {
+            floats column[OUTPUTS_TOGETHER];
+            for (int n = 0; n < outputs; n++) {
+                const uint8_t *codes = matrix_row + n * row_bytes(kind, blocks) + 2 * halves(kind) * blocks;
+                const float *own = factors + 2 * n * blocks;
+                float scale = kind == BFLOAT16 ? 1 : own[b], shift = kind < Q8_0 ? own[blocks + b] : 0;
+                column[n] = weights(kind, codes + b * code_bytes(kind), piece, scale, shift);
+            }
+            for (int m = 0; m < count; m++) {
+                floats row = load(rows + (m * blocks + b) * BLOCK + piece * LANES);
+                for (int n = 0; n < outputs; n++) sums[n][m] += column[n] * row;
+            }
         }
-    }
-    for (int i = 0; i < count; i++) {
-        floats shifted = {0};
-        float rest = 0;
-        int64_t b = 0;
-        for (; kind < Q8_0 && b + 8 <= blocks; b += 8) shifted += load(sums + i * blocks + b) * load(factors + blocks + b);
-        for (; kind < Q8_0 && b < blocks; b++) rest += sums[i * blocks + b] * factors[blocks + b];
-        out[i * stride] = total(scaled[i] + shifted) + rest;
-    }
+    for (int n = 0; n < outputs; n++)
+        for (int m = 0; m < count; m++) out[m * stride + n] = total(sums[n][m]);
 }
 
-INLINE void all_dots(int kind, const uint8_t *matrix, int64_t outputs, int64_t blocks, const float *rows,
-                     const float *sums, float *factors, int64_t count, float *out, int64_t stride) {
-    for (int64_t n = 0; n < outputs; n++, matrix += row_bytes(kind, blocks), out++) {
-        const uint8_t *codes = matrix + 2 * halves(kind) * blocks;
-        int64_t i = 0;
-        read_factors(kind, matrix, blocks, factors);
-        for (; i + TOGETHER <= count; i += TOGETHER)
-            dot(kind, TOGETHER, codes, factors, blocks, rows + i * blocks * BLOCK, sums + i * blocks, out + i * stride, stride);
-        for (; i < count; i++)
-            dot(kind, 1, codes, factors, blocks, rows + i * blocks * BLOCK, sums + i * blocks, out + i * stride, stride);
+#define FOR_ROWS(call) \
+    switch (many) { \
+        case 1: call(1); break; \
+        case 2: call(2); break; \
+        case 3: call(3); break; \
+        case 4: call(4); break; \
+        case 5: call(5); break; \
+        case 6: call(6); break; \
+        case 7: call(7); break; \
+        default: call(8); \
+    }
+
+INLINE void all_dots(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t blocks, const float *rows,
+                     int64_t count, float *factors, float *out, int64_t stride) {
+    int64_t width = row_bytes(kind, blocks);
+    for (int64_t n = 0; n < outputs; n += OUTPUTS_TOGETHER, rows_of_matrix += OUTPUTS_TOGETHER * width) {
+        int two = n + 1 < outputs;
+        for (int64_t at = 0; at < OUTPUTS_TOGETHER * width; at += LINE) /* of what comes next; past the end it does nothing */
+            __builtin_prefetch(rows_of_matrix + AHEAD * OUTPUTS_TOGETHER * width + at);
+        read_factors(kind, rows_of_matrix, blocks, factors);
+        if (two) read_factors(kind, rows_of_matrix + width, blocks, factors + 2 * blocks);
+        for (int64_t m = 0; m < count; m += ROWS_TOGETHER) {
+            int many = (int)(count - m < ROWS_TOGETHER ? count - m : ROWS_TOGETHER);
+            const float *from = rows + m * blocks * BLOCK;
+            float *to = out + m * stride + n;
+#define DOTS(known) \
+    if (known > ROWS_TOGETHER) break; \
+    if (two) dots(kind, 2, known, rows_of_matrix, blocks, factors, from, to, stride); \
+    else dots(kind, 1, known, rows_of_matrix, blocks, factors, from, to, stride)
+            FOR_ROWS(DOTS)
+        }
     }
 }
 
@@ -159,63 +215,102 @@ INLINE void all_dots(int kind, const uint8_t *matrix, int64_t outputs, int64_t b
     }
 
 /* out[count, outputs] = rows[count, blocks * 32] @ matrix[outputs, blocks].T; rows of `out` are `stride` floats apart.
-   Returns 0, or -1 without memory for sums and factors. */
-int product(int kind, const uint8_t *matrix, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
+   Returns 0, or -1 without memory for factors. */
+int product(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
             float *out, int64_t stride) {
-    float *sums = malloc((count + 2) * blocks * sizeof *sums), *factors = sums + count * blocks;
-    if (sums == NULL) return -1;
-    for (int64_t b = 0; b < count * blocks; b++) {
-        const float *at = rows + b * BLOCK;
-        sums[b] = total((load(at) + load(at + 8)) + (load(at + 16) + load(at + 24)));
+    float *factors = malloc(2 * OUTPUTS_TOGETHER * blocks * sizeof *factors);
+    if (factors == NULL) return -1;
+    int64_t most = CACHED_BYTES / (blocks * BLOCK * sizeof *rows) / ROWS_TOGETHER * ROWS_TOGETHER;
+    if (most < ROWS_TOGETHER) most = ROWS_TOGETHER;
+    for (int64_t m = 0; m < count; m += most, rows += most * blocks * BLOCK, out += most * stride) {
+        int64_t many = count - m < most ? count - m : most;
+#define PRODUCT(known) all_dots(known, rows_of_matrix, outputs, blocks, rows, many, factors, out, stride)
+        FOR_KIND(PRODUCT)
     }
-#define PRODUCT(kind) all_dots(kind, matrix, outputs, blocks, rows, sums, factors, count, out, stride)
-    FOR_KIND(PRODUCT)
-    free(sums);
+    free(factors);
     return 0;
 }
 
-INLINE void expand_rows(int kind, const uint8_t *matrix, int64_t count, int64_t blocks, float *factors, float *out) {
-    for (int64_t n = 0; n < count; n++, matrix += row_bytes(kind, blocks)) {
-        read_factors(kind, matrix, blocks, factors);
-        for (int64_t b = 0; b < blocks; b++, out += BLOCK) {
-            floats codes[4];
-            decode(kind, matrix + 2 * halves(kind) * blocks + b * code_bytes(kind), codes);
-            for (int i = 0; i < 4; i++) {
-                floats values = codes[i];
-                if (kind != BFLOAT16) values *= factors[b];
-                if (kind < Q8_0) values += factors[blocks + b];
-                memcpy(out + 8 * i, &values, sizeof values);
-            }
+/* `vectors` * LANES outputs that stand side by side, for `count` rows of activations; both constants. */
+INLINE void packed_tile(int count, int vectors, const float *weights_at, int64_t inputs, int64_t packed, const float *rows,
+                        float *out, int64_t stride) {
+    floats sums[PACKED_ROWS][PACKED_VECTORS] = {0};
+    for (int64_t k = 0; k < inputs; k++, weights_at += packed) {
+        floats column[PACKED_VECTORS];
+        for (int v = 0; v < vectors; v++) column[v] = load(weights_at + v * LANES);
+        for (int m = 0; m < count; m++) {
+            floats row = all(rows[m * inputs + k]);
+            for (int v = 0; v < vectors; v++) sums[m][v] += column[v] * row;
+        }
+    }
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < vectors; v++) store(out + m * stride + v * LANES, sums[m][v]);
+}
+
+INLINE void packed_rows(int count, const float *weights_at, int64_t inputs, int64_t packed, const float *rows, float *out,
+                        int64_t stride) {
+    for (int64_t v = 0; v < packed; v += PACKED_VECTORS * LANES) {
+#define TILE(vectors) packed_tile(count, vectors, weights_at + v, inputs, packed, rows, out + v, stride)
+        switch ((packed - v) / LANES) {
+            case 1: TILE(1); break;
+            case 2: TILE(2); break;
+            case 3: TILE(3); break;
+            default: TILE(4);
         }
     }
 }
 
+/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides first and stop. */
+static void packed_product(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *out,
+                           int64_t stride) {
+    const float *weights_at = (const float *)(intptr_t)of->address + first * of->inputs;
+    for (int64_t n = first; n < stop; n += of->packed, weights_at += of->packed * of->inputs)
+        for (int64_t m = 0; m < count; m += PACKED_ROWS) { /* a cache holds the weights from one round to the next */
+            int many = (int)(count - m < PACKED_ROWS ? count - m : PACKED_ROWS);
+            const float *from = rows + m * of->inputs;
+            float *to = out + m * stride + n;
+#define PACKED(known) \
+    if (known > PACKED_ROWS) break; \
+    packed_rows(known, weights_at, of->inputs, of->packed, from, to, stride)
+            FOR_ROWS(PACKED)
+        }
+}
+
+INLINE void expand_rows(int kind, const uint8_t *rows_of_matrix, int64_t count, int64_t blocks, float *factors, float *out) {
+    for (int64_t n = 0; n < count; n++, rows_of_matrix += row_bytes(kind, blocks)) {
+        const uint8_t *codes = rows_of_matrix + 2 * halves(kind) * blocks;
+        read_factors(kind, rows_of_matrix, blocks, factors);
+        for (int64_t b = 0; b < blocks; b++, codes += code_bytes(kind))
+            for (int piece = 0; piece < PIECES; piece++, out += LANES) {
+                float scale = kind == BFLOAT16 ? 1 : factors[b], shift = kind < Q8_0 ? factors[blocks + b] : 0;
+                store(out, weights(kind, codes, piece, scale, shift));
+            }
+    }
+}
+
 /* out[count, blocks * 32]: the weights of `count` rows. Returns 0, or -1 without memory for factors. */
-int expand(int kind, const uint8_t *matrix, int64_t count, int64_t blocks, float *out) {
+int expand(int kind, const uint8_t *rows_of_matrix, int64_t count, int64_t blocks, float *out) {
     float *factors = malloc(2 * blocks * sizeof *factors);
     if (factors == NULL) return -1;
-#define EXPAND(kind) expand_rows(kind, matrix, count, blocks, factors, out)
+#define EXPAND(known) expand_rows(known, rows_of_matrix, count, blocks, factors, out)
     FOR_KIND(EXPAND)
     free(factors);
     return 0;
 }
 
-/* ---- what lies around the products of a decoder layer ---- */
+int lanes(void) { return LANES; }
 
-typedef int32_t ints __attribute__((vector_size(32)));
-
-INLINE void store(float *at, floats value) { memcpy(at, &value, sizeof value); }
+/* ---- decoder layers ---- */
 
 INLINE floats choose(ints where, floats yes, floats no) { return (floats)((where & (ints)yes) | (~where & (ints)no)); }
 
 /* exp(x) to about 2e-7, by 2^n * exp(r) */
 INLINE floats exponential(floats x) {
-    const floats low = {-87, -87, -87, -87, -87, -87, -87, -87}, high = -low, zero = {0};
-    x = choose(x < low, low, choose(x > high, high, x));
+    x = choose(x < all(-87), all(-87), choose(x > all(87), all(87), x));
     floats shifted = x * 1.44269504f + 12582912.0f; /* its lowest bits are the nearest whole number */
     floats n = shifted - 12582912.0f;
     floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    floats value = zero + 1.9875691500e-4f;
+    floats value = all(1.9875691500e-4f);
     value = value * r + 1.3981999507e-3f;
     value = value * r + 8.3334519073e-3f;
     value = value * r + 4.1665795894e-2f;
@@ -225,67 +320,193 @@ INLINE floats exponential(floats x) {
     return (floats)((ints)value + ((ints)shifted << 23));
 }
 
-/* Sizes of rows are multiples of 32 here, those of heads of 16. */
+/* Sizes of rows are multiples of 32 here, those of heads of 2 * LANES. */
 static void norm_rows(const float *rows, int64_t count, int64_t size, const float *weight, float epsilon, float *out) {
     for (int64_t m = 0; m < count; m++, rows += size, out += size) {
         floats squares = {0};
-        for (int64_t i = 0; i < size; i += 8) squares += load(rows + i) * load(rows + i);
+        for (int64_t i = 0; i < size; i += LANES) squares += load(rows + i) * load(rows + i);
         float scale = 1.0f / __builtin_sqrtf(total(squares) / size + epsilon);
-        for (int64_t i = 0; i < size; i += 8) store(out + i, load(rows + i) * scale * load(weight + i));
+        for (int64_t i = 0; i < size; i += LANES) store(out + i, load(rows + i) * scale * load(weight + i));
     }
 }
 
 static void add_rows(float *to, const float *rows, int64_t count) {
-    for (int64_t i = 0; i < count; i += 8) store(to + i, load(to + i) + load(rows + i));
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(rows + i));
 }
 
-/* A matrix as four numbers: kind, address, outputs, blocks. */
-static int times(const int64_t matrix[4], const float *rows, int64_t count, float *out) {
-    const uint8_t *data = (const uint8_t *)(intptr_t)matrix[1];
-    return product((int)matrix[0], data, matrix[2], matrix[3], rows, count, out, matrix[2]);
+/* Each half of a head is rotated into the other; sines have the sign of their half. */
+static void rotate(float *head, int64_t dim, const float *cosines, const float *sines) {
+    int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i += LANES) {
+        floats first = load(head + i), second = load(head + half + i);
+        store(head + i, first * load(cosines + i) + second * load(sines + i));
+        store(head + half + i, second * load(cosines + half + i) + first * load(sines + half + i));
+    }
 }
 
-/* out[count, outputs] = norm(hidden) @ matrix.T, in which the first `heads` heads are rotated by the tables
-   [count, head_dim]; sines have the sign of their half. */
-int project(const int64_t matrix[4], const float *hidden, int64_t count, const float *weight, float epsilon,
-            const float *cosines, const float *sines, int64_t heads, int64_t head_dim, float *out) {
-    int64_t size = matrix[3] * BLOCK, half = head_dim / 2;
-    float *rows = malloc(count * size * sizeof *rows);
-    if (rows == NULL) return -1;
-    norm_rows(hidden, count, size, weight, epsilon, rows);
-    int failed = times(matrix, rows, count, out);
-    free(rows);
-    if (failed) return -1;
-    for (int64_t m = 0; m < count; m++, cosines += head_dim, sines += head_dim)
-        for (int64_t h = 0; h < heads; h++) {
-            float *head = out + m * matrix[2] + h * head_dim;
-            for (int64_t i = 0; i < half; i += 8) {
-                floats first = load(head + i), second = load(head + half + i);
-                store(head + i, first * load(cosines + i) + second * load(sines + i));
-                store(head + half + i, second * load(cosines + half + i) + first * load(sines + half + i));
-            }
+/* ---- threads: each has a share of every product's outputs ---- */
+
+typedef struct {
+    int threads;
+    atomic_int here, round;
+} meeting;
+
+/* Returns when all threads have called it. Whoever waits for long lets others have the processor. */
+static void meet(meeting *at) {
+    if (at->threads == 1) return;
+    int round = atomic_load(&at->round);
+    if (atomic_fetch_add(&at->here, 1) + 1 == at->threads) {
+        atomic_store(&at->here, 0);
+        atomic_fetch_add(&at->round, 1);
+        return;
+    }
+    for (int spins = 0; atomic_load(&at->round) == round; spins++)
+        if (spins > PATIENCE) sched_yield();
+}
+
+/* As Python fills it: numbers of 64 bits; an address of 0 is of something that the layer does not have. */
+typedef struct {
+    matrix query_key_value, output, gate_up, down;
+    int64_t input_norm, output_norm, bias, query_norm, key_norm, number, window;
+} layer;
+
+/* `attend` of attention_kernel.c */
+typedef int attention(const int64_t *spans, int64_t sessions, int64_t layer, int64_t window, int64_t heads,
+                      int64_t kv_heads, int64_t dim, float scale, const float *queries, int64_t q_head, int64_t q_row,
+                      const float *keys, int64_t k_head, int64_t k_row, const float *values, int64_t v_head,
+                      int64_t v_row, float *out);
+
+/* What all threads of one call share. */
+typedef struct {
+    const layer *layers;
+    int64_t number, count;
+    const float *cosines, *sines;
+    int64_t heads, kv_heads, dim;
+    float scale, epsilon;
+    attention *attend;
+    const int64_t *spans;
+    int64_t sessions, size;
+    float *mixed, *attended, *sums; /* outputs of products, complete once all threads have met */
+    atomic_int failed, begun;
+    meeting at;
+} pass;
+
+typedef struct {
+    pass *of;
+    int index;
+    float *hidden, *rows; /* its own, [count, size] */
+    pthread_t thread;
+} worker;
+
+/* Numbers from .. to of `all`, in whole steps, are this thread's. */
+INLINE int64_t share(const worker *own, int part, int64_t all, int64_t step) {
+    return (all / step * (own->index + part) / own->of->at.threads) * step;
+}
+
+static void times(worker *own, const matrix *of, const float *rows, float *out) {
+    int64_t step = of->kind == FLOAT32 ? of->packed : OUTPUTS_TOGETHER, count = own->of->count;
+    int64_t first = share(own, 0, of->outputs, step), stop = share(own, 1, of->outputs, step);
+    if (of->kind == FLOAT32) {
+        packed_product(of, first, stop, rows, count, out, of->outputs);
+        return;
+    }
+    int64_t blocks = of->inputs / BLOCK;
+    const uint8_t *data = (const uint8_t *)(intptr_t)of->address + first * row_bytes((int)of->kind, blocks);
+    if (product((int)of->kind, data, stop - first, blocks, rows, count, out + first, of->outputs)) own->of->failed = 1;
+}
+
+#define FLOATS(address) ((const float *)(intptr_t)(address))
+
+/* From what the first product gave to what the second one takes. */
+static void mix(pass *of, const layer *own) {
+    int64_t heads = of->heads, kv_heads = of->kv_heads, dim = of->dim, mixed = own->query_key_value.outputs;
+    for (int64_t m = 0; m < of->count; m++) {
+        float *head = of->mixed + m * mixed;
+        if (own->bias) add_rows(head, FLOATS(own->bias), mixed);
+        if (own->query_norm) {
+            norm_rows(head, heads, dim, FLOATS(own->query_norm), of->epsilon, head);
+            norm_rows(head + heads * dim, kv_heads, dim, FLOATS(own->key_norm), of->epsilon, head + heads * dim);
         }
-    return 0;
+        for (int64_t h = 0; h < heads + kv_heads; h++, head += dim)
+            rotate(head, dim, of->cosines + m * dim, of->sines + m * dim);
+    }
+    const float *keys = of->mixed + heads * dim, *values = keys + kv_heads * dim;
+    if (of->attend(of->spans, of->sessions, own->number, own->window, heads, kv_heads, dim, of->scale, of->mixed, dim,
+                   mixed, keys, dim, mixed, values, dim, mixed, of->attended))
+        of->failed = 1;
 }
 
-/* hidden[count, size] += attended @ output.T, and then += down(silu(gate) * up) of norm(hidden). */
-int finish(const int64_t output[4], const int64_t gate_up[4], const int64_t down[4], const float *attended,
-           int64_t count, const float *weight, float epsilon, float *hidden) {
-    int64_t size = output[2], wide = gate_up[2] / 2;
-    float *rows = malloc(count * (size + 2 * wide) * sizeof *rows), *wider = rows + count * size;
-    if (rows == NULL) return -1;
-    int failed = times(output, attended, count, rows);
-    add_rows(hidden, rows, count * size);
-    norm_rows(hidden, count, size, weight, epsilon, rows);
-    failed |= times(gate_up, rows, count, wider);
-    for (int64_t m = 0; m < count; m++)
-        for (int64_t i = 0; i < wide; i += 8) {
-            const float *at = wider + m * 2 * wide + i;
-            floats gate = load(at), gated = gate / (1.0f + exponential(-gate)) * load(at + wide);
-            store(wider + m * wide + i, gated); /* never before what is still to be read */
+/* silu(gate) * up, in place of this thread's share of the gates */
+static void gate(worker *own, int64_t wide) {
+    int64_t first = share(own, 0, wide, LANES), stop = share(own, 1, wide, LANES);
+    for (int64_t m = 0; m < own->of->count; m++)
+        for (int64_t i = first; i < stop; i += LANES) {
+            float *at = own->of->mixed + m * 2 * wide + i;
+            floats value = load(at);
+            store(own->of->attended + m * wide + i, value / (1.0f + exponential(-value)) * load(at + wide));
         }
-    failed |= times(down, wider, count, rows);
-    add_rows(hidden, rows, count * size);
-    free(rows);
-    return failed;
+}
+
+static void run_layer(worker *own, const layer *now) {
+    pass *of = own->of;
+    int64_t size = of->size, count = of->count;
+    norm_rows(own->hidden, count, size, FLOATS(now->input_norm), of->epsilon, own->rows);
+    times(own, &now->query_key_value, own->rows, of->mixed);
+    meet(&of->at);
+    if (own->index == 0) mix(of, now);
+    meet(&of->at);
+    times(own, &now->output, of->attended, of->sums);
+    meet(&of->at);
+    add_rows(own->hidden, of->sums, count * size);
+    norm_rows(own->hidden, count, size, FLOATS(now->output_norm), of->epsilon, own->rows);
+    times(own, &now->gate_up, own->rows, of->mixed);
+    meet(&of->at);
+    gate(own, now->down.inputs);
+    meet(&of->at);
+    times(own, &now->down, of->attended, of->sums);
+    meet(&of->at);
+    add_rows(own->hidden, of->sums, count * size);
+}
+
+static void *work(void *given) {
+    worker *own = given;
+    for (int spins = 0; !atomic_load(&own->of->begun); spins++)
+        if (spins > PATIENCE) sched_yield();
+    for (int64_t n = 0; n < own->of->number; n++) run_layer(own, own->of->layers + n);
+    return NULL;
+}
+
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* hidden[count, size], in place, through all layers. The tables of cosines and sines are [count, dim]. Returns 0, or -1
+   without memory. */
+int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
+               int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, attention *attend,
+               const int64_t *spans, int64_t sessions, int64_t threads, float *hidden) {
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads < 1) threads = 1;
+    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0;
+    for (int64_t n = 0; n < number; n++) {
+        mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));
+        attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
+    }
+    /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
+    float *memory = aligned_alloc(LINE, count * (mixed + attended + size + 2 * threads * size) * sizeof *memory);
+    if (memory == NULL) return -1;
+    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, attend, spans, sessions, size,
+                memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
+    worker workers[MOST_THREADS];
+    float *at = all.sums + count * size;
+    int64_t started = 1;
+    for (int64_t t = 0; t < threads; t++, at += 2 * count * size) {
+        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, 0};
+        if (t) memcpy(workers[t].hidden, hidden, count * size * sizeof *hidden);
+    }
+    while (started < threads && !pthread_create(&workers[started].thread, NULL, work, workers + started)) started++;
+    all.at.threads = (int)started; /* those that could be had */
+    atomic_store(&all.begun, 1);
+    work(workers);
+    for (int64_t t = 1; t < started; t++) pthread_join(workers[t].thread, NULL);
+    free(memory);
+    return all.failed ? -1 : 0;
 }

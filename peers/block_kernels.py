@@ -1,4 +1,4 @@
-"""The compiled kernels for matrices in blocks, made on this machine, for this machine, by its own C compiler.
+"""The compiled kernels for few rows: products with matrices as they are stored, and decoder layers made of them.
 
 PyTorch's kernels for 4 and 8 bit weights (``_weight_int4pack_mm_for_cpu``, ``_weight_int8pack_mm``) are fast with
 bfloat16 rows only, and round each product to bfloat16: a stage that replays a session's rows as one chunk would get
@@ -21,9 +21,9 @@ from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
 from swarm.errors import Internal
 
 SOURCE: Final = Path(__file__).with_name("block_kernels.c")
-_FOUR: Final = ctypes.c_int64 * 4
-Matrix = ctypes.Array[ctypes.c_int64]
-"""Kind, address, outputs and blocks: valid as long as the matrix is."""
+FLOAT32: Final = 4
+"""What the kernels call a float32 matrix that oneDNN has packed; the others are those of :class:`BlockKind`."""
+Numbers = ctypes.Array[ctypes.c_int64]
 Product = Callable[[torch.Tensor, torch.Tensor, int, int], None]
 """``(rows, out, first, stop)``: columns ``first`` to ``stop`` of ``out``, both of contiguous float32."""
 
@@ -38,14 +38,15 @@ class BlockKernels:
         self._product = library.product
         self._product.argtypes = [ctypes.c_int, pointer, number, number, pointer, number, pointer, number]
         self._product.restype = ctypes.c_int
-        self._project = library.project
-        self._project.argtypes = [
-            _FOUR, pointer, number, pointer, ctypes.c_float, pointer, pointer, number, number, pointer,
+        self._run_layers = library.run_layers
+        self._run_layers.argtypes = [
+            pointer, number, number, pointer, pointer, number, number, number, ctypes.c_float, ctypes.c_float,
+            pointer, pointer, number, number, pointer,
         ]  # fmt: skip
-        self._project.restype = ctypes.c_int
-        self._finish = library.finish
-        self._finish.argtypes = [_FOUR, _FOUR, _FOUR, pointer, number, pointer, ctypes.c_float, pointer]
-        self._finish.restype = ctypes.c_int
+        self._run_layers.restype = ctypes.c_int
+        library.lanes.restype = ctypes.c_int
+        self.lanes: int = library.lanes()
+        """Floats of one vector."""
         self._expand = library.expand
         self._expand.argtypes = [ctypes.c_int, pointer, number, number, pointer]
         self._expand.restype = ctypes.c_int
@@ -62,26 +63,17 @@ class BlockKernels:
 
         return product
 
-    def project(
-        self, matrix: Matrix, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, cos: torch.Tensor,
-        signed_sin: torch.Tensor, rotated: int, out: torch.Tensor,
+    def run_layers(
+        self, layers: Numbers, count: int, cos: torch.Tensor, signed_sin: torch.Tensor, heads: int, kv_heads: int,
+        scale: float, epsilon: float, attend: int, spans: Numbers, sessions: int, threads: int, hidden: torch.Tensor,
     ) -> None:  # fmt: skip
-        """See ``block_kernels.c``; all tensors are contiguous float32."""
-        if self._project(
-            matrix, hidden.data_ptr(), hidden.shape[0], weight.data_ptr(), epsilon, cos.data_ptr(),
-            signed_sin.data_ptr(), rotated, out.shape[2], out.data_ptr(),
+        """Changes ``hidden``; see ``block_kernels.c``; all tensors are contiguous float32. ``attend`` is the address of
+        the function in ``attention_kernel.c``, ``spans`` what that makes of the sessions."""
+        if self._run_layers(
+            layers, count, hidden.shape[0], cos.data_ptr(), signed_sin.data_ptr(), heads, kv_heads, cos.shape[1],
+            scale, epsilon, attend, spans, sessions, threads, hidden.data_ptr(),
         ):  # fmt: skip
-            raise Internal("no memory for a product")
-
-    def finish(
-        self, output: Matrix, gate_up: Matrix, down: Matrix, attended: torch.Tensor, weight: torch.Tensor,
-        epsilon: float, hidden: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Changes ``hidden``; see ``block_kernels.c``; all tensors are contiguous float32."""
-        if self._finish(
-            output, gate_up, down, attended.data_ptr(), hidden.shape[0], weight.data_ptr(), epsilon, hidden.data_ptr()
-        ):
-            raise Internal("no memory for a product")
+            raise Internal("no memory for a pass")
 
     def expand(self, matrix: Blocks, first: int, stop: int, out: torch.Tensor) -> None:
         """Rows ``first`` to ``stop`` of the matrix, into the contiguous float32 ``out``."""
@@ -89,10 +81,6 @@ class BlockKernels:
         start, blocks = matrix.data.data_ptr() + first * row_bytes, matrix.columns // BLOCK
         if self._expand(matrix.kind.value, start, stop - first, blocks, out.data_ptr()):
             raise Internal("no memory to expand a matrix")
-
-
-def described(matrix: Blocks) -> Matrix:
-    return _FOUR(matrix.kind.value, matrix.data.data_ptr(), matrix.rows, matrix.columns // BLOCK)
 
 
 @cache

@@ -8,7 +8,6 @@ equal to those of the whole matrix in float32, bit for bit.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
@@ -16,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from peers.linear import OneDnnLinear
+from peers.linear import OneDnnLinear, memory_of, packed_size
 from peers.weights.compact import CompactRows
 
 ReadRows = Callable[[int, int], CompactRows | None]
@@ -24,10 +23,8 @@ ReadRows = Callable[[int, int], CompactRows | None]
 
 SCRATCH_BYTES: Final = 4 * 2**20
 """Of an expanded block: small enough for a cache, large enough that the calls for each cost nothing."""
-_BLOCKS: Final = (64, 48, 32, 16, 8)
-"""Sizes of oneDNN's blocks of outputs, by kind of CPU."""
 _STEP: Final = 192
-"""Rows of a scratch matrix are a multiple of this: of all of ``_BLOCKS``."""
+"""Rows of a scratch matrix are a multiple of this: of all of ``PACKED_SIZES``."""
 
 _ops: Any = torch.ops.mkldnn
 
@@ -43,7 +40,7 @@ class CompactLinear(nn.Module):
         self._block = block
         self._rows = scratch_rows
         self._scratch = _ops._reorder_linear_weight(torch.zeros(scratch_rows, in_features))
-        self._values = _memory_of(self._scratch).view(scratch_rows // block, 1, in_features, block)
+        self._values = memory_of(self._scratch).view(scratch_rows // block, 1, in_features, block)
         self._codes: list[torch.Tensor] = []
         self._scales: list[torch.Tensor] = []
         self._tail: OneDnnLinear | None = None
@@ -103,26 +100,13 @@ def _scratch_rows(out_features: int, in_features: int) -> int | None:
     return next(fitting, most) or None
 
 
-def _memory_of(packed: torch.Tensor) -> torch.Tensor:
-    """The numbers of a packed matrix in the order in which they lie. Valid as long as ``packed`` is."""
-    size = _ops._nbytes(packed)
-    return torch.frombuffer((ctypes.c_char * size).from_address(_ops.data_ptr(packed)), dtype=torch.float32)
-
-
 def _block_of(rows: int, columns: int) -> int | None:
-    """Finds oneDNN's layout: the size of blocks of outputs, if the matrix lies as ``[rows/block, columns, block]``."""
+    """The size of oneDNN's blocks of outputs for a matrix of this shape, if its layout is known."""
     numbers = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)  # below 2**24: exact
     try:
-        packed = _ops._reorder_linear_weight(numbers)
-        found = _memory_of(packed)
+        return packed_size(_ops._reorder_linear_weight(numbers), numbers)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return None
-    if found.numel() != rows * columns:
-        return None
-    for block in _BLOCKS:
-        if torch.equal(found, numbers.view(rows // block, block, columns).transpose(1, 2).reshape(-1)):
-            return block
-    return None
 
 
 @cache

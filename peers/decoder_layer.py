@@ -14,9 +14,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 from peers.attention import Spans, swarm_attention
-from peers.fused_layer import FusedLayer
-from peers.norm import RootMeanSquareNorm, fast_norm
-from peers.quantized_linear import DENSE_ROWS
+from peers.norm import fast_norm
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of the transformers config."""
@@ -42,11 +40,6 @@ class DecoderLayer(nn.Module):
         self.key_norm: nn.Module | None = getattr(attention, "k_norm", None)
         self.query_key_value, self.output = query_key_value, output
         self.gate_up, self.down = gate_up, down
-        self._fused: FusedLayer | None = None
-        first, second = self.input_norm, self.output_norm
-        if isinstance(first, RootMeanSquareNorm) and isinstance(second, RootMeanSquareNorm) and not self.query_norm:
-            linears = [query_key_value, output, gate_up, down]
-            self._fused = FusedLayer.of(linears, (first, second), self.heads + self.kv_heads, self.head_dim)
 
     def forward(
         self,
@@ -58,11 +51,7 @@ class DecoderLayer(nn.Module):
         """``[1, rows, hidden]`` -> the same; ``position_embeddings`` are those of :class:`Rotation`."""
         hidden = hidden_states[0].contiguous()
         rotated = self.heads + self.kv_heads
-        mixed: torch.Tensor
-        if self._fused is not None and hidden.shape[0] < DENSE_ROWS and torch.get_num_threads() == 1:
-            mixed = self._fused.project(hidden, *position_embeddings)
-            return self._fused.finish(hidden, self._attend(mixed[:, :rotated], mixed, spans))[None]
-        mixed = self.query_key_value(self.input_norm(hidden)).view(hidden.shape[0], -1, self.head_dim)
+        mixed: torch.Tensor = self.query_key_value(self.input_norm(hidden)).view(hidden.shape[0], -1, self.head_dim)
         turned = rotate(self._normed(mixed[:, :rotated]), *position_embeddings)
         hidden = hidden + self.output(self._attend(turned, mixed, spans))
         gate, up = self.gate_up(self.output_norm(hidden)).tensor_split(2, -1)

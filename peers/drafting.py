@@ -7,30 +7,26 @@ position, so the tokens are those of a generation without drafts, sampled ones t
 as in Leviathan et al. ("Fast inference from transformers via speculative decoding", ICML 2023), and here not even the
 random numbers are.
 
-Guesses are looked up in the prompt and the text so far (Saxena, "Prompt lookup decoding", 2023). Three things are
-added. A copy goes on at its next token after one that was replaced, which is what renaming is. Every token that comes
-is compared with what would have been guessed, sent or not: so the share of right guesses is known, for each length of
-match, at no cost. And a draft is as long as maximises expected tokens by expected time of the round, which is measured:
-over slow links rows are nearly free, on one machine they are not. Pure.
+Guesses are looked up in the prompt and the text so far (:mod:`peers.lookup`). Every token that comes is compared with
+what each copy expected, sent or not: so the share of right guesses is known, by how long a copy has agreed, at no cost.
+The likeliest copy is drafted from, and its draft is as long as maximises expected tokens by expected time of the round,
+which is measured: over slow links rows are nearly free, on one machine they are not. Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from peers.executor import SampleRequest
+from peers.lookup import SURE, Copy, Lookup
 from swarm.sampling import SampleResult
 
 MAX_DRAFT = 15
 """Tokens in one draft. With the token before them they are 16 rows, up to which kernels for few rows are quick."""
 
-_SHORTEST, _LONGEST = 2, 8
-"""Tokens of a match: fewer are not looked for, more count as these."""
-_CANDIDATES = 8
-"""Newest occurrences that are compared."""
 _PRIOR = (0.2, 0.5, 0.2, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)
-"""Share of right guesses by length of match before anything is known. 0 and 1 are for a copy that goes on."""
+"""Share of right guesses before anything is known: of a copy after a difference, of which no token or one has been
+found again; and of others, by how many tokens they have agreed with, from 2."""
 _PRIOR_WEIGHT = 2.0
 _KEPT = 0.97
 """What an observation of a bucket leaves of the weight of earlier ones."""
@@ -68,32 +64,32 @@ def verified(
     return tuple(results)
 
 
-@dataclass(frozen=True, slots=True)
-class _Guess:
-    source: int
-    """The token at this position is the guess."""
-    length: int
-    """So many tokens before it are those at the end of the text, ``_LONGEST`` at most."""
-    going_on: bool
-    """It is where the last guess was copied from, one further."""
-
-
 class _Shares:
-    """How often guesses were right, by kind and length of match; old observations fade."""
+    """How often the token came that a copy expected, by what spoke for the copy; old observations fade."""
 
     def __init__(self) -> None:
-        self._right = [[0.0] * len(_PRIOR), [0.0] * len(_PRIOR)]
-        self._seen = [[0.0] * len(_PRIOR), [0.0] * len(_PRIOR)]
+        self._right = [0.0] * len(_PRIOR)
+        self._seen = [0.0] * len(_PRIOR)
 
-    def of(self, going_on: bool, length: int) -> float:
-        prior = _PRIOR[length]
-        right, seen = self._right[going_on][length], self._seen[going_on][length]
-        return (prior * _PRIOR_WEIGHT + right) / (_PRIOR_WEIGHT + seen)
+    def of(self, copy: Copy, ahead: int = 0) -> float:
+        """``ahead``: so many tokens more have come, and were as expected."""
+        case = _case(copy, ahead)
+        return (_PRIOR[case] * _PRIOR_WEIGHT + self._right[case]) / (_PRIOR_WEIGHT + self._seen[case])
 
-    def note(self, guess: _Guess, right: bool) -> None:
-        kind, length = guess.going_on, guess.length
-        self._right[kind][length] = self._right[kind][length] * _KEPT + right
-        self._seen[kind][length] = self._seen[kind][length] * _KEPT + 1
+    def note(self, copy: Copy, right: bool) -> None:
+        case = _case(copy)
+        self._right[case] = self._right[case] * _KEPT + right
+        self._seen[case] = self._seen[case] * _KEPT + 1
+
+
+def _case(copy: Copy, ahead: int = 0) -> int:
+    """An index of ``_PRIOR``."""
+    agreed = copy.agreed + ahead
+    if copy.lost:
+        if copy.found + ahead < SURE:
+            return copy.found + ahead
+        agreed = copy.agreed // 2 + ahead
+    return min(agreed, len(_PRIOR) - 1)
 
 
 class Rounds:
@@ -137,24 +133,17 @@ class Drafter:
         self._credit = _START
         """In rounds without a draft: the time that drafts have saved, less what they took."""
         self._shares = _Shares()
-        self.restart(tokens)
+        self._lookup = Lookup(tokens)
 
     def restart(self, tokens: Sequence[int]) -> None:
-        """The session's tokens are these; what was learned about guesses and times stays."""
-        self._tokens: list[int] = []
-        self._after: dict[tuple[int, int], list[int]] = {}
-        self._guess: _Guess | None = None
-        for token in tokens:
-            self._append(token)
-        self._guess = self._best(None)
+        """The session's tokens are these; what was learned about edits, guesses and times stays."""
+        self._lookup.restart(tokens)
 
     def append(self, token: int) -> None:
         """One more token is known."""
-        guess = self._guess
-        if guess is not None:
-            self._shares.note(guess, self._tokens[guess.source] == token)
-        self._append(token)
-        self._guess = self._best(None if guess is None else guess.source + 1)
+        for copy in self._lookup.copies:
+            self._shares.note(copy, self._lookup.ahead(copy, 1) == [token])
+        self._lookup.append(token)
 
     def note_round(self, drafted: int, right: int, seconds: float, batch: int) -> None:
         """A round of ``drafted`` guesses, of which ``right`` were, took so long; see :meth:`Rounds.note`."""
@@ -165,42 +154,16 @@ class Drafter:
 
     def propose(self, limit: int) -> tuple[int, ...]:
         """The draft that promises most: empty if none pays, ``limit`` tokens at most."""
-        guess = self._guess
-        if guess is None:
+        copies = self._lookup.copies
+        if not copies:
             return ()
+        copy = max(copies, key=lambda copy: (self._shares.of(copy), copy.agreed))
         base, row = self.rounds.costs()
         gain = _GAIN if self._credit > 0 else _GAIN_IN_DEBT
         tokens, likely, best_length, best = 1.0, 1.0, 0, gain / base
         for length in range(1, min(limit, MAX_DRAFT) + 1):
-            likely *= self._shares.of(guess.going_on, min(guess.length + length - 1, _LONGEST))
+            likely *= self._shares.of(copy, length - 1)
             tokens += likely
             if tokens / (base + length * row) > best:
                 best_length, best = length, tokens / (base + length * row)
-        text = self._tokens[guess.source : guess.source + best_length]
-        while len(text) < best_length:  # the copy has reached its own beginning: a period
-            text.append(text[len(text) - (len(self._tokens) - guess.source)])
-        return tuple(text)
-
-    def _append(self, token: int) -> None:
-        self._tokens.append(token)
-        if len(self._tokens) > _SHORTEST:
-            a, b = self._tokens[-3], self._tokens[-2]
-            places = self._after.setdefault((a, b), [])
-            places.append(len(self._tokens) - 1)
-            if len(places) > _CANDIDATES:
-                del places[0]
-
-    def _best(self, following: int | None) -> _Guess | None:
-        """The likeliest guess at the next token; ``following``: where the last one's copy would go on."""
-        tokens = self._tokens
-        found = [] if following is None else [self._compared(following, going_on=True)]
-        if len(tokens) >= _SHORTEST:
-            places = self._after.get((tokens[-2], tokens[-1]), ())
-            found += [self._compared(place, going_on=False) for place in reversed(places) if place != following]
-        return max(found, key=lambda guess: (self._shares.of(guess.going_on, guess.length), guess.length), default=None)
-
-    def _compared(self, source: int, *, going_on: bool) -> _Guess:
-        tokens, length = self._tokens, 0
-        while length < min(_LONGEST, source) and tokens[source - 1 - length] == tokens[-1 - length]:
-            length += 1
-        return _Guess(source, length, going_on)
+        return tuple(self._lookup.ahead(copy, best_length))

@@ -1,10 +1,7 @@
 """The compute thread: one batch of everything that is ready, again and again.
 
 Continuous batching as in Orca (Yu et al., OSDI 2022): a batch is formed anew for each step out of whatever
-sessions have input, decode steps first, then prefill chunks up to ``engine.max_batch_tokens`` rows. Steps
-of one batch share a layer sub-range; the oldest waiting step chooses it. While sessions decode, a prompt's chunk is
-run in pieces between their steps, so that it holds none of them up for long (chunked prefill as in Sarathi-Serve,
-Agrawal et al., OSDI 2024); of the passes with decode steps every other one is theirs alone, which is shorter still.
+sessions have input, see :mod:`peers.batching`.
 """
 
 from __future__ import annotations
@@ -14,15 +11,15 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 import torch
 
-from peers.drafting import MAX_DRAFT, verified
+from peers.batching import Batching, Waiting
+from peers.drafting import verified
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.kv_cache import BLOCK, SequenceCache
 from peers.row_codec import DTYPES, decoded, encoded
@@ -38,66 +35,8 @@ from swarm.wire import ITEM_BYTES, encoding_of
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Waiting:
-    request: StepRequest
-    """What is still to be run of it."""
-    done: Done
-    since: float
-    piece: StepRequest = field(init=False)
-    """What is run of it now."""
-    parts: list[bytes] = field(default_factory=list)
-    """Hidden states of the pieces that were run."""
-    queue_s: float = 0.0
-    compute_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.piece = self.request
-
-    def cut(self, most: int) -> int:
-        """Chooses the piece: ``most`` rows, or all where rows before the last matter; returns how many."""
-        request = self.request
-        wanted = request.sample.rows if request.sample is not None else request.logit_rows
-        if request.rows <= most or wanted > 1 or request.want_hidden:
-            self.piece = request
-        else:
-            ids, hidden = request.token_ids, request.hidden
-            row_bytes = len(hidden) // request.rows if hidden is not None else 0
-            self.piece = replace(
-                request,
-                rows=most,
-                token_ids=None if ids is None else ids[:most],
-                hidden=None if hidden is None else hidden[: most * row_bytes],
-                sample=None,
-                logit_rows=0,
-            )
-            self.request = replace(
-                request,
-                start=request.start + most,
-                rows=request.rows - most,
-                token_ids=None if ids is None else ids[most:],
-                hidden=None if hidden is None else hidden[most * row_bytes :],
-            )
-        return self.piece.rows
-
-    def take(self, reply: StepReply | SwarmError) -> StepReply | SwarmError | None:
-        """The answer to the whole request, from that to a piece; None if there are more to run."""
-        if isinstance(reply, SwarmError):
-            return reply
-        self.queue_s += reply.queue_s
-        self.compute_s += reply.compute_s
-        self.parts.append(reply.hidden)
-        if self.piece is not self.request:
-            self.since = time.perf_counter()
-            return None
-        return replace(reply, hidden=b"".join(self.parts), queue_s=self.queue_s, compute_s=self.compute_s)
-
-
 MANY_ROWS = 32
 """From so many rows on, a pass waits for arithmetic rather than for memory, and more threads help."""
-
-DECODING_S = 0.5
-"""So long after a decode step another one is expected."""
 
 SMOOTHING = 0.1
 """Weight of the newest step in the running averages that announcements tell."""
@@ -123,7 +62,7 @@ class Pace:
         self.step_s, self.layer_s, self.head_s = step_s, layer_s, head_s
         self.slowdown = 1.0
 
-    def note(self, batch: Sequence[_Waiting], started: float, compute_s: float) -> None:
+    def note(self, batch: Sequence[Waiting], started: float, compute_s: float) -> None:
         if self.observe is not None:
             waits_s = [max(0.0, started - waiting.since) for waiting in batch]
             self.observe([waiting.piece.rows for waiting in batch], waits_s, compute_s)
@@ -141,16 +80,11 @@ class Engine:
 
     def __init__(self, shard: Shard, settings: Settings) -> None:
         self._shard = shard
-        self._max_tokens = settings.engine.max_batch_tokens
-        self._piece_tokens = settings.engine.mixed_prefill_tokens
-        self._decoded_at = -DECODING_S
-        self._gave_way = False
-        """The last batch left a prompt waiting, so that decode steps had a pass for themselves; the next one won't."""
+        self._batching = Batching(settings.engine.max_batch_tokens, settings.engine.mixed_prefill_tokens)
         self._threads = settings.peer.threads or torch.get_num_threads()
         self._prefill_threads = settings.peer.prefill_threads or max(self._threads, cores())
         self._dtype = DTYPES[shard.profile.dtype]
         self.pace = Pace()
-        self._waiting: deque[_Waiting] = deque()
         self._ready = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
@@ -195,11 +129,11 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        return len(self._waiting)
+        return len(self._batching)
 
     def submit(self, step: StepRequest, done: Done) -> None:
         with self._ready:
-            self._waiting.append(_Waiting(step, done, time.perf_counter()))
+            self._batching.add(Waiting(step, done, time.perf_counter()))
             self._ready.notify()
 
     # ---- the thread -------------------------------------------------------------------------------------
@@ -208,52 +142,27 @@ class Engine:
         threads = 0
         while True:
             with self._ready:
-                while not self._waiting and not self._stopping:
-                    self._ready.wait()
+                while not (batch := self._batching.take(time.perf_counter())) and not self._stopping:
+                    self._ready.wait(self._batching.hold_s(time.perf_counter()))
                 if self._stopping:
                     return
-                batch = self._take()
             started = time.perf_counter()
             many = sum(waiting.piece.rows for waiting in batch) >= MANY_ROWS
             wanted = self._prefill_threads if many else self._threads
             if threads != wanted:
                 threads = wanted
                 torch.set_num_threads(threads)
-            answers = [
-                waiting.take(reply) for waiting, reply in zip(batch, self._run_batch(batch, started), strict=True)
-            ]
+            replies = self._run_batch(batch, started)
+            now = time.perf_counter()
+            answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             with self._ready:
                 unfinished = [waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None]
-                self._waiting.extend(unfinished)
+                for waiting in unfinished:
+                    self._batching.add(waiting)
             del batch, answers, unfinished  # their sessions may end while this thread waits
 
-    def _take(self) -> list[_Waiting]:
-        """The next batch; the rest keeps its order."""
-        layers = self._waiting[0].request.layers
-        fitting = [w for w in self._waiting if w.request.layers == layers]
-        fitting.sort(key=_is_prefill)
-        now = time.perf_counter()
-        if not _is_prefill(fitting[0]):
-            self._decoded_at = now
-        most = self._piece_tokens if now - self._decoded_at < DECODING_S else self._max_tokens
-        steps = [w for w in fitting if not _is_prefill(w)]
-        self._gave_way = 0 < len(steps) < len(fitting) and not self._gave_way
-        if self._gave_way:
-            fitting = steps
-        batch: list[_Waiting] = []
-        rows = 0
-        for waiting in fitting:
-            room = min(most, self._max_tokens - rows)
-            if batch and (room <= 0 or (_is_prefill(waiting) and rows >= most)):
-                break
-            rows += waiting.cut(max(1, room))
-            batch.append(waiting)
-        chosen = {id(waiting) for waiting in batch}
-        self._waiting = deque(w for w in self._waiting if id(w) not in chosen)
-        return batch
-
-    def _run_batch(self, batch: Sequence[_Waiting], started: float) -> list[StepReply | SwarmError]:
+    def _run_batch(self, batch: Sequence[Waiting], started: float) -> list[StepReply | SwarmError]:
         results: list[StepReply | SwarmError | None] = [None] * len(batch)
         steps: list[tuple[int, Step]] = []
         for index, waiting in enumerate(batch):
@@ -272,7 +181,7 @@ class Engine:
 
     def _compute(
         self,
-        batch: Sequence[_Waiting],
+        batch: Sequence[Waiting],
         steps: Sequence[tuple[int, Step]],
         results: list[StepReply | SwarmError | None],
         started: float,
@@ -357,12 +266,7 @@ def _sampled(request: StepRequest, output: StepOutput) -> tuple[SampleResult, ..
         return Internal(f"sampling failed: {type(error).__name__}")
 
 
-def _is_prefill(waiting: _Waiting) -> bool:
-    """A decode step has one row, and those of a draft."""
-    return waiting.request.rows > MAX_DRAFT + 1 or bool(waiting.parts)
-
-
-def _resolve(batch: Sequence[_Waiting], answers: Sequence[StepReply | SwarmError | None]) -> None:
+def _resolve(batch: Sequence[Waiting], answers: Sequence[StepReply | SwarmError | None]) -> None:
     for waiting, answer in zip(batch, answers, strict=True):
         if answer is not None:
             waiting.done(answer)

@@ -8,13 +8,17 @@ it happens while a shard loads, one matrix at a time, so that there is never a s
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
 _ops: Any = torch.ops.mkldnn
+
+PACKED_SIZES: Final = (64, 48, 32, 16, 8)
+"""Outputs that oneDNN puts side by side, by kind of CPU."""
 
 
 class OneDnnLinear(nn.Module):
@@ -25,10 +29,42 @@ class OneDnnLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = _ops._reorder_linear_weight(weight.contiguous()) if packed else weight
+        self.packed_size = packed_size(self.weight, weight) if packed else None
         self.bias = bias
+
+    @property
+    def address(self) -> int:
+        """Of the weight's numbers, as long as this module lives."""
+        return int(_ops.data_ptr(self.weight)) if self.weight.is_mkldnn else self.weight.data_ptr()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return _ops._linear_pointwise(rows, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``rows @ weight.T`` by the same kernel, for a matrix ``[out, in]`` that is used once."""
+    return _ops._linear_pointwise(rows, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+def memory_of(packed: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers of a packed matrix in the order in which they lie. Valid as long as ``packed`` is."""
+    size = _ops._nbytes(packed)
+    return torch.frombuffer((ctypes.c_char * size).from_address(_ops.data_ptr(packed)), dtype=torch.float32)
+
+
+def packed_size(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
+    """How many outputs of ``weight`` ``[out, in]``, in float32, stand side by side in ``packed``: it then lies as
+    ``[out / size, in, size]``. None for any other layout."""
+    outputs, inputs = weight.shape
+    if weight.dtype != torch.float32 or _ops._nbytes(packed) != weight.nbytes:
+        return None
+    memory = memory_of(packed)
+    for size in PACKED_SIZES:
+        if outputs % size == 0:
+            ends = (memory[: size * inputs], weight[:size]), (memory[-size * inputs :], weight[-size:])
+            if all(torch.equal(found.view(inputs, size), wanted.T) for found, wanted in ends):
+                return size
+    return None
 
 
 class DenseLinear(nn.Module):

@@ -18,7 +18,7 @@ from peers.linear import DenseLinear, OneDnnLinear, packing_works
 from peers.process_memory import return_freed_heap, return_library_pages
 from peers.quantized_linear import QuantizedLinear, SideBySide
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
-from swarm.errors import ModelError, UnsupportedModel
+from swarm.errors import ModelError
 from swarm.types import LayerRange
 
 if TYPE_CHECKING:
@@ -54,11 +54,9 @@ def load_model(
     ``embed_tokens`` is there only with layer 0, ``norm`` and ``lm_head`` only with the last. Memory never holds
     more than the range plus the parts of one product. On a CPU the embedding stays in the checkpoint, which therefore
     has to stay open, unless it is the head as well. ``weights`` is a key of ``LAYER_KINDS``, or a dtype's name or
-    ``auto`` for matrices in ``dtype``; raises :class:`UnsupportedModel` for blocks on another device than a CPU.
+    ``auto`` for matrices in ``dtype``.
     """
     kind = weights if weights in LAYER_KINDS and weights != str(dtype).removeprefix("torch.") else None
-    if kind is not None and device.type != "cpu":
-        raise UnsupportedModel(f"weights {weights} are multiplied on a CPU only; on {device.type} take weights auto")
     model = build_model(config, device)
     _drop_the_rest(model, layers)
     return_library_pages()
@@ -115,12 +113,17 @@ class _Reader:
         """A head that is not to be as large as ``dtype`` has it: in blocks, or as the checkpoint stores it where
         that changes no result."""
         linear = self._model.lm_head if _HEAD in self._stored else None
-        if not isinstance(linear, nn.Linear) or self._device.type != "cpu":
+        if not isinstance(linear, nn.Linear):
             return
         if self._weights is not None and linear.in_features % BLOCK == 0:
             self._model.lm_head = self._linear(["lm_head"], HEAD_KINDS)
             return
-        if self._dtype != torch.float32 or getattr(linear, "bias", None) is not None or not self._pack:
+        if (
+            self._device.type != "cpu"
+            or self._dtype != torch.float32
+            or getattr(linear, "bias", None) is not None
+            or not self._pack
+        ):
             return
         name = self._stored[_HEAD]
         found = self._source.blocks(name) if block_kernels() is not None else None
@@ -209,7 +212,7 @@ class _Reader:
         if found is None or found.kind.bits > kind.bits or (kind is BlockKind.BFLOAT16 and found.kind is not kind):
             found = _quantised(self._source.read(stored, torch.float32), kind)
         self._read(found.rows * found.columns, found.data.nbytes)
-        return found
+        return found.to(self._device)
 
     def _read(self, numbers: int, size_bytes: int) -> None:
         self._done += numbers * self._dtype.itemsize

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from peers.attention import Span, Spans, spans_of
+from peers.decode_pass import MOST_ROWS, DecodePass
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
+from peers.norm import fast_norm
 from swarm import kv
 from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
 from swarm.models import ModelProfile
@@ -163,7 +165,7 @@ class Shard:
         if view is None:
             view = self._views[layers] = _View(self._model, self.layers, layers)
         spans = spans_of([s.cache for s in steps], [s.start for s in steps], [s.rows for s in steps])
-        hidden = view.decode(_positions(steps, self.device), spans, **self._inputs(steps))
+        hidden = view.decode(_positions(steps), spans, **self._inputs(steps))
         rows = [row for span, step in zip(spans, steps, strict=True) for row in _last_rows(span, step.head_rows)]
         logits = view.head(hidden if len(rows) == hidden.shape[0] else hidden[rows]) if rows else None
         # One number for the whole batch tells whether all is well; only if not, each session is asked.
@@ -211,15 +213,26 @@ class _View:
         if layers.start > 0 and hasattr(view, "embedding_multiplier"):
             view.embedding_multiplier = 1.0
         self._base = view
+        self._pass = DecodePass.of(list(view._modules["layers"]), base.rotary_emb)
+        self._norm = view._modules["norm"]
+        if self._pass is not None and layers.end == model.config.num_hidden_layers:
+            self._norm = fast_norm(self._norm)
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, "model": _Given()}
         self._run_head = inspect.unwrap(type(model).forward)
 
-    def decode(self, positions: torch.Tensor, spans: Spans, **inputs: torch.Tensor) -> torch.Tensor:
+    def decode(self, positions: Sequence[int], spans: Spans, **inputs: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[rows, hidden]``."""
-        output = self._run(self._base, position_ids=positions, use_cache=False, spans=spans, **inputs)
+        if self._pass is not None and len(positions) <= MOST_ROWS:
+            rows = (
+                inputs["inputs_embeds"] if "inputs_embeds" in inputs else self._base.embed_tokens(inputs["input_ids"])
+            )
+            return self._norm(self._pass.run(rows[0], positions, spans))  # type: ignore[no-any-return]
+        (given,) = inputs.values()
+        places = torch.tensor([positions], device=given.device)
+        output = self._run(self._base, position_ids=places, use_cache=False, spans=spans, **inputs)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -236,9 +249,8 @@ class _Given(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-def _positions(steps: Sequence[Step], device: torch.device) -> torch.Tensor:
-    positions = [position for step in steps for position in range(step.start, step.start + step.rows)]
-    return torch.tensor([positions], device=device)
+def _positions(steps: Sequence[Step]) -> list[int]:
+    return [position for step in steps for position in range(step.start, step.start + step.rows)]
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,9 @@ class Blocks:
         parts = [blocks[..., start:end].flatten(1) for start, end in itertools.pairwise(ends)]
         return cls(kind, torch.cat(parts, 1))
 
+    def to(self, device: torch.device) -> Blocks:
+        return Blocks(self.kind, self.data.to(device))
+
     @property
     def rows(self) -> int:
         return self.data.shape[0]

@@ -9,23 +9,25 @@ from dataclasses import dataclass
 from swarm.bench.runs import Run, percentile, ratio
 from swarm.bench.sections import Figure, Scale, SwarmContender
 
-_CODE = '''def load(path, strict=False):
-    """Read a table from a file."""
-    rows = []
-    for line in open(path):
-        fields = line.strip().split(",")
-        if strict and len(fields) != 3:
-            raise ValueError("a row of the table has three fields")
-        rows.append(fields)
-    return rows
+_CODE = """def report(orders):
+    total = 0
+    for order in orders:
+        total += order.price * order.count
+        print(order.name, order.price, order.count)
+    return total
 
 
-def save(path, rows):
-    """Write a table to a file."""
-    with open(path, "w") as out:
-        for fields in rows:
-            out.write(",".join(fields) + "\\n")
-'''
+def check(orders):
+    for order in orders:
+        if order.count < 1:
+            raise ValueError(order.name)
+        if order.price < 0:
+            raise ValueError(order.name)
+
+
+def cheapest(orders):
+    return min(orders, key=lambda order: order.price)
+"""
 _JSON = """[
   {"name": "Anna", "city": "Oslo", "age": 31, "member": true},
   {"name": "Bela", "city": "Graz", "age": 45, "member": false},
@@ -49,12 +51,13 @@ class Task:
     """The beginning of the answer: a small model that was shown where to begin copies better."""
 
 
+# The built-in model must really do what it is asked: of many names and places to begin at, it changes few throughout.
 TASKS = (
     Task(
         "code, a name changed",
-        f"Repeat this code, with the name `rows` changed to `table`:\n\n```python\n{_CODE}```",
+        f"Repeat this code, with the name `order` changed to `item`:\n\n```python\n{_CODE}```",
         True,
-        '```python\ndef load(path, strict=False):\n    """Read a table from a file."""\n    table = []\n',
+        "```python\n" + _CODE[: _CODE.index("def check")].replace("order", "item"),
     ),
     Task("JSON", f"Repeat this JSON exactly:\n\n```json\n{_JSON}\n```", True, '```json\n[\n  {"name": "Anna",'),
     Task("quotation", f"Repeat this text word for word:\n\n{_PASSAGE}", True),

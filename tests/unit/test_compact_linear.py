@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peers import compact_linear
+from peers import compact_linear, linear
 from peers.compact_linear import CompactLinear
 from peers.linear import OneDnnLinear, packing_works
 from peers.shard import Shard, Step
@@ -53,7 +53,7 @@ def test_what_is_not_compact_or_too_small_is_left_to_others() -> None:
 
 
 def test_a_layout_that_is_not_known_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compact_linear, "_BLOCKS", (12,))
+    monkeypatch.setattr(linear, "PACKED_SIZES", (12,))
     assert CompactLinear.read(1536, 96, matrix(1536, 96, "Q8_0").slice) is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from peers.drafting import MAX_DRAFT, Drafter, Rounds, verified
@@ -23,6 +24,20 @@ def drafter(tokens: Sequence[int], line: tuple[float, float] = FREE, batch: int 
     made = Drafter(tokens)
     made.rounds = measured(line, batch)
     return made
+
+
+def rounds(prompt: Sequence[int], text: Sequence[int], line: tuple[float, float] = FREE) -> tuple[int, float]:
+    """In which ``text`` is generated after ``prompt``, and their seconds, each as long as ``line`` says."""
+    made, at, count, seconds = Drafter(prompt), 0, 0, 0.0
+    while at < len(text):
+        draft = made.propose(len(text) - at - 1)
+        right = next((n for n, (a, b) in enumerate(zip(draft, text[at:], strict=False)) if a != b), len(draft))
+        for token in text[at : at + right + 1]:
+            made.append(token)
+        took = line[0] + line[1] * len(draft)
+        made.note_round(len(draft), right, took, 1)
+        at, count, seconds = at + right + 1, count + 1, seconds + took
+    return count, seconds
 
 
 def check(drafts: tuple[int, ...], truth: Sequence[int]) -> list[int]:
@@ -140,3 +155,29 @@ def test_drafts_that_cost_more_than_they_brought_have_to_promise_more() -> None:
     for _ in range(400):
         burnt.note_round(0, 0, line[0], 1)
     assert burnt.propose(8), "it is tried again, now and then"
+
+
+def renamed(name: Sequence[int], count: int = 8, gap: int = 14) -> list[int]:
+    """Text of tokens that come once, and ``name`` here and there."""
+    return [token for n in range(count) for token in (*range(100 + n * gap, 100 + (n + 1) * gap), *name)]
+
+
+def test_a_name_that_is_changed_costs_few_rounds() -> None:
+    for name, other in (([1], [2]), ([1], [2, 3, 4]), ([1, 2, 3], [4]), ([1], []), ([1], [1, 2])):
+        prompt, text = renamed(name), renamed(other)
+        free = rounds(prompt, text)[0]
+        assert free <= len(text) / 16 + 4 + 2 * len(other), (name, other, free)
+
+
+def test_names_that_are_never_the_same_cost_a_round_for_each_token_and_little_more() -> None:
+    prompt = renamed([1])
+    text = [token if token != 1 else 1000 + n for n, token in enumerate(prompt)]
+    assert rounds(prompt, text)[0] <= 4 + 8 * 2
+
+
+def test_text_that_only_seems_to_repeat_itself_takes_little_longer_with_drafts() -> None:
+    for line in ((0.175, 0.0008), (0.025, 0.001), (0.025, 0.01)):
+        for seed in range(4):
+            draw = random.Random(seed)
+            text = [min(int(draw.expovariate(0.12)), 60) for _ in range(400)]  # pairs come again, what follows does not
+            assert rounds(text[:100], text[100:], line)[1] < 300 * line[0] / 0.95, (line, seed)

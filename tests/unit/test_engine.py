@@ -76,28 +76,6 @@ async def test_a_prompt_runs_whole_when_nobody_decodes_and_in_pieces_when_somebo
     assert mixed.tokens[0].token_id == alone.tokens[0].token_id
 
 
-async def test_decode_steps_have_every_other_pass_for_themselves(shard: Shard) -> None:
-    settings = replace(Settings(), engine=EngineSettings(mixed_prefill_tokens=8))
-    engine = Engine(shard, settings)  # not entered: nothing is run
-
-    def taken() -> list[int]:
-        return [waiting.piece.rows for waiting in engine._take()]
-
-    def submit(request: StepRequest) -> None:
-        engine.submit(request, lambda reply: None)
-
-    submit(step(engine, PROMPT))
-    submit(step(engine, [3]))
-    submit(step(engine, [4]))
-    assert taken() == [1, 1]
-    submit(step(engine, [5]))
-    assert taken() == [1, 8], "the prompt is not left out twice"
-    submit(step(engine, PROMPT))
-    submit(step(engine, [6]))
-    assert taken() == [1]
-    assert taken() == [8]
-
-
 async def test_hidden_states_of_pieces_are_those_of_the_whole(shard: Shard) -> None:
     first = LayerRange(0, 1)
     answers: list[StepReply] = []

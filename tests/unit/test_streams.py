@@ -50,6 +50,32 @@ async def test_frames_of_all_sizes_arrive_in_order() -> None:
         await far.close()
 
 
+async def test_frames_of_one_turn_of_the_loop_are_one_write() -> None:
+    async with pair() as (near, reader, _):
+        writes: list[bytes] = []
+        write = near._transport.write
+
+        class Counting:
+            def __getattr__(self, name: str) -> object:
+                return getattr(transport, name)
+
+            def write(self, data: bytes) -> None:
+                writes.append(data)
+                write(data)
+
+        transport, near._transport = near._transport, Counting()  # type: ignore[assignment]
+        assert near.try_send(b"one")
+        await near.send(b"two")
+        await near.send(b"")
+        assert not writes
+        await asyncio.sleep(0)
+        expected = b"".join(HEADER.pack(len(frame)) + frame for frame in (b"one", b"two", b""))
+        assert writes == [expected]
+        await near.send(b"last")
+        await near.close()
+        assert await reader.readexactly(len(expected) + 12) == expected + HEADER.pack(4) + b"last" + HEADER.pack(END)
+
+
 @pytest.mark.parametrize("sent", [b"", b"\0", HEADER.pack(5) + b"four", HEADER.pack(300_000) + bytes(1000)])
 async def test_an_eof_without_end_frame_is_a_lost_stream(sent: bytes) -> None:
     async with pair() as (near, _, writer):

@@ -1,0 +1,152 @@
+"""What the compute thread runs next. Pure: steps and the time come in, a batch goes out.
+
+Decode steps go first, then chunks of prompts up to ``engine.max_batch_tokens`` rows. Steps of one batch share a layer
+sub-range; the oldest waiting step chooses it.
+
+While sessions decode, a chunk is run in pieces of ``engine.mixed_prefill_tokens`` rows, so that it holds none of them
+up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
+time only; for the rest it is at other stages. So between two passes of decode steps there is one piece, and then the
+next step is waited for, for not much longer than it usually takes: it finds the thread idle, and the processor, which
+other stages may share. Where decode steps are always waiting, every other pass is theirs alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from peers.drafting import MAX_DRAFT
+from peers.executor import Done, StepReply, StepRequest
+from swarm.errors import SwarmError
+
+DECODING_S = 0.5
+"""So long after a decode step another one is expected."""
+PATIENCE = 1.5
+"""A piece waits so many times as long as it usually is from one pass with decode steps to the next."""
+SMOOTHING = 0.2
+"""Weight of the newest such time in what is usual."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A step, from when it was submitted until all of it was run."""
+
+    request: StepRequest
+    """What is still to be run of it."""
+    done: Done
+    since: float
+    piece: StepRequest = field(init=False)
+    """What is run of it now."""
+    parts: list[bytes] = field(default_factory=list)
+    """Hidden states of the pieces that were run."""
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.piece = self.request
+
+    def cut(self, most: int) -> int:
+        """Chooses the piece: ``most`` rows, or all where rows before the last matter; returns how many."""
+        request = self.request
+        wanted = request.sample.rows if request.sample is not None else request.logit_rows
+        if request.rows <= most or wanted > 1 or request.want_hidden:
+            self.piece = request
+        else:
+            ids, hidden = request.token_ids, request.hidden
+            row_bytes = len(hidden) // request.rows if hidden is not None else 0
+            self.piece = replace(
+                request,
+                rows=most,
+                token_ids=None if ids is None else ids[:most],
+                hidden=None if hidden is None else hidden[: most * row_bytes],
+                sample=None,
+                logit_rows=0,
+            )
+            self.request = replace(
+                request,
+                start=request.start + most,
+                rows=request.rows - most,
+                token_ids=None if ids is None else ids[most:],
+                hidden=None if hidden is None else hidden[most * row_bytes :],
+            )
+        return self.piece.rows
+
+    @property
+    def is_prefill(self) -> bool:
+        """A decode step has one row, and those of a draft."""
+        return self.request.rows > MAX_DRAFT + 1 or bool(self.parts)
+
+    def take(self, reply: StepReply | SwarmError, now: float) -> StepReply | SwarmError | None:
+        """The answer to the whole request, from that to a piece; None if there are more to run."""
+        if isinstance(reply, SwarmError):
+            return reply
+        self.queue_s += reply.queue_s
+        self.compute_s += reply.compute_s
+        self.parts.append(reply.hidden)
+        if self.piece is not self.request:
+            self.since = now
+            return None
+        return replace(reply, hidden=b"".join(self.parts), queue_s=self.queue_s, compute_s=self.compute_s)
+
+
+class Batching:
+    """The steps that wait. All methods are for one thread at a time."""
+
+    def __init__(self, max_tokens: int, piece_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._piece_tokens = piece_tokens
+        self._waiting: deque[Waiting] = deque()
+        self._decoded_at = float("-inf")
+        """When the last pass with decode steps was taken."""
+        self._period_s = 0.0
+        """How long after the one before that usually is."""
+        self._had_piece = False
+        """A prompt had its turn since then."""
+        self._gave_way = False
+        """The last batch left a prompt waiting, so that decode steps had a pass for themselves; the next one won't."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, waiting: Waiting) -> None:
+        self._waiting.append(waiting)
+
+    def hold_s(self, now: float) -> float | None:
+        """When to ask again, if nothing is added: prompts are held back so long. None: nothing waits."""
+        return max(0.0, self._held_until - now) if self._waiting else None
+
+    def take(self, now: float) -> list[Waiting]:
+        """The next batch; empty if there is none, or none yet. The rest keeps its order."""
+        held = now < self._held_until
+        oldest = next((waiting for waiting in self._waiting if not (held and waiting.is_prefill)), None)
+        if oldest is None:
+            return []
+        fitting = [waiting for waiting in self._waiting if waiting.request.layers == oldest.request.layers]
+        steps = [waiting for waiting in fitting if not waiting.is_prefill]
+        prompts = [waiting for waiting in fitting if waiting.is_prefill]
+        if steps:
+            self._note_decode(now)
+        most = self._piece_tokens if now - self._decoded_at < DECODING_S else self._max_tokens
+        self._gave_way = bool(steps and prompts) and not self._gave_way
+        batch: list[Waiting] = []
+        rows = 0
+        for waiting in steps if self._gave_way else steps + prompts:
+            room = min(most, self._max_tokens - rows)
+            if batch and (room <= 0 or (waiting.is_prefill and rows >= most)):
+                break
+            rows += waiting.cut(max(1, room))
+            batch.append(waiting)
+            self._had_piece |= waiting.is_prefill
+        chosen = {id(waiting) for waiting in batch}
+        self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in chosen)
+        return batch
+
+    @property
+    def _held_until(self) -> float:
+        return self._decoded_at + PATIENCE * self._period_s if self._had_piece else float("-inf")
+
+    def _note_decode(self, now: float) -> None:
+        since_s = now - self._decoded_at
+        if since_s < DECODING_S:
+            self._period_s += SMOOTHING * (since_s - self._period_s)
+        self._decoded_at, self._had_piece = now, False

@@ -1,0 +1,133 @@
+"""Few rows through all layers of a shard in one call, from the embedded rows to what the last layer puts out.
+
+A decode step is a few hundred small operations. With the matrices read at the speed of memory, calling them from Python
+takes as long as a quarter of the arithmetic, and it holds the interpreter's lock, for which the network waits. Here the
+compiled kernels walk through the layers themselves: norms, products, rotation, attention over the sessions' caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Final, Self
+
+import torch
+from torch import nn
+
+from peers.attention import Spans
+from peers.attention_kernel import AttentionKernel, attention_kernel, table
+from peers.block_kernels import FLOAT32, BlockKernels, block_kernels
+from peers.decoder_layer import DecoderLayer, Rotation
+from peers.linear import OneDnnLinear
+from peers.norm import RootMeanSquareNorm
+from peers.quantized_linear import QuantizedLinear
+
+MOST_ROWS: Final = 32
+"""More rows wait for arithmetic, and oneDNN's products are as fast."""
+_MATRIX: Final = 5
+"""Numbers that describe one to the kernels."""
+
+
+class DecodePass:
+    """Gives what the layers' own modules give, to within float32 rounding, by as many threads as torch uses."""
+
+    def __init__(
+        self, layers: Sequence[DecoderLayer], rotation: Rotation, kernels: BlockKernels, attention: AttentionKernel
+    ) -> None:
+        """Takes what :meth:`of` has found fit."""
+        numbers = [_described(layer) for layer in layers]
+        self._layers = layers  # their memory is what the addresses mean
+        self._numbers = (ctypes.c_int64 * sum(map(len, numbers)))(*(n for layer in numbers for n in layer))
+        self._kernels, self._attention = kernels, attention
+        self._tables = _RotaryTables(rotation)
+        first = layers[0]
+        self._heads, self._kv_heads, self._scale = first.heads, first.kv_heads, first.scaling
+        self._epsilon = _epsilon(first)
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Module], rotation: nn.Module) -> Self | None:
+        """None where there is no compiler, or a layer has something that the kernels don't know."""
+        kernels, attention = block_kernels(), attention_kernel()
+        known = [layer for layer in layers if isinstance(layer, DecoderLayer)]
+        if kernels is None or attention is None or not known or len(known) != len(layers):
+            return None
+        if not isinstance(rotation, Rotation) or not all(_fits(layer, kernels.lanes) for layer in known):
+            return None
+        if len({(layer.heads, layer.kv_heads, layer.head_dim, layer.scaling, _epsilon(layer)) for layer in known}) > 1:
+            return None
+        return cls(known, rotation, kernels, attention)
+
+    def run(self, hidden: torch.Tensor, positions: Sequence[int], spans: Spans) -> torch.Tensor:
+        """Float32 ``[rows, hidden]`` -> the same, after the last layer; the new keys and values are in the caches."""
+        result = hidden.clone(memory_format=torch.contiguous_format)
+        cos, signed_sin = self._tables.at(positions, hidden)
+        self._kernels.run_layers(
+            self._numbers, len(self._layers), cos, signed_sin, self._heads, self._kv_heads, self._scale,
+            self._epsilon, self._attention.address, table(spans), len(spans), torch.get_num_threads(), result,
+        )  # fmt: skip
+        return result
+
+
+class _RotaryTables:
+    """The family's rotary embedding by position, computed once for each."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self._rotation = rotation
+        self._cos = self._signed_sin = torch.empty(0, 0)
+
+    def at(self, positions: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contiguous ``[rows, head_dim]``, as :class:`Rotation` gives them."""
+        first, count = positions[0], len(positions)
+        most = first if count == 1 else max(positions)
+        if most >= len(self._cos):
+            size = max(256, 1 << most.bit_length())
+            cos, signed_sin = self._rotation(like, torch.arange(size)[None])
+            self._cos, self._signed_sin = cos[:, 0].contiguous(), signed_sin[:, 0].contiguous()
+        if count == 1:
+            return self._cos[first : first + 1], self._signed_sin[first : first + 1]
+        chosen = torch.tensor(positions)
+        return self._cos[chosen], self._signed_sin[chosen]
+
+
+def _fits(layer: DecoderLayer, lanes: int) -> bool:
+    norms = [layer.input_norm, layer.output_norm]
+    if not all(isinstance(norm, RootMeanSquareNorm) for norm in norms) or layer.head_dim % (2 * lanes):
+        return False
+    if layer.query_norm is not None and (layer.key_norm is None or layer.query_norm.weight.dtype != torch.float32):
+        return False
+    if AttentionKernel.misfit(layer.heads, layer.kv_heads, layer.head_dim):
+        return False
+    matrices = (layer.query_key_value, layer.output, layer.gate_up, layer.down)
+    return all(_matrix(matrix, lanes) is not None for matrix in matrices) and all(
+        getattr(matrix, "bias", None) is None for matrix in matrices[1:]
+    )
+
+
+def _matrix(linear: nn.Module, lanes: int) -> tuple[int, int, int, int, int] | None:
+    """As ``block_kernels.c`` has it."""
+    if isinstance(linear, QuantizedLinear):
+        blocks = linear.matrix
+        found = blocks.kind.value, blocks.data.data_ptr(), blocks.rows, blocks.columns, 0
+    elif isinstance(linear, OneDnnLinear) and linear.packed_size is not None and linear.packed_size % lanes == 0:
+        found = FLOAT32, linear.address, linear.out_features, linear.in_features, linear.packed_size
+    else:
+        return None
+    return found if found[2] % 32 == 0 and found[3] % 32 == 0 else None
+
+
+def _described(layer: DecoderLayer) -> list[int]:
+    """A ``layer`` of ``block_kernels.c``."""
+    numbers: list[int] = []
+    for linear in (layer.query_key_value, layer.output, layer.gate_up, layer.down):
+        matrix = _matrix(linear, 1)
+        assert matrix is not None  # `_fits` has seen to it
+        numbers += matrix
+    owners = (layer.input_norm, layer.output_norm, layer.query_key_value, layer.query_norm, layer.key_norm)
+    for owner, name in zip(owners, ("weight", "weight", "bias", "weight", "weight"), strict=True):
+        held = getattr(owner, name, None)
+        numbers.append(held.data_ptr() if isinstance(held, torch.Tensor) else 0)
+    return [*numbers, layer.layer_idx, layer.window or 0]
+
+
+def _epsilon(layer: DecoderLayer) -> float:
+    return layer.input_norm.epsilon  # type: ignore[return-value]

@@ -1,0 +1,113 @@
+"""What the compute thread runs next, by a table of what waits and when."""
+
+from __future__ import annotations
+
+import pytest
+
+from peers.batching import DECODING_S, PATIENCE, Batching, Waiting
+from peers.executor import StepReply, StepRequest
+from swarm.errors import Internal
+from swarm.types import LayerRange
+
+ALL, BACK = LayerRange(0, 2), LayerRange(1, 2)
+PIECE, MOST = 20, 64
+
+
+class Cache:
+    length = 0
+
+    def truncate(self, length: int) -> None:
+        raise AssertionError("nothing is run here")
+
+
+class Thread:
+    """Takes batches, and keeps what is not yet run of a prompt waiting."""
+
+    def __init__(self) -> None:
+        self.batching = Batching(MOST, PIECE)
+
+    def add(self, rows: int, now: float = 0.0, layers: LayerRange = ALL) -> None:
+        step = StepRequest(layers, Cache(), 0, rows, [1] * rows if layers.start == 0 else None, None)
+        self.batching.add(Waiting(step, lambda reply: None, now))
+
+    def rows(self, now: float) -> list[int]:
+        batch = self.batching.take(now)
+        rows = [waiting.piece.rows for waiting in batch]
+        for waiting in batch:
+            if waiting.take(StepReply(b"", (), b"", 0.0, 0.0, 1), now) is None:
+                self.batching.add(waiting)
+        return rows
+
+    def decode(self, at: float) -> None:
+        self.add(1, at)
+        assert 1 in self.rows(at)
+
+
+@pytest.fixture
+def thread() -> Thread:
+    return Thread()
+
+
+def test_a_prompt_runs_in_large_chunks_when_nobody_decodes(thread: Thread) -> None:
+    thread.add(150)
+    assert [thread.rows(0.1 * i) for i in range(4)] == [[MOST], [MOST], [22], []]
+    assert thread.batching.hold_s(1.0) is None
+
+
+def test_where_decode_steps_always_wait_every_other_pass_is_theirs(thread: Thread) -> None:
+    thread.add(50)
+    passes = []
+    for i in range(6):
+        thread.add(1, 0.01 * i)
+        thread.add(1, 0.01 * i)
+        passes.append(thread.rows(0.01 * i))
+    assert passes == [[1, 1], [1, 1, PIECE], [1, 1], [1, 1, PIECE], [1, 1], [1, 1, 10]]
+
+
+def test_between_two_decode_steps_there_is_one_piece(thread: Thread) -> None:
+    for i in range(30):
+        thread.decode(0.1 * i)
+    last = 0.1 * 29
+    thread.add(150, last)
+    assert thread.rows(last + 0.01) == [PIECE]
+    assert thread.rows(last + 0.03) == [], "the next decode step finds the thread idle"
+    assert thread.batching.hold_s(last + 0.03) == pytest.approx(0.1 * PATIENCE - 0.03, rel=0.1)
+    thread.add(1, last + 0.1)
+    assert thread.rows(last + 0.1) == [1]
+    assert thread.rows(last + 0.11) == [PIECE]
+
+
+def test_a_decode_step_that_does_not_come_is_not_waited_for(thread: Thread) -> None:
+    for i in range(30):
+        thread.decode(0.1 * i)
+    last = 0.1 * 29
+    thread.add(150, last)
+    thread.rows(last + 0.01)
+    late = last + 0.01 + (thread.batching.hold_s(last + 0.01) or 0.0)
+    assert thread.rows(late) == [PIECE]
+    assert thread.rows(late + 0.01) == [PIECE]
+    assert thread.rows(last + DECODING_S + 0.01) == [MOST], "by then nobody decodes any more"
+
+
+def test_a_prompt_that_is_held_back_holds_nobody_else_back(thread: Thread) -> None:
+    for i in range(30):
+        thread.decode(0.1 * i)
+    last = 0.1 * 29
+    thread.add(150, last)
+    thread.rows(last + 0.01)
+    thread.add(1, last + 0.02, BACK)
+    assert thread.rows(last + 0.02) == [1]
+
+
+def test_steps_of_other_layers_have_a_pass_of_their_own(thread: Thread) -> None:
+    thread.add(1, layers=BACK)
+    thread.add(1)
+    thread.add(1, layers=BACK)
+    assert [thread.rows(0.0), thread.rows(0.0), thread.rows(0.0)] == [[1, 1], [1], []]
+
+
+def test_a_piece_that_fails_is_the_answer_to_the_whole_prompt() -> None:
+    waiting = Waiting(StepRequest(ALL, Cache(), 0, 50, [1] * 50, None), lambda reply: None, 0.0)
+    waiting.cut(PIECE)
+    error = Internal("no")
+    assert waiting.take(error, 0.0) is error

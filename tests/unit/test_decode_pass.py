@@ -1,0 +1,110 @@
+"""Few rows through all layers in one compiled call: what the modules give, whoever shares the call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from peers.block_kernels import block_kernels
+from peers.decode_pass import MOST_ROWS
+from peers.shard import Shard, Step
+from peers.weights import open_source
+from swarm.models import config_dict, load_profile, resolve
+from swarm.types import LayerRange
+from tests.checkpoints import FAMILIES, make_config, write_checkpoint
+
+TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    if block_kernels() is None:
+        pytest.skip("no C compiler here")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def shard_of(path: Path, family: str, weights: str = "auto", **changes: object) -> Shard:
+    write_checkpoint(
+        path,
+        {
+            **make_config(family, tied=False, layers=4, hidden=128, vocab=384, dtype="float32"),
+            "sliding_window": 5,
+            **changes,
+        },
+    )
+    reference = resolve(str(path), weights=weights)
+    profile, layers = load_profile(reference), LayerRange(0, 4)
+    return Shard.load(profile, config_dict(reference), open_source(reference, layers), layers)
+
+
+def logits_of(shard: Shard, texts: list[list[int]], chunk: int) -> list[torch.Tensor]:
+    """Of each text, run side by side in chunks."""
+    caches = [shard.new_cache(shard.layers, len(TEXT)) for _ in texts]
+    found: list[list[torch.Tensor]] = [[] for _ in texts]
+    for start in range(0, max(map(len, texts)), chunk):
+        running = [index for index, text in enumerate(texts) if start < len(text)]
+        steps = []
+        for index in running:
+            ids = texts[index][start : start + chunk]
+            steps.append(Step(shard.layers, caches[index], start, token_ids=ids, head_rows=len(ids)))
+        for index, output in zip(running, shard.run(steps), strict=True):
+            assert output.error is None
+            assert output.logits is not None
+            found[index].append(output.logits)
+    return [torch.cat(parts) for parts in found]
+
+
+def passes(shard: Shard) -> int:
+    return sum(view._pass is not None for view in shard._views.values())
+
+
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_gives_what_the_modules_give(family: str, weights: str, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, family, weights)
+    (found,) = logits_of(shard, [TEXT], 3)
+    assert passes(shard) == 1, "the kernels do not take this model"
+    for view in shard._views.values():
+        view._pass = None
+    (wanted,) = logits_of(shard, [TEXT], 3)
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+    assert not torch.equal(found, wanted), "the same code ran twice"
+
+
+@pytest.mark.parametrize("weights", ["auto", "int4"])
+def test_a_session_gets_the_same_bits_alone_and_among_others(weights: str, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "llama", weights)
+    texts = [TEXT, TEXT[3:], TEXT[:5], *([TEXT[1:9]] * 8)]
+    for chunk in (1, 2):
+        together = logits_of(shard, texts, chunk)
+        alone = [logits_of(shard, [text], chunk)[0] for text in texts]
+        assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+def test_rows_are_the_same_in_steps_and_in_a_draft(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "llama")
+    (in_steps,), (at_once,) = logits_of(shard, [TEXT], 1), logits_of(shard, [TEXT], MOST_ROWS)
+    torch.testing.assert_close(in_steps, at_once, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 24}, {"attention_bias": True}])
+def test_what_the_kernels_do_not_know_goes_through_the_modules(changes: dict[str, object], tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "llama", **changes)
+    logits_of(shard, [TEXT], 1)
+    assert passes(shard) == 0
+
+
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int4"])
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_any_number_of_threads_gives_the_same_bits(threads: int, weights: str, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "qwen3", weights)
+    texts = [TEXT, TEXT[3:], TEXT[:5]]
+    alone = logits_of(shard, texts, 2)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(logits_of(shard, texts, 2), alone, strict=True))
