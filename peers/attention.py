@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from peers.attention_kernel import AttentionKernel, Rows, attention_kernel, table
-from peers.kv_cache import SequenceCache
+from peers.kv_cache import DenseRows, SequenceCache
 from swarm.errors import UnsupportedModel
 
 IMPLEMENTATION: Final = "swarm"
@@ -37,6 +37,7 @@ class Span:
     count: int
     offset: int
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    _dense: dict[int, DenseRows] = field(default_factory=dict)
 
     def mask(self, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
         """What to add to scores ``[count, keys]`` for a chunk; None where the plain causal triangle is right.
@@ -59,6 +60,13 @@ class Span:
                 self._masks[window] = mask.masked_fill_(hidden, float("-inf"))
         return self._masks[window]
 
+    def dense(self, window: int | None) -> DenseRows:
+        """What its rows attend to; of layers of a kind, one after the other, in the same memory."""
+        first = self.first_key(window)
+        if first not in self._dense:
+            self._dense[first] = DenseRows(self.cache, first, self.start + self.count)
+        return self._dense[first]
+
     def first_key(self, window: int | None) -> int:
         """The earliest position that the first row still sees; a window counts the row itself."""
         return 0 if window is None else max(0, self.start - window + 1)
@@ -77,10 +85,11 @@ class Spans(tuple[Span, ...]):
 
 
 def spans_of(caches: Sequence[SequenceCache], starts: Sequence[int], counts: Sequence[int]) -> Spans:
-    """The spans of a batch whose sessions' rows follow each other in this order."""
+    """The spans of a batch whose sessions' rows follow each other in this order; the caches have room for them."""
     spans = []
     offset = 0
     for cache, start, count in zip(caches, starts, counts, strict=True):
+        cache.grow(start, start + count)
         spans.append(Span(cache, start, count, offset))
         offset += count
     return Spans(spans)
@@ -138,12 +147,8 @@ def _attend(
     """One session: ``query`` is ``[1, heads, rows, head_dim]``, ``key`` and ``value`` ``[kv_heads, rows, head_dim]``;
     returns ``[rows, heads, head_dim]``."""
     heads, count, head_dim = query.shape[1:]
-    end = span.start + count
-    keys, values = span.cache.layer(layer)
-    keys[:, span.start : end] = key
-    values[:, span.start : end] = value
-    first = span.first_key(window)
-    keys, values = keys[None, :, first:end], values[None, :, first:end]
+    span.cache.write(layer, span.start, key, value)
+    keys, values = (rows[None] for rows in span.dense(window).layer(layer))
     if count == 1:
         # The query heads that share a kv head become the rows of one small matrix: nothing is repeated.
         grouped = query.reshape(1, keys.shape[1], -1, head_dim)

@@ -15,7 +15,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from peers.compiled import load_kernels
+from peers.kv_cache import BLOCK, SequenceCache
 from swarm.errors import Internal
+from swarm.kv import MODEL
+from swarm.types import LayerRange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +32,9 @@ MOST_GROUP: Final = 16
 
 
 Rows = ctypes.Array[ctypes.c_int64]
-"""What the kernel wants to know of each session's rows: five numbers."""
+"""What the kernel wants to know of each session's rows: a record of numbers, see ``attend`` in the C file."""
+RECORD: Final = 7
+"""Numbers in a record."""
 
 
 class AttentionKernel:
@@ -70,7 +75,7 @@ class AttentionKernel:
         """``query`` is ``[heads, rows, dim]``, ``key`` and ``value`` ``[kv_heads, rows, dim]``; the rows that ``spans``
         name go into the caches, and their results into the contiguous ``out``, ``[rows, heads, dim]``."""
         if self._attend(
-            spans, len(spans) // 5, layer, window or 0, query.shape[0], key.shape[0], query.shape[2], scale,
+            spans, len(spans) // RECORD, layer, window or 0, query.shape[0], key.shape[0], query.shape[2], scale,
             query.data_ptr(), query.stride(0), query.stride(1), key.data_ptr(), key.stride(0), key.stride(1),
             value.data_ptr(), value.stride(0), value.stride(1), out.data_ptr(),
         ):  # fmt: skip
@@ -78,9 +83,13 @@ class AttentionKernel:
 
 
 def table(spans: Sequence[Span]) -> Rows:
-    """Valid as long as the caches are."""
-    rows = [(span.cache.base_address, span.cache.capacity, span.start, span.count, span.offset) for span in spans]
-    return (ctypes.c_int64 * (5 * len(rows)))(*(number for row in rows for number in row))
+    """Valid as long as the caches are, and what it says of blocks until one of them is truncated."""
+    rows = [
+        (c.blocks_address, BLOCK, c.kind != MODEL, c.layers.start, span.start, span.count, span.offset)
+        for span in spans
+        for c in (span.cache,)
+    ]
+    return (ctypes.c_int64 * (RECORD * len(rows)))(*(number for row in rows for number in row))
 
 
 @cache
@@ -91,13 +100,18 @@ def attention_kernel() -> AttentionKernel | None:
 
 def _right(kernel: AttentionKernel) -> bool:
     generator = torch.Generator().manual_seed(0)
-    seen, heads, kv_heads, dim = 19, 6, 2, 24
-    cache = torch.randn(2, kv_heads, seen, dim, generator=generator)
+    seen, heads, kv_heads, dim = BLOCK + 19, 6, 2, 24
+    past = torch.randn(2, kv_heads, seen, dim, generator=generator)
     query = 3 * torch.randn(heads, 1, dim, generator=generator)
-    key, value = cache[:, :, seen - 1 :].clone()
-    cache[:, :, seen - 1] = 0
-    out = torch.empty(1, heads, dim)
-    span = (ctypes.c_int64 * 5)(cache.data_ptr(), seen, seen - 1, 1, 0)
-    kernel.attend(span, 0, None, 0.2, query, key, value, out)
-    wanted = scaled_dot_product_attention(query[None], cache[:1], cache[1:], scale=0.2, enable_gqa=True)
-    return torch.allclose(out[0], wanted[0, :, 0], atol=1e-5)
+    key, value = past[:, :, seen - 1 :]
+    wanted = scaled_dot_product_attention(query[None], past[:1], past[1:], scale=0.2, enable_gqa=True)
+    for kind, close in ((MODEL, 1e-5), ("int8", 0.1)):
+        cache = SequenceCache(LayerRange(0, 1), kv_heads, dim, seen, torch.float32, kind=kind)
+        cache.grow(0, seen)
+        cache.write(0, 0, past[0, :, :-1], past[1, :, :-1])
+        span = (ctypes.c_int64 * RECORD)(cache.blocks_address, BLOCK, kind != MODEL, 0, seen - 1, 1, 0)
+        out = torch.empty(1, heads, dim)
+        kernel.attend(span, 0, None, 0.2, query, key, value, out)
+        if not torch.allclose(out[0], wanted[0, :, 0], atol=close):
+            return False
+    return True

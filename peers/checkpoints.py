@@ -1,8 +1,7 @@
 """The checkpoint log: what a stage has put out, kept so that a new successor can be replayed.
 
 Rows are the very bytes that are sent, in the stage's wire, so a replay repeats them and the log needs no torch. The
-rows of a session lie in one buffer that is reserved when the session opens; its pages are only touched when they are
-written.
+rows of a session lie in one buffer, which is as long as they are.
 """
 
 from __future__ import annotations
@@ -13,23 +12,18 @@ from swarm.errors import Internal
 class CheckpointLog:
     """Rows ``start .. end - 1``, one for each position, each of ``row_bytes`` bytes."""
 
-    def __init__(self, row_bytes: int, capacity: int) -> None:
+    def __init__(self, row_bytes: int) -> None:
         self.row_bytes = row_bytes
-        self.capacity = capacity
         self.start = 0
         self.end = 0
-        self._buffer = bytearray(row_bytes * capacity)
-
-    @staticmethod
-    def bytes_needed(row_bytes: int, capacity: int) -> int:
-        return row_bytes * capacity
+        self._buffer = bytearray()
 
     def append(self, position: int, rows: bytes) -> None:
         """Add whole rows at ``position``, which must be the end of the log."""
         count, rest = divmod(len(rows), self.row_bytes)
-        if position != self.end or rest or self.end + count > self.capacity:
+        if position != self.end or rest:
             raise Internal(f"{len(rows)} bytes at {position} don't continue a log of {self.start}:{self.end}")
-        self._buffer[position * self.row_bytes : (position + count) * self.row_bytes] = rows
+        self._buffer += rows
         self.end += count
 
     def read(self, start: int, end: int) -> bytes:
@@ -38,18 +32,18 @@ class CheckpointLog:
             raise Internal(f"rows {start}:{end} are not in a log of {self.start}:{self.end}")
         return bytes(memoryview(self._buffer)[start * self.row_bytes : end * self.row_bytes])
 
-    def copy(self, end: int, capacity: int) -> CheckpointLog:
-        """A log with room for ``capacity`` rows that has this one's before ``end``, as far as they are here."""
-        copied = CheckpointLog(self.row_bytes, capacity)
+    def copy(self, end: int) -> CheckpointLog:
+        """A log that has this one's rows before ``end``, as far as they are here."""
+        copied = CheckpointLog(self.row_bytes)
         copied.start, copied.end = min(self.start, end), end
-        span = slice(copied.start * self.row_bytes, end * self.row_bytes)
-        copied._buffer[span] = memoryview(self._buffer)[span]
+        copied._buffer += memoryview(self._buffer)[: end * self.row_bytes]
         return copied
 
     def truncate(self, end: int) -> None:
         """Forget rows at ``end`` and after."""
         self.end = min(self.end, end)
         self.start = min(self.start, self.end)
+        del self._buffer[self.end * self.row_bytes :]
 
     def forget_before(self, start: int) -> None:
         """Without checkpoints: rows that every target has are not kept."""

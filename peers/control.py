@@ -11,6 +11,7 @@ from peers.runner import StageRunner
 from peers.stage import OpenRequest, Stage, Target, Work
 from peers.stage_table import StageKey, StageTable
 from peers.step_answers import step_from_wire
+from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, Busy, Evicted, NotAllowed, ProtocolError, SwarmError, TooLong, WrongRange
 from swarm.protocol import address_from_wire, decode, error_to_wire
@@ -173,6 +174,7 @@ class ControlHandler:
             prompt_length=message.prompt_length,
             speculate=message.speculate,
             prefix=message.prefix,
+            kv=message.kv or kv.MODEL,
             input_wire=message.input_wire or MODEL,
             output_wire=(message.output_wire or MODEL) if layers.end < profile.num_layers else MODEL,
         )

@@ -21,9 +21,10 @@ import torch
 from peers.batching import Batching, Waiting
 from peers.drafting import verified
 from peers.executor import Cache, Done, StepReply, StepRequest
-from peers.kv_cache import SequenceCache
+from peers.kv_cache import BLOCK, SequenceCache
 from peers.row_codec import DTYPES, decoded, encoded
 from peers.shard import Shard, Step, StepOutput
+from swarm import kv
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
 from swarm.models import ModelProfile
@@ -109,18 +110,22 @@ class Engine:
     def layers(self) -> LayerRange:
         return self._shard.layers
 
-    def new_cache(self, layers: LayerRange, capacity: int) -> SequenceCache:
-        return self._shard.new_cache(layers, capacity)
+    @property
+    def kv_block(self) -> int:
+        return BLOCK
+
+    def new_cache(self, layers: LayerRange, capacity: int, kind: str = kv.MODEL) -> SequenceCache:
+        return self._shard.new_cache(layers, capacity, kind)
 
     def copy_cache(self, cache: Cache, length: int, capacity: int) -> SequenceCache:
         if not isinstance(cache, SequenceCache):
             raise Internal("the engine runs on its own caches")
         return cache.copy(length, capacity)
 
-    def cache_bytes(self, layers: LayerRange, capacity: int) -> int:
+    def cache_bytes(self, layers: LayerRange, positions: int, kind: str = kv.MODEL) -> int:
         profile = self.profile
         item = ITEM_BYTES[profile.dtype]
-        return SequenceCache.bytes_needed(layers, profile.num_kv_heads, profile.head_dim, capacity, item)
+        return SequenceCache.bytes_needed(layers, profile.num_kv_heads, profile.head_dim, positions, item, kind)
 
     @property
     def queue_length(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from swarm import kv
 from swarm.errors import SwarmError
 from swarm.models import ModelProfile
 from swarm.sampling import SampleResult, SamplingParams
@@ -84,12 +85,18 @@ class Executor(Protocol):
     @property
     def layers(self) -> LayerRange: ...
 
-    def new_cache(self, layers: LayerRange, capacity: int) -> Cache: ...
+    @property
+    def kv_block(self) -> int:
+        """Positions for which a cache gets memory at a time."""
+
+    def new_cache(self, layers: LayerRange, capacity: int, kind: str = kv.MODEL) -> Cache:
+        """Empty, for at most ``capacity`` positions; ``kind``: see ``swarm.kv``. Raises :class:`BadRequest`."""
 
     def copy_cache(self, cache: Cache, length: int, capacity: int) -> Cache:
         """A cache for ``capacity`` positions that begins with the first ``length`` of ``cache``."""
 
-    def cache_bytes(self, layers: LayerRange, capacity: int) -> int: ...
+    def cache_bytes(self, layers: LayerRange, positions: int, kind: str = kv.MODEL) -> int:
+        """What so many positions take, in whole blocks."""
 
     def submit(self, step: StepRequest, done: Done) -> None:
         """Truncate the cache to ``step.start``, run the rows, extend the cache; then ``done``, once, on the loop.

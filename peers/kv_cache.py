@@ -1,31 +1,50 @@
-"""KV memory: the cache of one session for a stage's layers, and the byte budget that admits sessions.
+"""The KV cache of one session for a stage's layers, in blocks that come as positions are written.
 
-:class:`KVBudget` is pure accounting and imports no torch, so that admission can be tested, and reasoned about,
-without a model. :class:`SequenceCache` holds the tensors.
+Blocks as in vLLM's paged attention (Kwon et al., SOSP 2023), but one holds :data:`BLOCK` positions of all layers of the
+stage: a session grows by one allocation, and what attention reads at a time stays adjacent.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import ctypes
+from typing import TYPE_CHECKING, Final
 
-from swarm.errors import Busy, ConfigError, Gap, TooLong
-from swarm.types import LayerRange, SessionId
+from swarm.errors import BadRequest, Gap, TooLong
+from swarm.kv import MODEL, SCALE_BYTES, row_bytes
+from swarm.types import LayerRange
 
 if TYPE_CHECKING:
     import torch
 
+BLOCK: Final = 64
+"""Positions in a block."""
+
+
+def blocks_for(positions: int, block: int = BLOCK) -> int:
+    """How many blocks hold so many positions."""
+    return -(-positions // block)
+
 
 class SequenceCache:
-    """Keys and values of one session for one layer range: ``[layers, 2, kv_heads, capacity, head_dim]``.
+    """Keys and values of one session: blocks ``[layers, 2, kv_heads, BLOCK, row]``, each one allocation.
 
-    One allocation per stage. On a CPU the pages are only committed when positions are written, so a session that
-    reserves a long context and stays short costs little physical memory. Keys of one layer are ``[kv_heads,
-    positions, head_dim]`` with the positions adjacent, which is what attention reads as a slice, without a copy.
+    A row is ``head_dim`` numbers of the model's dtype, or as ``swarm.kv`` has it for ``int8``. Blocks of positions that
+    another cache has as well, see :meth:`copy`, are shared until one of the two writes there.
     """
 
-    __slots__ = ("_data", "_keys", "_values", "capacity", "layers", "length", "size_bytes")
+    __slots__ = (
+        "_addresses",
+        "_blocks",
+        "_device",
+        "_dtype",
+        "_layers",
+        "_shape",
+        "_shared",
+        "capacity",
+        "kind",
+        "layers",
+        "length",
+    )
 
     def __init__(
         self,
@@ -35,176 +54,172 @@ class SequenceCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        kind: str = MODEL,
     ) -> None:
-        import torch
-
+        """Raises :class:`BadRequest` for heads that can't be kept as ``kind`` says."""
+        if kind == "int8" and head_dim % SCALE_BYTES:
+            raise BadRequest(
+                f"heads of {head_dim} numbers can't be kept in int8, {SCALE_BYTES} would have to divide it"
+            )
         self.layers = layers
         self.capacity = capacity
+        """Most positions that there may be."""
+        self.kind = kind
         self.length = 0
         """Positions that hold the keys and values of committed inputs; what lies behind is scratch."""
-        self.size_bytes = self.bytes_needed(layers, kv_heads, head_dim, capacity, dtype.itemsize)
-        self._data = torch.empty((len(layers), 2, kv_heads, capacity, head_dim), dtype=dtype, device=device)
-        # Indexing a tensor costs microseconds, at every layer of every session of every step: done once, here.
-        self._keys = list(self._data[:, 0].unbind(0))
-        self._values = list(self._data[:, 1].unbind(0))
+        self._dtype, self._device = dtype, device
+        self._shape = (len(layers), 2, kv_heads, BLOCK, head_dim)
+        self._blocks: list[torch.Tensor] = []
+        # Indexing a tensor costs microseconds, at every block of every layer of every step: done once, when it comes.
+        self._layers: list[tuple[torch.Tensor, ...]] = []
+        self._addresses = (ctypes.c_int64 * blocks_for(capacity))()
+        self._shared = 0
+        """So many of the first blocks may be another cache's as well."""
 
     @staticmethod
-    def bytes_needed(layers: LayerRange, kv_heads: int, head_dim: int, capacity: int, item_bytes: int) -> int:
-        """What a cache of this shape takes; ``item_bytes`` is the size of one element of its dtype."""
-        return len(layers) * 2 * kv_heads * capacity * head_dim * item_bytes
+    def bytes_needed(
+        layers: LayerRange, kv_heads: int, head_dim: int, positions: int, item_bytes: int, kind: str = MODEL
+    ) -> int:
+        """What ``positions`` take, in whole blocks; ``item_bytes`` is the size of one number of the model's dtype."""
+        rows = len(layers) * 2 * kv_heads * BLOCK * blocks_for(positions)
+        return rows * row_bytes(kind, head_dim, item_bytes)
 
     @property
-    def base_address(self) -> int:
-        """Where layer 0 of the model would begin, if this cache had it."""
-        _, two, kv_heads, capacity, head_dim = self._data.shape
-        layer_bytes = two * kv_heads * capacity * head_dim * self._data.itemsize
-        return self._data.data_ptr() - self.layers.start * layer_bytes
+    def size_bytes(self) -> int:
+        """Of the blocks that are there."""
+        return sum(block.nbytes for block in self._blocks)
+
+    @property
+    def blocks_address(self) -> int:
+        """Of a table of the blocks' addresses, for as long as the cache lives."""
+        return ctypes.addressof(self._addresses)
+
+    def grow(self, start: int, end: int) -> None:
+        """Have blocks for positions up to ``end``, of which those from ``start`` on are this cache's to write."""
+        import torch
+
+        layers, two, kv_heads, block, head_dim = self._shape
+        for index in range(start // block, self._shared):
+            self._put(index, self._blocks[index].clone())
+        self._shared = min(self._shared, start // block)
+        while len(self._blocks) < blocks_for(end):
+            if self.kind == MODEL:
+                fresh = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            else:
+                shape = (layers, two, kv_heads, block, head_dim + SCALE_BYTES)
+                fresh = torch.empty(shape, dtype=torch.int8, device=self._device)
+            self._put(len(self._blocks), fresh)
+
+    def _put(self, index: int, block: torch.Tensor) -> None:
+        self._blocks[index : index + 1] = [block]
+        self._layers[index : index + 1] = [block.unbind(0)]
+        self._addresses[index] = block.data_ptr()
 
     def copy(self, length: int, capacity: int) -> SequenceCache:
-        """A cache for ``capacity`` positions that begins with the first ``length`` of this one."""
-        _, _, kv_heads, _, head_dim = self._data.shape
-        copied = SequenceCache(self.layers, kv_heads, head_dim, capacity, self._data.dtype, self._data.device)
-        copied._data[:, :, :, :length] = self._data[:, :, :, :length]
+        """A cache for ``capacity`` positions that begins with the first ``length`` of this one.
+
+        It shares full blocks with this one; neither sees what the other writes.
+        """
+        _, _, kv_heads, block, head_dim = self._shape
+        copied = SequenceCache(self.layers, kv_heads, head_dim, capacity, self._dtype, self._device, self.kind)
+        full, rest = divmod(length, block)
+        for index in range(full):
+            copied._put(index, self._blocks[index])
+        copied._shared, self._shared = full, max(full, self._shared)
+        if rest:
+            copied.grow(length, length)
+            copied._blocks[full][:, :, :, :rest] = self._blocks[full][:, :, :, :rest]
         copied.length = length
         return copied
 
     def truncate(self, length: int) -> None:
-        """Forgets positions ``length`` and later; raises :class:`Gap` if the cache is shorter than that."""
+        """Forgets positions ``length`` and later; raises :class:`Gap` if the cache is shorter than that.
+
+        Blocks that are left empty go, but one: guesses that come and go at a block's end must not cost one each.
+        """
         if length < 0 or length > self.length:
             raise Gap(f"the KV cache ends at {self.length}, it can't be truncated to {length}")
         self.length = length
+        kept = blocks_for(length) + 1
+        for index in range(kept, len(self._blocks)):
+            self._addresses[index] = 0
+        del self._blocks[kept:], self._layers[kept:]
+        self._shared = min(self._shared, kept)
 
     def check_room(self, start: int, count: int) -> None:
         """Raises :class:`Gap` or :class:`TooLong` if ``count`` positions can't be written at ``start``."""
         if start < 0 or start > self.length:
             raise Gap(f"the frame starts at {start}, the KV cache ends at {self.length}")
         if start + count > self.capacity:
-            raise TooLong(f"{start + count} positions exceed the {self.capacity} that the session reserved")
-
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[kv_heads, capacity, head_dim]`` of a layer, by its number in the model."""
-        index = layer - self.layers.start
-        return self._keys[index], self._values[index]
+            raise TooLong(f"{start + count} positions exceed the {self.capacity} that the session was opened for")
 
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Stores ``[kv_heads, count, head_dim]`` at positions ``start ..``; :attr:`length` is the caller's to move."""
-        end = start + keys.shape[1]
-        own_keys, own_values = self.layer(layer)
-        own_keys[:, start:end] = keys
-        own_values[:, start:end] = values
+        """Stores ``[kv_heads, count, head_dim]`` at positions ``start ..``, for which :meth:`grow` made room;
+        :attr:`length` is the caller's to move."""
+        import torch
+
+        rows, layer = torch.stack((keys, values)), layer - self.layers.start
+        if self.kind == "int8":
+            rows = _rounded(rows)
+        written, count, block = 0, keys.shape[1], self._shape[3]
+        while written < count:
+            index, first = divmod(start + written, block)
+            fitting = min(block - first, count - written)
+            self._layers[index][layer][:, :, first : first + fitting] = rows[:, :, written : written + fitting]
+            written += fitting
 
 
-class KVBudget:
-    """Who may hold how many bytes. Sessions are kept in order of use, least recently used first.
+class DenseRows:
+    """Positions ``first .. end - 1`` of a cache with the positions adjacent, in memory that all layers share."""
 
-    A full budget refuses a newcomer with :class:`Busy`; whether idle sessions give way first is the caller's
-    decision (:meth:`evictable`), because their owners have to be told. What is only kept for later (:meth:`keep`)
-    counts as free: it goes as soon as a session needs the room.
-    """
+    __slots__ = ("_blocks", "_cache", "_dense", "_gathered", "_rows", "_scales")
 
-    def __init__(self, limit_bytes: int, max_sessions: int, policy: str = "lru") -> None:
-        if policy != "lru":
-            raise ConfigError(f"unknown cache_eviction_policy {policy!r}; known: lru")
-        if limit_bytes < 0 or max_sessions < 0:
-            raise ConfigError("a KV budget can't be negative")
-        self.limit_bytes = limit_bytes
-        self.max_sessions = max_sessions
-        self._held: OrderedDict[SessionId, int] = OrderedDict()
-        self._idle: set[SessionId] = set()
-        self._used_bytes = 0
-        self._kept: OrderedDict[str, tuple[int, Callable[[], object]]] = OrderedDict()
-        self._kept_bytes = 0
+    def __init__(self, cache: SequenceCache, first: int, end: int) -> None:
+        import torch
 
-    @property
-    def used_bytes(self) -> int:
-        """Reserved for sessions."""
-        return self._used_bytes
+        _, _, kv_heads, block, head_dim = cache._shape
+        start = first // block
+        self._cache, self._blocks = cache, range(start, blocks_for(end))
+        self._rows = slice(first - start * block, end - start * block)
+        positions = len(self._blocks) * block
+        self._gathered: torch.Tensor | None = None
+        self._dense: torch.Tensor | None = None
+        if len(self._blocks) > 1:
+            row, dtype = cache._blocks[0].shape[-1], cache._blocks[0].dtype
+            self._gathered = torch.empty((2, kv_heads, positions, row), dtype=dtype, device=cache._device)
+        if cache.kind == "int8":
+            self._dense = torch.empty((2, kv_heads, positions, head_dim), dtype=cache._dtype, device=cache._device)
 
-    @property
-    def kept_bytes(self) -> int:
-        """Kept for later, in what sessions leave."""
-        return self._kept_bytes
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[kv_heads, positions, head_dim]`` of a layer, by its number in the model, until the next
+        call."""
+        import torch
 
-    @property
-    def free_bytes(self) -> int:
-        return self.limit_bytes - self._used_bytes
+        cache, layer = self._cache, layer - self._cache.layers.start
+        rows = cache._layers[self._blocks[0]][layer]
+        if self._gathered is not None:
+            rows = torch.cat([cache._layers[index][layer] for index in self._blocks], dim=2, out=self._gathered)
+        if self._dense is not None:
+            codes, scales = _parts(rows)
+            rows = torch.mul(codes, scales, out=self._dense)
+        keys, values = rows[:, :, self._rows].unbind(0)
+        return keys, values
 
-    @property
-    def sessions(self) -> int:
-        return len(self._held)
 
-    def held(self, session: SessionId) -> int:
-        """Bytes that the session holds; 0 if it holds none."""
-        return self._held.get(session, 0)
+def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[..., head_dim]`` and scales ``[..., 1]`` of rows in int8."""
+    import torch
 
-    def reserve(self, session: SessionId, size_bytes: int) -> None:
-        """Adds to what the session holds (its checkpoint log grows); raises :class:`Busy` and changes nothing."""
-        if size_bytes < 0:
-            raise ValueError(f"can't reserve {size_bytes} bytes")
-        if session not in self._held and len(self._held) >= self.max_sessions:
-            raise Busy(f"max_cached_sessions: {len(self._held)} of {self.max_sessions} sessions are open")
-        if self._used_bytes + size_bytes > self.limit_bytes:
-            raise Busy(f"KV budget: {size_bytes} bytes asked for, {self.free_bytes} of {self.limit_bytes} are free")
-        self._held[session] = self._held.get(session, 0) + size_bytes
-        self._used_bytes += size_bytes
-        self.touch(session)
-        self._make_way()
+    return rows[..., :-SCALE_BYTES], rows[..., -SCALE_BYTES:].view(torch.float32)
 
-    def release(self, session: SessionId) -> int:
-        """Gives everything back and returns how much it was; twice is harmless."""
-        size_bytes = self._held.pop(session, 0)
-        self._idle.discard(session)
-        self._used_bytes -= size_bytes
-        return size_bytes
 
-    def touch(self, session: SessionId) -> None:
-        """The session was used just now: it becomes the last to be evicted, and is idle no longer."""
-        if session in self._held:
-            self._held.move_to_end(session)
-            self._idle.discard(session)
+def _rounded(rows: torch.Tensor) -> torch.Tensor:
+    """Rows ``[..., head_dim]`` in int8, see ``swarm.kv``."""
+    import torch
 
-    def keep(self, name: str, size_bytes: int, dropped: Callable[[], object]) -> bool:
-        """Hold bytes until they are needed; ``dropped`` is called then. ``False``: sessions need them now."""
-        if size_bytes > self.free_bytes:
-            return False
-        self._kept[name] = size_bytes, dropped
-        self._kept_bytes += size_bytes
-        self._make_way()
-        return True
-
-    def forget(self, name: str) -> None:
-        """What was kept is no more; twice is harmless."""
-        self._kept_bytes -= self._kept.pop(name, (0, None))[0]
-
-    def touch_kept(self, name: str) -> None:
-        """It was used just now: it becomes the last to go."""
-        self._kept.move_to_end(name)
-
-    def _make_way(self) -> None:
-        while self._used_bytes + self._kept_bytes > self.limit_bytes:
-            _, (size_bytes, dropped) = self._kept.popitem(last=False)
-            self._kept_bytes -= size_bytes
-            dropped()
-
-    def mark_idle(self, session: SessionId) -> None:
-        """The session waits for its owner; from now on it may be evicted."""
-        if session in self._held:
-            self._idle.add(session)
-
-    def evictable(self, size_bytes: int, sessions: int = 0) -> list[SessionId]:
-        """The idle sessions, oldest first, whose release makes room for ``size_bytes`` and ``sessions`` more.
-
-        An empty list means either that there is room already or that evicting every idle session would not do;
-        :meth:`reserve` tells the two apart.
-        """
-        chosen: list[SessionId] = []
-        free_bytes = self.free_bytes
-        free_sessions = self.max_sessions - len(self._held)
-        for session, held in self._held.items():
-            if free_bytes >= size_bytes and free_sessions >= sessions:
-                return chosen
-            if session in self._idle:
-                chosen.append(session)
-                free_bytes += held
-                free_sessions += 1
-        return chosen if free_bytes >= size_bytes and free_sessions >= sessions else []
+    rounded = torch.empty((*rows.shape[:-1], rows.shape[-1] + SCALE_BYTES), dtype=torch.int8, device=rows.device)
+    codes, scales = _parts(rounded)
+    rows = rows.float()
+    scales.copy_(rows.abs().amax(-1, keepdim=True) / 127)
+    codes.copy_((rows / torch.where(scales > 0, scales, 1.0)).round())
+    return rounded

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from peers.checkpoints import CheckpointLog
 from peers.executor import Cache
-from peers.kv_cache import KVBudget
+from peers.kv_budget import KVBudget
 from peers.stage import Stage
 from swarm.prefix import BLOCK, NAME_BYTES, cut, shared_tokens
 from swarm.types import LayerRange, PeerId
@@ -28,6 +29,8 @@ class Kept:
     layers: LayerRange
     wire: str
     """Of the rows in ``log``."""
+    kv: str
+    """Of the rows in ``cache``."""
     chain: bytes
     cache: Cache
     log: CheckpointLog | None
@@ -38,11 +41,15 @@ class Kept:
 
 
 class PrefixCache:
-    """At most ``most`` entries, within what sessions leave of ``budget``."""
+    """At most ``most`` entries, within what sessions leave of ``budget``.
 
-    def __init__(self, budget: KVBudget, most: int) -> None:
+    ``copy``: makes a cache for so many positions that begins with so many of another.
+    """
+
+    def __init__(self, budget: KVBudget, most: int, copy: Callable[[Cache, int, int], Cache]) -> None:
         self._budget = budget
         self._most = most
+        self._copy = copy
         self._entries: OrderedDict[str, Kept] = OrderedDict()
         self._number = itertools.count()
         self._closed = False
@@ -50,13 +57,14 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, stage: Stage, chain: bytes, size_bytes: int, now: float) -> None:
-        """``stage`` ends after a text that ``chain`` names; ``size_bytes``: what its cache and log take."""
+    def keep(self, stage: Stage, chain: bytes, size_of: Callable[[int], int], now: float) -> None:
+        """``stage`` ends after a text that ``chain`` names; ``size_of``: bytes that its cache and log take for so many
+        positions."""
         tokens = min(len(chain) // NAME_BYTES * BLOCK, stage.settled) // BLOCK * BLOCK
         if self._closed or not tokens or self._most < 1:
             return
         chain = cut(chain, tokens)
-        same = self._of(stage.owner, stage.layers, stage.output_wire)
+        same = self._of(stage.owner, stage.layers, stage.output_wire, stage.kv)
         if longer := next((entry for entry in same if entry.chain.startswith(chain)), None):
             self._touch(longer)
             return
@@ -64,18 +72,28 @@ class PrefixCache:
             if chain.startswith(entry.chain):
                 self._drop(entry)
         name = str(next(self._number))
-        if not self._budget.keep(name, size_bytes, lambda: self._entries.pop(name)):
+        if not self._budget.keep(name, size_of(tokens), lambda: self._entries.pop(name)):
             return
-        inputs = tuple(stage.inputs[:tokens])
+        if stage.log is not None:
+            stage.log.truncate(tokens)
         self._entries[name] = Kept(
-            name, stage.owner, stage.layers, stage.output_wire, chain, stage.cache, stage.log, inputs, now
+            name=name,
+            owner=stage.owner,
+            layers=stage.layers,
+            wire=stage.output_wire,
+            kv=stage.kv,
+            chain=chain,
+            cache=self._copy(stage.cache, tokens, tokens),
+            log=stage.log,
+            inputs=tuple(stage.inputs[:tokens]),
+            since=now,
         )
         if len(self._entries) > self._most:
             self._drop(next(iter(self._entries.values())))
 
-    def find(self, owner: PeerId, layers: LayerRange, wire: str, chain: bytes) -> tuple[Kept, int] | None:
+    def find(self, owner: PeerId, layers: LayerRange, wire: str, kv: str, chain: bytes) -> tuple[Kept, int] | None:
         """What ``owner`` may use for a text that begins as ``chain`` says, and for how many tokens."""
-        best = max(self._of(owner, layers, wire), key=lambda entry: shared_tokens(entry.chain, chain), default=None)
+        best = max(self._of(owner, layers, wire, kv), key=lambda entry: shared_tokens(entry.chain, chain), default=None)
         tokens = shared_tokens(best.chain, chain) if best is not None else 0
         if best is None or not tokens:
             return None
@@ -96,8 +114,9 @@ class PrefixCache:
         for entry in list(self._entries.values()):
             self._drop(entry)
 
-    def _of(self, owner: PeerId, layers: LayerRange, wire: str) -> list[Kept]:
-        return [e for e in self._entries.values() if (e.owner, e.layers, e.wire) == (owner, layers, wire)]
+    def _of(self, owner: PeerId, layers: LayerRange, wire: str, kv: str) -> list[Kept]:
+        wanted = (owner, layers, wire, kv)
+        return [e for e in self._entries.values() if (e.owner, e.layers, e.wire, e.kv) == wanted]
 
     def _touch(self, entry: Kept) -> None:
         self._entries.move_to_end(entry.name)

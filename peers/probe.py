@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from peers.executor import Executor, StepRequest, run
-from peers.kv_cache import KVBudget
+from peers.kv_budget import KVBudget
 from swarm import protocol_pb2 as pb
 from swarm.admission import is_signed, vouch
 from swarm.announcement_record import MAX_MULTIADDRS

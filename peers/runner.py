@@ -48,6 +48,9 @@ class Outside(Protocol):
         """Measured time one way to ``peer``; 0: not measured."""
 
 
+MakeRoom = Callable[["StageRunner", int], bool]
+"""Have memory for the stage's positions up to this one. ``False``: there is none; the stage gave way, and is closed."""
+
 ToOwner = Callable[[pb.ControlReply], Awaitable[None]]
 
 
@@ -78,7 +81,13 @@ class StageRunner:
     """Runs one :class:`Stage`. All methods are for the event loop's thread."""
 
     def __init__(
-        self, stage: Stage, executor: Executor, outside: Outside, settings: Settings, tasks: asyncio.TaskGroup
+        self,
+        stage: Stage,
+        executor: Executor,
+        outside: Outside,
+        settings: Settings,
+        tasks: asyncio.TaskGroup,
+        make_room: MakeRoom,
     ) -> None:
         self.stage = stage
         self.executor = executor
@@ -88,6 +97,9 @@ class StageRunner:
         """The owner's control stream; ``None`` while the owner is away."""
         self.last_used = self._now()
         self._tasks = tasks
+        self._make_room = make_room
+        self.room = 0
+        """Positions, in whole blocks, for which memory is reserved here."""
         self._job: _Job | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -219,6 +231,8 @@ class StageRunner:
             engine, known = self.settings.engine, min((target.cursor for target in stage.targets), default=0)
             replayed = start + engine.replay_chunk_tokens <= known  # nobody waits for these outputs
             rows = min(rows, engine.replay_chunk_tokens if replayed else engine.prefill_chunk_tokens)
+        if not self._make_room(self, start + rows):
+            return
         step = StepRequest(
             layers=stage.layers,
             cache=stage.cache,
@@ -251,7 +265,7 @@ class StageRunner:
             self._fail(job, Internal("the stage failed; see the peer's log"))
             return
         job.offset += step.rows
-        if job.offset < job.rows and not self.stage.superseded:
+        if job.offset < job.rows and not self.stage.superseded and not self._closed:
             self._step(job)
         else:
             self._job = None

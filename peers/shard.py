@@ -21,6 +21,7 @@ from peers.decode_pass import MOST_ROWS, DecodePass
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
 from peers.norm import fast_norm
+from swarm import kv
 from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
 from swarm.models import ModelProfile
 from swarm.types import LayerRange
@@ -110,12 +111,12 @@ class Shard:
         model, size_bytes = load_model(config, source, layers, target, dtype, profile.weights, progress)
         return cls(profile, model, layers, dtype, target, size_bytes)
 
-    def new_cache(self, layers: LayerRange, capacity: int) -> SequenceCache:
-        """An empty cache for a session that runs ``layers`` here; raises :class:`WrongRange`."""
+    def new_cache(self, layers: LayerRange, capacity: int, kind: str = kv.MODEL) -> SequenceCache:
+        """An empty cache for a session that runs ``layers`` here; raises :class:`BadRequest`."""
         if not self.layers.covers(layers):
             raise WrongRange(f"this peer holds layers {self.layers}, not {layers}")
         profile = self.profile
-        return SequenceCache(layers, profile.num_kv_heads, profile.head_dim, capacity, self.dtype, self.device)
+        return SequenceCache(layers, profile.num_kv_heads, profile.head_dim, capacity, self.dtype, self.device, kind)
 
     def run(self, steps: Sequence[Step]) -> list[StepOutput]:
         """One forward pass for all steps, which must share one layer range; the results are in their order.

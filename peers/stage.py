@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from peers.checkpoints import CheckpointLog
 from peers.drafting import MAX_DRAFT, Drafter
 from peers.executor import Cache, SampleRequest
+from swarm import kv
 from swarm.errors import BadRequest, Gap, NotAllowed, ProtocolError, StaleEpoch, TooLong
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId, SessionId
@@ -58,6 +59,8 @@ class OpenRequest:
     input_wire: str = MODEL
     output_wire: str = MODEL
     """How hidden states come in and go out, see ``swarm.wire``."""
+    kv: str = kv.MODEL
+    """How keys and values are kept, see ``swarm.kv``."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.session) <= 64:
@@ -65,6 +68,8 @@ class OpenRequest:
         for wire in (self.input_wire, self.output_wire):
             if wire not in WIRES:
                 raise BadRequest(f"no such wire as {wire[:20]!r}; there are: {', '.join(WIRES)}")
+        if self.kv not in kv.KINDS:
+            raise BadRequest(f"keys and values can't be kept as {self.kv[:20]!r}; there are: {', '.join(kv.KINDS)}")
         if self.keep > self.max_positions or len(self.token_ids) > self.max_positions:
             raise BadRequest(f"more tokens than the session's {self.max_positions} positions")
 
@@ -136,6 +141,7 @@ class Stage:
         self.layers = request.layers
         self.max_positions = request.max_positions
         self.input_wire, self.output_wire = request.input_wire, request.output_wire
+        self.kv = request.kv
         self.first, self.last = first, last
         self.cache, self.log = cache, log
         self.epoch = request.epoch
@@ -174,10 +180,14 @@ class Stage:
             raise BadRequest("a stage keeps the layers and positions that it was opened with")
         if (request.input_wire, request.output_wire) != (self.input_wire, self.output_wire):
             raise BadRequest("a stage's hidden states come and go as when it was opened")
+        if request.kv != self.kv:
+            raise BadRequest("a stage keeps its keys and values as when it was opened")
         self._adopt(request)
 
     def _adopt(self, request: OpenRequest) -> None:
         self.epoch, self.superseded = request.epoch, False
+        self.known = request.keep
+        """Positions that the owner has inputs for: they will come, if they are not here."""
         self.previous = request.previous
         self.step_mode, self.no_kv_cache = request.step_mode, request.no_kv_cache
         self.sampling, self.end_ids, self.stop_at = request.sampling, request.end_ids, request.stop_at
@@ -212,7 +222,7 @@ class Stage:
         a step in flight has the cache itself."""
         self.cache = _Released(self.cache.length)
         if self.log is not None:
-            self.log = CheckpointLog(self.log.row_bytes, 0)
+            self.log = CheckpointLog(self.log.row_bytes)
 
     @property
     def have(self) -> int:

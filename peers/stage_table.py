@@ -1,17 +1,28 @@
-"""The stages of a peer: admitted within the KV budget, freed when their owner is done, gone, or idle too long."""
+"""The stages of a peer: admitted within the KV budget, grown in it, freed when they end or have to give way.
+
+A stage holds memory for the positions that are known to come, and gets more block by block. Sessions rarely become as
+long as they may, so more is promised than there is, :data:`OVERCOMMIT` times the budget at most. Where it runs out,
+somebody gives way: kept prefixes first, then idle sessions, then of those that run the one with the fewest positions,
+which costs least to compute again (preemption by recomputation as in vLLM, Kwon et al., SOSP 2023). Its owner is told
+``busy`` and rebuilds the route. That this order is the same at all peers, and that a session never waits for room while
+it holds any (``swarm/chain.py``), keeps sessions from blocking each other for good: the longest always goes on.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
+from typing import Final
 
 from peers.checkpoints import CheckpointLog
 from peers.executor import Executor
-from peers.kv_cache import KVBudget
+from peers.kv_budget import KVBudget
 from peers.prefix_cache import PrefixCache
 from peers.runner import Outside, StageRunner
 from peers.stage import OpenRequest, Stage
 from swarm.config import Settings
+from swarm.errors import Busy, Evicted, SwarmError
 from swarm.types import PeerId, SessionId
 from swarm.wire import encoding_of, row_bytes
 
@@ -19,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 StageKey = tuple[SessionId, int]
 """Session and first layer: one peer may run two stages of one session."""
+
+OVERCOMMIT: Final = 2
+"""All open sessions at their full lengths take so many times the budget at most."""
+OWED_S: Final = 3.0
+"""So long after a session gave way, or asked to come back, newcomers have to wait for it. It asks more often."""
 
 
 class StageTable:
@@ -32,10 +48,13 @@ class StageTable:
             settings.peer.max_cached_sessions,
             settings.peer.cache_eviction_policy,
         )
-        self.prefixes = PrefixCache(self.budget, settings.peer.max_cached_sessions if settings.peer.prefix_cache else 0)
+        most_kept = settings.peer.max_cached_sessions if settings.peer.prefix_cache else 0
+        self.prefixes = PrefixCache(self.budget, most_kept, executor.copy_cache)
         self.runners: dict[StageKey, StageRunner] = {}
         self._tasks = tasks
         self._lingering: dict[StageKey, asyncio.TimerHandle] = {}
+        self._owed: dict[SessionId, float] = {}
+        """Sessions that had to give way, and until when they come before newcomers."""
         self._emptied = asyncio.Event()
         self._emptied.set()
 
@@ -46,46 +65,140 @@ class StageTable:
     def of_session(self, session: str) -> list[StageRunner]:
         return [runner for (held, _), runner in self.runners.items() if held == session]
 
+    # ---- coming -----------------------------------------------------------------------------------------
+
     def admit(self, owner: PeerId, request: OpenRequest, outside: Outside) -> StageRunner:
-        """Reserve memory, build the stage, with what an earlier one left for it; raises :class:`Busy`."""
+        """Reserve memory for what is known to come, build the stage, with what an earlier one left for it.
+
+        Raises :class:`Busy`.
+        """
         profile, key = self.executor.profile, (request.session, request.layers.start)
         last = request.layers.end == profile.num_layers
-        logged_bytes = row_bytes(encoding_of(request.output_wire, profile.dtype), profile.hidden_size)
-        size = self.executor.cache_bytes(request.layers, request.max_positions)
-        if not last:
-            size += CheckpointLog.bytes_needed(logged_bytes, request.max_positions)
-        found = self.prefixes.find(owner, request.layers, request.output_wire, request.prefix)
-        self._make_room(size)
-        self.budget.reserve(_held_as(key), size)
+        room = self._in_blocks(max(request.keep, len(request.token_ids), 1))
+        found = self.prefixes.find(owner, request.layers, request.output_wire, request.kv, request.prefix)
+        self._let_in(key, request, room)
         try:
             first = request.layers.start == 0
             if found is not None and self.prefixes.holds(found[0]):
                 kept, tokens = found
                 cache = self.executor.copy_cache(kept.cache, tokens, request.max_positions)
-                log = kept.log.copy(tokens, request.max_positions) if kept.log is not None else None
+                log = kept.log.copy(tokens) if kept.log is not None else None
                 stage = Stage(request, owner, first=first, last=last, cache=cache, log=log)
                 stage.inputs.extend(kept.inputs[: stage.have])
             else:
-                log = None if last else CheckpointLog(logged_bytes, request.max_positions)
-                cache = self.executor.new_cache(request.layers, request.max_positions)
+                log = None if last else CheckpointLog(self._logged_bytes(request))
+                cache = self.executor.new_cache(request.layers, request.max_positions, request.kv)
                 stage = Stage(request, owner, first=first, last=last, cache=cache, log=log)
         except BaseException:
             self.budget.release(_held_as(key))
             raise
-        runner = StageRunner(stage, self.executor, outside, self.settings, self._tasks)
+        runner = StageRunner(stage, self.executor, outside, self.settings, self._tasks, self.make_room)
+        runner.room = room
         self.runners[key] = runner
         self._emptied.clear()
         return runner
 
-    def _make_room(self, size_bytes: int) -> None:
+    def _let_in(self, key: StageKey, request: OpenRequest, room: int) -> None:
+        """Reserve ``room`` positions. Whoever comes leaves every session, itself included, a block to grow by: else
+        one would have to give way at once."""
+        now = asyncio.get_running_loop().time()
+        self._owed = {owed: until for owed, until in self._owed.items() if until > now}
+        if request.session in self._owed:
+            self._owed[request.session] = now + OWED_S
+        elif self._owed:
+            raise Busy("KV budget: sessions that had to give way come back first")
+        full, size = self._size(request, request.max_positions), self._size(request, room)
+        promised = sum(self._size(runner.stage, runner.stage.max_positions) for runner in self.runners.values())
+        limit = self.budget.limit_bytes
+        if full > limit or promised + full > OVERCOMMIT * limit:
+            raise Busy(f"KV budget: {full} bytes asked for, {promised} of {OVERCOMMIT} times {limit} are promised")
+        growing = [runner.stage for runner in self.runners.values() if runner.room < runner.stage.max_positions]
+        needed = size + sum(self._size(stage, 1) for stage in growing)
+        if room < request.max_positions:
+            needed += self._size(request, 1)
+        self._evict(needed, sessions=1)
+        if needed > self.budget.free_bytes:
+            free = self.budget.free_bytes
+            raise Busy(f"KV budget: {needed} bytes asked for, to begin and grow, {free} of {limit} are free")
+        self.budget.reserve(_held_as(key), size)
+        self._owed.pop(request.session, None)
+
+    # ---- growing, and giving way ------------------------------------------------------------------------
+
+    def make_room(self, runner: StageRunner, end: int) -> bool:
+        """See ``peers.runner.MakeRoom``. What truncation left unused goes back, but for a spare block."""
+        stage, key = runner.stage, _key_of(runner.stage)
+        used = max(self._in_blocks(stage.have) + self.executor.kv_block, self._in_blocks(stage.known))
+        room = max(min(runner.room, used), self._in_blocks(end))
+        if room == runner.room:
+            return True
+        size = self._size(stage, room)
+        self.budget.touch(_held_as(key))
+        if room > runner.room:
+            others = [other for other in self.runners.values() if other.stage.session != stage.session]
+            shorter = sorted((other for other in others if self._rank(other) < self._rank(runner)), key=self._rank)
+            more = size - self.budget.held(_held_as(key))
+            self._evict(more, others=[_key_of(other.stage) for other in shorter])
+        try:
+            self.budget.reserve(_held_as(key), size)
+        except Busy as error:
+            self._give_way(key, error)
+            return False
+        runner.room = room
+        return True
+
+    def _rank(self, runner: StageRunner) -> tuple[int, SessionId]:
+        """Who comes first in this order gives way first. In whole blocks, since peers see a session at other points."""
+        return runner.stage.have // self.executor.kv_block, runner.stage.session
+
+    def _evict(self, size_bytes: int, sessions: int = 0, others: Sequence[StageKey] = ()) -> None:
+        """Make room, if that can be done: at the cost of idle sessions, then of ``others``."""
         now = asyncio.get_running_loop().time()
         for key, runner in self.runners.items():
             if now - runner.last_used > self.settings.timeouts.evictable_after_s and not runner.computing:
                 self.budget.mark_idle(_held_as(key))
-        for held in self.budget.evictable(size_bytes, 1):
-            session, _, layer = held.rpartition(":")
-            logger.info("session %s was idle and is evicted", session[:8])
-            self.free((SessionId(session), int(layer)))
+        keys = {_held_as(key): key for key in self.runners}
+        for held in self.budget.evictable(size_bytes, sessions, [_held_as(key) for key in others]):
+            if self.budget.is_idle(held):
+                self._give_way(keys[held], Evicted("this stage was idle and gave its memory to another session"))
+            else:
+                self._give_way(keys[held], Busy("KV budget: this stage gave its memory to a session with more tokens"))
+
+    def _give_way(self, key: StageKey, error: SwarmError) -> None:
+        """Free the stage now, and tell its owner why."""
+        runner = self.runners[key]
+        if isinstance(error, Busy):
+            self._owed[runner.stage.session] = asyncio.get_running_loop().time() + OWED_S
+        self._tasks.create_task(runner.report(error, None))
+        self.free(key)
+
+    # ---- memory -----------------------------------------------------------------------------------------
+
+    def _in_blocks(self, positions: int) -> int:
+        block = self.executor.kv_block
+        return -(-positions // block) * block
+
+    def _size(self, stage: Stage | OpenRequest, positions: int) -> int:
+        """Bytes of KV cache and log."""
+        logged = self._logged_bytes(stage) if stage.layers.end < self.executor.profile.num_layers else 0
+        cached = self.executor.cache_bytes(stage.layers, positions, stage.kv)
+        return cached + logged * self._in_blocks(positions)
+
+    def _logged_bytes(self, stage: Stage | OpenRequest) -> int:
+        profile = self.executor.profile
+        return row_bytes(encoding_of(stage.output_wire, profile.dtype), profile.hidden_size)
+
+    def kv_tokens_free(self) -> int:
+        """Tokens that a session might have, over all layers of this peer."""
+        block, profile = self.executor.kv_block, self.executor.profile
+        one = self.executor.cache_bytes(self.executor.layers, block) + block * row_bytes(
+            profile.dtype, profile.hidden_size
+        )
+        promised = sum(self._size(runner.stage, runner.stage.max_positions) for runner in self.runners.values())
+        free = min(self.budget.free_bytes, OVERCOMMIT * self.budget.limit_bytes - promised)
+        return max(0, free // one * block)
+
+    # ---- going ------------------------------------------------------------------------------------------
 
     def attach(self, key: StageKey) -> None:
         """The stage's owner is here, or back."""
@@ -106,11 +219,13 @@ class StageTable:
         ``prefix`` names the text; what was computed of it is kept for its owner as long as there is room.
         """
         runner = self.runners.pop(key, None)
-        size_bytes = self.budget.release(_held_as(key))
+        self.budget.release(_held_as(key))
         if runner is not None:
             runner.close()
-            self.prefixes.keep(runner.stage, prefix, size_bytes, asyncio.get_running_loop().time())
-            runner.stage.release()
+            stage = runner.stage
+            now = asyncio.get_running_loop().time()
+            self.prefixes.keep(stage, prefix, lambda positions: self._size(stage, positions), now)
+            stage.release()
         timer = self._lingering.pop(key, None)
         if timer is not None:
             timer.cancel()
@@ -134,11 +249,9 @@ class StageTable:
                     logger.info("session %s was idle for %.0f s and is freed", key[0][:8], idle_s)
                     self.free(key)
 
-    def kv_tokens_free(self) -> int:
-        """Tokens that would still fit, over all layers of this peer."""
-        profile, layers = self.executor.profile, self.executor.layers
-        one = self.executor.cache_bytes(layers, 1) + row_bytes(profile.dtype, profile.hidden_size)
-        return self.budget.free_bytes // one
+
+def _key_of(stage: Stage) -> StageKey:
+    return stage.session, stage.layers.start
 
 
 def _held_as(key: StageKey) -> SessionId:

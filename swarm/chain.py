@@ -18,11 +18,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.control import Event, HopControl, HopLost
-from swarm.errors import NoRoute, StreamLost, SwarmError
+from swarm.errors import Busy, NoRoute, StreamLost, SwarmError
 from swarm.handover import Handover
 from swarm.health import Health
 from swarm.hop_planner import HopPlanner
@@ -72,6 +73,8 @@ class Chain:
         self.reused = 0
         """Tokens of the prompt that every stage had from an earlier session when this one was opened."""
         self._name = session_id[:8]
+        self._jitter = random.Random(session_id)
+        """So that sessions that wait for the same peer don't ask in step."""
         self._num_layers = profile.num_layers
         self._transport = transport
         self._tasks = tasks
@@ -137,14 +140,20 @@ class Chain:
             except NoRoute as error:
                 if first:
                     await self.planner.explain(error, self._refused)
+                full = next((refusal for refusal in self._refused.values() if isinstance(refusal, Busy)), None)
                 if _now() > deadline:
-                    waited = f"nobody came within {self.settings.recovery.wait_s:.0f} s"
-                    raise NoRoute(f"{error.message}, and {waited}") from None
-                await asyncio.sleep(pause)
+                    wait_s = self.settings.recovery.wait_s
+                    if full is not None:
+                        raise Busy(f"{full.message}, and nobody had room within {wait_s:.0f} s") from None
+                    raise NoRoute(f"{error.message}, and nobody came within {wait_s:.0f} s") from None
+                if full is not None:
+                    # Sessions that wait for room hold none: else two might wait for each other.
+                    await self.release()
+                await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, RETRY_MOST_S)
                 self._refused.clear()
                 await self.planner.refresh()
-        self.complete = True
+        self.complete = self.planner.begun = True
         self._refused.clear()
         if first:
             self.reused = min(control.came_with or 0 for control in self.controls)
@@ -191,14 +200,19 @@ class Chain:
             await self._feed(self.controls[0].have)
 
     def _commit_what_came(self) -> None:
-        """Tokens that were still on their way when the route was interrupted."""
-        while not self.events.empty():
+        """Tokens that were still on their way when the route was interrupted.
+
+        What a hop says is wrong in this very epoch, such as that it has no more room, stays to be heard.
+        """
+        for _ in range(self.events.qsize()):
             control, event = self.events.get_nowait()
             if isinstance(event, pb.Output) and control is self.controls[-1]:
                 with control.blamed():
                     self.transcript.commit(event)
             elif isinstance(event, SwarmError) and control in self.controls:
                 raise HopLost(control, event)
+            elif isinstance(event, pb.Error) and event.epoch >= self.epoch:
+                self.events.put_nowait((control, event))
 
     def _record(self, reason: str, kept: int, survivors: set[HopControl]) -> None:
         fresh = [control for control in self.controls if control not in survivors]

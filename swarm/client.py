@@ -144,6 +144,7 @@ class AsyncClient:
         kv_cache: bool | None = None,
         speculation: str | None = None,
         wire: str | None = None,
+        kv: str | None = None,
     ) -> GenerationRequest:
         """Defaults come from the settings. ``seed=None`` draws one. ``logprobs``: how many alternatives to report.
 
@@ -172,6 +173,7 @@ class AsyncClient:
             no_kv_cache=not (defaults.enable_kv_cache if kv_cache is None else kv_cache),
             speculate=(speculation or defaults.speculation) != "off",
             wire=Wire.chosen(wire or defaults.wire, self.profile.dtype),
+            kv=kv or defaults.kv,
         )
 
     def chat_prompt(self, messages: Iterable[Message]) -> list[int]:

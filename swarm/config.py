@@ -28,6 +28,8 @@ class InferenceSettings:
     """auto | off: whether drafts may go round the ring with the tokens. They never change the text."""
     wire: str = "model"
     """model | bfloat16 | int8: how hidden states go from peer to peer; ``model``: in its dtype, see ``swarm.wire``."""
+    kv: str = "model"
+    """model | int8: how stages keep keys and values; ``model``: in its dtype, see ``swarm.kv``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from swarm.config import Settings
 from swarm.errors import ConfigError, WrongRange
+from swarm.kv import KINDS
 from swarm.types import LayerRange
 from swarm.wire import WIRES
 
@@ -56,6 +57,7 @@ _SPECIAL: Mapping[str, Rule] = {
     "inference.repetition_penalty": Rule("a number above 0", lambda value: value > 0),
     "inference.speculation": _one_of("auto", "off"),
     "inference.wire": _one_of(*WIRES),
+    "inference.kv": _one_of(*KINDS),
     "peer.layers": Rule("auto or START:END, for example 0:10", _is_layers),
     "peer.device": Rule(
         "auto, cpu, mps, cuda or cuda:N",

@@ -123,6 +123,8 @@ class HopControl:
                 self._stream.try_send(pb.ControlRequest(finish=pb.Finish(prefix=prefix)).SerializeToString())
             self.lost = StreamLost("closed")
             await self._stream.close()
+        else:
+            self._stream.abort()
         self._end()
 
     def abort(self, reason: SwarmError | None = None) -> None:
@@ -183,7 +185,9 @@ class HopControl:
                 self.computed, self.moved_at = reply.status.computed, self.last_heard
             self.computing, self.draining = reply.status.computing, reply.status.draining
             self._listener(self, reply.status)
-        elif self._opened is not None and not self._opened.done() and not 0 < reply.error.epoch < self._opening:
+        elif reply.error.epoch == 0:  # of no epoch: the peer's last words
+            self._finish(error_from_wire(reply.error))
+        elif self._opened is not None and not self._opened.done() and reply.error.epoch >= self._opening:
             self._opened.set_exception(error_from_wire(reply.error))
         else:  # also what went wrong in an older epoch, and crossed the open on its way
             self._listener(self, reply.error)

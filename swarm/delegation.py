@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Self
 
+from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
@@ -108,6 +109,7 @@ class DelegatedSession:
             speculate=request.speculate,
             wire=transcript.wire.name,
             cuts=transcript.wire.cuts,
+            kv=transcript.kv,
         )
         await stream.send(message.SerializeToString())
         try:
@@ -161,4 +163,5 @@ def request_from_wire(message: pb.Delegate, profile: ModelProfile) -> Generation
         no_kv_cache=message.no_kv_cache,
         speculate=message.speculate,
         wire=Wire(message.wire or MODEL, tuple(message.cuts)),
+        kv=message.kv or kv.MODEL,
     )

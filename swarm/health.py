@@ -15,6 +15,8 @@ from swarm.prefix import Prefixes
 from swarm.types import PeerId
 
 FIRST_PENALTY_S = 5.0
+FULL_S = 5.0
+"""A peer without room is asked after others for so long."""
 PENALTY_COST_S = 10.0
 """What a penalised peer adds to the reckoned time of a token: more than any honest detour costs."""
 
@@ -32,6 +34,7 @@ class Health:
     def __init__(self, max_penalty_s: float) -> None:
         self._max_penalty_s = max_penalty_s
         self._records: dict[PeerId, Record] = {}
+        self._full: dict[PeerId, float] = {}
         self.prefixes = Prefixes(secrets.token_bytes(16))
         self.paces = Paces()
 
@@ -40,6 +43,10 @@ class Health:
         failures = self._records[peer].failures + 1 if peer in self._records else 1
         penalty = min(FIRST_PENALTY_S * 2 ** min(failures - 1, 30), self._max_penalty_s)
         self._records[peer] = Record(failures, now + penalty, cause)
+
+    def full(self, peer: PeerId, now: float) -> None:
+        """It has no room, which is no failure: others are preferred for a moment, however often it says so."""
+        self._full[peer] = now + FULL_S
 
     def succeeded(self, peer: PeerId, now: float) -> None:
         """Forgives step by step: one good session undoes one failure, and ends the penalty."""
@@ -54,7 +61,9 @@ class Health:
     def costs_s(self, now: float) -> dict[PeerId, float]:
         """What each peer that failed lately adds to the reckoned time of a token."""
         running = {peer: record for peer, record in self._records.items() if now < record.until}
-        return {peer: PENALTY_COST_S * record.failures for peer, record in running.items()}
+        self._full = {peer: until for peer, until in self._full.items() if now < until}
+        costs = dict.fromkeys(self._full, PENALTY_COST_S)
+        return costs | {peer: PENALTY_COST_S * record.failures for peer, record in running.items()}
 
     def cause(self, peer: PeerId) -> str | None:
         record = self._records.get(peer)

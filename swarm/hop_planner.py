@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 from swarm.config import Settings
 from swarm.coverage import explained
-from swarm.errors import NoRoute, PeerLost, SwarmError, Unreachable
+from swarm.errors import Busy, Evicted, NoRoute, PeerLost, SwarmError, Unreachable
 from swarm.health import Health
 from swarm.knowledge import View, known
 from swarm.models import ModelProfile
@@ -39,21 +39,30 @@ class HopPlanner:
         self._profile = profile
         self._settings = settings
         self._health = health
+        self.begun = False
+        """The session has had a route."""
 
     def plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> tuple[Hop, ...]:
         """The best hops over ``layers`` between those that ``route`` has, in order, on both sides of them, and between
         the cuts of the session's wire.
 
-        Of near-equals each session takes others, which spreads the load. Raises :class:`NoRoute`.
+        Of near-equals each session takes others, which spreads the load. A session that has begun asks even peers that
+        announced no room, if there are no others: announcements are seconds old. Raises :class:`NoRoute`.
         """
         pieces = self._transcript.wire.pieces(layers)
-        return tuple(hop for piece in pieces for hop in self._plan(piece, refused, route))
+        try:
+            return tuple(h for piece in pieces for h in self._plan(piece, refused, route, self._transcript.stop_at))
+        except NoRoute:
+            if not self.begun:
+                raise
+            return tuple(hop for piece in pieces for hop in self._plan(piece, refused, route, 0))
 
-    def _plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> list[Hop]:
+    def _plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop], room: int) -> list[Hop]:
+        """``room``: for so many tokens."""
         tokens, profile = len(self._transcript), self._profile
         encoding = encoding_of(self._transcript.wire.name, profile.dtype)
         demand = Demand(
-            tokens=self._transcript.stop_at,
+            tokens=room,
             prompt_tokens=tokens,
             new_tokens=max(1, self._transcript.stop_at - tokens),
             activation_bytes=row_bytes(encoding, profile.hidden_size),
@@ -100,7 +109,10 @@ class HopPlanner:
             raise explained(error, self._view.announcements(), self._profile, self._view.check) from None
 
     def blame(self, hop: Hop, error: SwarmError) -> None:
-        self._health.failed(hop.peer.peer_id, error.code, _now())
+        if isinstance(error, Busy | Evicted):
+            self._health.full(hop.peer.peer_id, _now())
+        else:
+            self._health.failed(hop.peer.peer_id, error.code, _now())
 
     def praise(self, hop: Hop) -> None:
         self._health.succeeded(hop.peer.peer_id, _now())

@@ -78,6 +78,7 @@ class Opener:
             previous=[previous.peer.peer_id],
             input_wire=self._transcript.wire.into(hop.layers.start),
             output_wire=self._transcript.wire.into(hop.layers.end),
+            kv=self._transcript.kv,
         )
         self._transcript.describe(message, last=hop.layers.end == self._profile.num_layers)
         return message

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from swarm.kv import suffix
 from swarm.types import Announcement, ModelId, PeerId, Route
 from swarm.wire import Wire
 
@@ -94,7 +95,9 @@ class SessionPrefix:
     def _name(self, wire: Wire, end: int | None) -> bytes:
         if not self._transcript.reusable:
             return b""
-        return self._prefixes.chain(ModelId(f"{self._model}{wire.suffix}"), self._transcript.tokens[:end])
+        return self._prefixes.chain(
+            ModelId(f"{self._model}{wire.suffix}{suffix(self._transcript.kv)}"), self._transcript.tokens[:end]
+        )
 
     def held(self) -> dict[PeerId, int]:
         """How many of the first tokens each peer should hold; peers that hold none are left out. Of rounded

@@ -86,7 +86,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., peer_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session", "epoch", "model", "start", "end", "max_positions", "keep", "previous", "step_mode", "no_kv_cache", "sampling", "token_ids", "end_ids", "stop_at", "prompt_length", "speculate", "prefix", "input_wire", "output_wire")
+    __slots__ = ("session", "epoch", "model", "start", "end", "max_positions", "keep", "previous", "step_mode", "no_kv_cache", "sampling", "token_ids", "end_ids", "stop_at", "prompt_length", "speculate", "prefix", "input_wire", "output_wire", "kv")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class Open(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     INPUT_WIRE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_WIRE_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     model: str
@@ -125,7 +126,8 @@ class Open(_message.Message):
     prefix: bytes
     input_wire: str
     output_wire: str
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_positions: _Optional[int] = ..., keep: _Optional[int] = ..., previous: _Optional[_Iterable[str]] = ..., step_mode: _Optional[bool] = ..., no_kv_cache: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., end_ids: _Optional[_Iterable[int]] = ..., stop_at: _Optional[int] = ..., prompt_length: _Optional[int] = ..., speculate: _Optional[bool] = ..., prefix: _Optional[bytes] = ..., input_wire: _Optional[str] = ..., output_wire: _Optional[str] = ...) -> None: ...
+    kv: str
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., max_positions: _Optional[int] = ..., keep: _Optional[int] = ..., previous: _Optional[_Iterable[str]] = ..., step_mode: _Optional[bool] = ..., no_kv_cache: _Optional[bool] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., end_ids: _Optional[_Iterable[int]] = ..., stop_at: _Optional[int] = ..., prompt_length: _Optional[int] = ..., speculate: _Optional[bool] = ..., prefix: _Optional[bytes] = ..., input_wire: _Optional[str] = ..., output_wire: _Optional[str] = ..., kv: _Optional[str] = ...) -> None: ...
 
 class Start(_message.Message):
     __slots__ = ("epoch", "targets")
@@ -487,7 +489,7 @@ class InfoReply(_message.Message):
     def __init__(self, description: _Optional[_Union[Description, _Mapping]] = ..., chunk: _Optional[bytes] = ..., echo: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., plan: _Optional[_Union[RouteNews, _Mapping]] = ..., voucher: _Optional[_Union[Voucher, _Mapping]] = ..., probed: _Optional[bytes] = ..., dialled_back: _Optional[_Union[DialledBack, _Mapping]] = ...) -> None: ...
 
 class Delegate(_message.Message):
-    __slots__ = ("model", "prompt", "generated", "max_tokens", "sampling", "end_ids", "no_kv_cache", "speculate", "wire", "cuts")
+    __slots__ = ("model", "prompt", "generated", "max_tokens", "sampling", "end_ids", "no_kv_cache", "speculate", "wire", "cuts", "kv")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
@@ -498,6 +500,7 @@ class Delegate(_message.Message):
     SPECULATE_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
     CUTS_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     generated: _containers.RepeatedScalarFieldContainer[int]
@@ -508,7 +511,8 @@ class Delegate(_message.Message):
     speculate: bool
     wire: str
     cuts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., end_ids: _Optional[_Iterable[int]] = ..., no_kv_cache: _Optional[bool] = ..., speculate: _Optional[bool] = ..., wire: _Optional[str] = ..., cuts: _Optional[_Iterable[int]] = ...) -> None: ...
+    kv: str
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., end_ids: _Optional[_Iterable[int]] = ..., no_kv_cache: _Optional[bool] = ..., speculate: _Optional[bool] = ..., wire: _Optional[str] = ..., cuts: _Optional[_Iterable[int]] = ..., kv: _Optional[str] = ...) -> None: ...
 
 class RouteNews(_message.Message):
     __slots__ = ("epoch", "reason", "hops")

@@ -29,6 +29,7 @@ from swarm.errors import (
 )
 from swarm.health import Health
 from swarm.knowledge import View
+from swarm.kv import MODEL as KV_MODEL
 from swarm.models import ModelProfile
 from swarm.protocol import rows_from_wire
 from swarm.rebuilds import RETRY_FIRST_S, Patience, Rebuild
@@ -57,8 +58,9 @@ class StepAnswer:
 class Inputs:
     """All inputs of a session in step mode, and the answers to the newest ones. Pure."""
 
-    def __init__(self, capacity: int, profile: ModelProfile, wire: str = MODEL) -> None:
+    def __init__(self, capacity: int, profile: ModelProfile, wire: str = MODEL, kv: str = KV_MODEL) -> None:
         self.wire = Wire.chosen(wire, profile.dtype)
+        self.kv = kv
         self.tokens: list[int] = []
         self.stop_at = capacity
         """Most tokens that there may be."""
@@ -180,7 +182,7 @@ class StepSession:
         if not 0 < capacity <= limit:
             raise TooLong(f"a session of {capacity} tokens; the limit is {limit}")
         self.session_id = SessionId(secrets.token_hex(16))
-        self.inputs = Inputs(capacity, profile, settings.inference.wire)
+        self.inputs = Inputs(capacity, profile, settings.inference.wire, settings.inference.kv)
         self.computed = 0
         """Positions that were asked for so far, those of rebuilds not counted."""
         self._network = transport, view, profile

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, ProtocolError
 from swarm.protocol import logprobs_from_wire, timing_from_wire
@@ -24,6 +25,8 @@ class Tokens(Protocol):
     finish_reason: FinishReason | None
     wire: Wire
     """How the session's hidden states travel; the chain adds its first route's cuts."""
+    kv: str
+    """How its stages keep keys and values, see ``swarm.kv``."""
 
     def __len__(self) -> int: ...
 
@@ -68,8 +71,12 @@ class GenerationRequest:
     """Tokens that an earlier owner of this generation committed already; it goes on after them."""
     wire: Wire = AS_IT_IS
     """How hidden states travel, with the cuts of an earlier owner's first route."""
+    kv: str = kv.MODEL
+    """How stages keep keys and values."""
 
     def __post_init__(self) -> None:
+        if self.kv not in kv.KINDS:
+            raise BadRequest(f"keys and values can't be kept as {self.kv[:20]!r}; there are: {', '.join(kv.KINDS)}")
         if not self.prompt:
             raise BadRequest("the prompt is empty")
         if self.max_tokens < 1:
@@ -101,6 +108,7 @@ class Transcript:
         """Committed, and not yet given to the user."""
         self.finish_reason: FinishReason | None = None
         self.wire = request.wire
+        self.kv = request.kv
         self._vocab_size = vocab_size
 
     def __len__(self) -> int:

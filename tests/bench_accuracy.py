@@ -1,10 +1,12 @@
-"""What each choice of weights or wire costs: perplexity of the built-in model on a fixed text, agreement with float32.
+"""What each choice of weights, wire or KV cache costs: perplexity of the built-in model on a fixed text, agreement.
+
+It is measured against float32.
 
 ``agreement`` is the share of positions whose most likely token is float32's, ``error`` the mean difference of the
 logarithms of the probability that the token that follows was given. With a wire, hidden states are rounded twice, after
 each third of the layers, as on a route of three peers. ``other shape`` compares a choice with itself: the share of
 positions whose most likely token is another when rows come eight at a time, as a replay's do in other numbers.
-``python -m tests.bench_accuracy [--weights int8,int4] [--wires int8] [--model REF] [--text FILE] [--json]``
+``python -m tests.bench_accuracy [--weights int8,int4] [--wires int8] [--kv int8] [--model REF] [--text FILE] [--json]``
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from peers.row_codec import decoded, encoded
 from peers.shard import Shard, Step
 from peers.weights import open_source
+from swarm import kv
 from swarm.local import even_ranges
 from swarm.models import TextTokenizer, config_dict, load_profile, resolve, tokenizer_files
 from swarm.types import LayerRange
@@ -44,10 +47,10 @@ def windows_of(model: str, text: str) -> list[list[int]]:
     return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
 
 
-def logits_of(shard: Shard, ids: list[int], wire: str, at_once: int) -> torch.Tensor:
+def logits_of(shard: Shard, ids: list[int], wire: str, kind: str, at_once: int) -> torch.Tensor:
     """``[tokens, vocabulary]``, computed so many rows at once."""
     parts = [shard.layers] if wire == MODEL else even_ranges(shard.profile.num_layers, 3)
-    caches = [shard.new_cache(layers, len(ids)) for layers in parts]
+    caches = [shard.new_cache(layers, len(ids), kind) for layers in parts]
     logits = []
     for start in range(0, len(ids), at_once):
         tokens, hidden = ids[start : start + at_once], None
@@ -63,12 +66,12 @@ def logits_of(shard: Shard, ids: list[int], wire: str, at_once: int) -> torch.Te
 
 
 def log_probabilities(
-    shard: Shard, windows: list[list[int]], wire: str = MODEL, at_once: int = WINDOW
+    shard: Shard, windows: list[list[int]], wire: str = MODEL, kind: str = kv.MODEL, at_once: int = WINDOW
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each position of each window but its last: that of the token that follows, and the likeliest token."""
     found, likeliest = [], []
     for ids in windows:
-        logits = logits_of(shard, ids, wire, at_once)[:-1]
+        logits = logits_of(shard, ids, wire, kind, at_once)[:-1]
         likeliest.append(logits.argmax(-1))
         found.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
     return torch.cat(found), torch.cat(likeliest)
@@ -80,21 +83,24 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--weights", default="bfloat16,int8,int4")
     parser.add_argument("--wires", default="bfloat16,int8")
+    parser.add_argument("--kv", default="int8")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     windows = windows_of(options.model, options.text.read_text(encoding="utf-8"))
     base, first = log_probabilities(load(options.model, "float32", "auto"), windows)
-    choices = {"float32": ("float32", "auto", MODEL), "bfloat16 throughout": ("bfloat16", "auto", MODEL)}
-    choices |= {f"weights {name}": ("float32", name, MODEL) for name in options.weights.split(",") if name}
-    choices |= {f"wire {name}": ("float32", "auto", name) for name in options.wires.split(",") if name}
+    exact = ("float32", "auto", MODEL, kv.MODEL)
+    choices = {"float32": exact, "bfloat16 throughout": ("bfloat16", *exact[1:])}
+    choices |= {f"weights {name}": ("float32", name, MODEL, kv.MODEL) for name in options.weights.split(",") if name}
+    choices |= {f"wire {name}": ("float32", "auto", name, kv.MODEL) for name in options.wires.split(",") if name}
+    choices |= {f"kv {name}": ("float32", "auto", MODEL, name) for name in options.kv.split(",") if name}
     if not options.json:
         print(f"{sum(map(len, windows))} tokens in windows of {WINDOW}\n")
         print(f"{'':20} {'perplexity':>10} {'agreement':>10} {'error':>8} {'other shape':>11} {'MB':>7}")
-    for name, (dtype, weights, wire) in choices.items():
+    for name, (dtype, weights, wire, kind) in choices.items():
         shard = load(options.model, dtype, weights)
-        found, likeliest = log_probabilities(shard, windows, wire)
-        otherwise = log_probabilities(shard, windows, wire, at_once=8)[1]
+        found, likeliest = log_probabilities(shard, windows, wire, kind)
+        otherwise = log_probabilities(shard, windows, wire, kind, at_once=8)[1]
         figures = {
             "perplexity": float(torch.exp(-found.mean())),
             "agreement": float((likeliest == first).float().mean()),

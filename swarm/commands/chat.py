@@ -10,6 +10,7 @@ import typer
 
 from swarm.commands.generate import show_route
 from swarm.commands.options import (
+    KV,
     ConfigFile,
     InitialPeers,
     MaxTokens,
@@ -51,12 +52,13 @@ def chat(
     seed: Seed = None,
     speculation: Speculation = None,
     wire: Wire = None,
+    kv: KV = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Talk to the model, one line a message. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
     log_to_stderr(verbose)
-    flags: dict[str, object] = {"initial_peers": initial_peers, "speculation": speculation, "wire": wire}
+    flags: dict[str, object] = {"initial_peers": initial_peers, "speculation": speculation, "wire": wire, "kv": kv}
     settings = load(config, flags, as_json=False).settings
     options: dict[str, Any] = {
         "max_tokens": max_tokens or ANSWER_TOKENS,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swarm.commands.options import (
+    KV,
     AsJson,
     ConfigFile,
     InitialPeers,
@@ -53,6 +54,7 @@ def generate(
     ] = True,
     speculation: Speculation = None,
     wire: Wire = None,
+    kv: KV = None,
     trace: Annotated[Path | None, typer.Option(help="Write each hop's times there, for swarm why.")] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -75,7 +77,8 @@ def generate(
     async def work(settings: Settings) -> None:
         await _generate(text, options, chat, settings, model, via or [], trace, as_json)
 
-    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"speculation": speculation, "wire": wire})
+    flags = {"speculation": speculation, "wire": wire, "kv": kv}
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags=flags)
 
 
 async def _generate(

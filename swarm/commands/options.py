@@ -36,6 +36,10 @@ Wire = Annotated[
         help="Hidden states go from peer to peer as model (its dtype), or rounded for slow links: bfloat16, int8."
     ),
 ]
+KV = Annotated[
+    str | None,
+    typer.Option(help="Stages keep keys and values as model (its dtype), or rounded in less memory: int8."),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
 
 # ---- what a peer serves, and with what

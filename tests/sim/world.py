@@ -12,6 +12,7 @@ import swarm.config as config
 from peers import drafting
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.service import PeerService
+from swarm import kv
 from swarm.errors import BadTensor, SwarmError
 from swarm.health import Health
 from swarm.models import ModelProfile
@@ -74,9 +75,16 @@ class ToyExecutor:
         self.drafts_right = 0
         self.positions_run: dict[int, Counter[tuple[int, int]]] = {}
         """For each cache, how often each position was computed after the same tokens."""
+        self.kinds: list[str] = []
+        """How sessions had their keys and values kept here."""
         self._device = asyncio.Lock()
 
-    def new_cache(self, layers: LayerRange, capacity: int) -> ToyCache:
+    @property
+    def kv_block(self) -> int:
+        return 4
+
+    def new_cache(self, layers: LayerRange, capacity: int, kind: str = kv.MODEL) -> ToyCache:
+        self.kinds.append(kind)
         return ToyCache(layers, capacity)
 
     def copy_cache(self, cache: Cache, length: int, capacity: int) -> ToyCache:
@@ -84,8 +92,8 @@ class ToyExecutor:
         columns = {layer: column[:length] for layer, column in cache.prefix.items()}
         return ToyCache(cache.layers, capacity, length, prefix=columns)
 
-    def cache_bytes(self, layers: LayerRange, capacity: int) -> int:
-        return 16 * len(layers) * capacity
+    def cache_bytes(self, layers: LayerRange, positions: int, kind: str = kv.MODEL) -> int:
+        return 16 * len(layers) * -(-positions // self.kv_block) * self.kv_block
 
     def submit(self, step: StepRequest, done: Done) -> None:
         task = asyncio.ensure_future(self._answer(step, done))

@@ -7,7 +7,7 @@ from torch import nn
 from peers import attention
 from peers.attention import Span, spans_of, swarm_attention
 from peers.attention_kernel import attention_kernel
-from peers.kv_cache import SequenceCache
+from peers.kv_cache import BLOCK, DenseRows, SequenceCache
 from swarm.errors import UnsupportedModel
 from swarm.types import LayerRange
 
@@ -37,22 +37,24 @@ def expected(
     return out
 
 
+@pytest.mark.parametrize("kind", ["model", "int8"])
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("window", [None, 1, 4, BLOCK + 10])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 8), (6, 2, 24), (3, 1, 64)])
 def test_each_session_attends_to_its_own_past(
-    heads: int, kv_heads: int, dim: int, window: int | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    heads: int, kv_heads: int, dim: int, window: int | None, compiled: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
         monkeypatch.setattr(attention, "attention_kernel", lambda: None)
     elif attention_kernel() is None:
         pytest.skip("no C compiler here")
     torch.manual_seed(0)
-    shapes = [(0, 5), (3, 1), (9, 4), (0, 1), (52, 1), (1, 2), (20, 11)]
+    shapes = [(0, 5), (3, 1), (BLOCK, 1), (BLOCK - 1, 1), (2 * BLOCK - 2, 4), (1, 2), (BLOCK - 3, 11), (0, 3 * BLOCK)]
     caches, history = [], []
     for start, count in shapes:
-        cache = SequenceCache(LAYERS, kv_heads, dim, 64, torch.float32)
+        cache = SequenceCache(LAYERS, kv_heads, dim, 4 * BLOCK, torch.float32, kind=kind)
         past = torch.randn(2, kv_heads, start + count, dim)
+        cache.grow(0, start)
         cache.write(LAYER, 0, past[0, :, :start], past[1, :, :start])
         caches.append(cache)
         history.append(past)
@@ -66,11 +68,37 @@ def test_each_session_attends_to_its_own_past(
     assert out.shape == (1, sum(counts), heads, dim)
     for span, past in zip(spans, history, strict=True):
         rows = slice(span.offset, span.offset + span.count)
-        wanted = expected(query[0, :, rows], past[0], past[1], span.start, window, 0.3)
-        torch.testing.assert_close(out[0, rows].transpose(0, 1), wanted, atol=1e-6, rtol=1e-5)
-        stored_keys, stored_values = span.cache.layer(LAYER)
-        assert torch.equal(stored_keys[:, : past.shape[2]], past[0])
-        assert torch.equal(stored_values[:, : past.shape[2]], past[1])
+        stored = torch.stack(DenseRows(span.cache, 0, past.shape[2]).layer(LAYER))
+        if kind == "model":
+            assert torch.equal(stored, past)
+        else:
+            torch.testing.assert_close(stored, past, atol=float(past.abs().max()) / 127 / 2 * 1.001, rtol=0)
+        wanted = expected(query[0, :, rows], stored[0], stored[1], span.start, window, 0.3)
+        torch.testing.assert_close(out[0, rows].transpose(0, 1), wanted, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_in_int8_do_not_depend_on_how_they_were_cut(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(attention, "attention_kernel", lambda: None)
+    torch.manual_seed(0)
+    rows, dim = BLOCK + 20, 16
+    query, key, value = torch.randn(3, 1, 2, rows, dim)
+    results, caches = [], []
+    for piece in (1, 3, 11, rows):
+        cache = SequenceCache(LAYERS, 2, dim, rows, torch.float32, kind="int8")
+        parts = []
+        for start in range(0, rows, piece):
+            new = slice(start, min(start + piece, rows))
+            spans = spans_of([cache], [start], [new.stop - start])
+            chunk = query[:, :, new], key[:, :, new], value[:, :, new]
+            parts.append(swarm_attention(Module(), *chunk, None, spans=spans)[0][0])
+            cache.length = new.stop
+        results.append(torch.cat(parts))
+        caches.append(torch.stack(DenseRows(cache, 0, rows).layer(LAYER)))
+    for result, stored in zip(results[1:], caches[1:], strict=True):
+        assert torch.equal(stored, caches[0]), "kernel and torch round alike"
+        torch.testing.assert_close(result, results[0], atol=5e-6, rtol=1e-5)
 
 
 def test_a_mask_is_built_once_for_all_layers_of_a_kind() -> None:

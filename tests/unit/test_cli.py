@@ -205,6 +205,7 @@ def test_names_are_chosen_in_their_own_order() -> None:
         (["generate", "hi", "--speculation", "maybe"], 2, "--speculation: inference.speculation: expected auto or off"),
         (["chat", "--speculation", "maybe"], 2, "expected auto or off"),
         (["generate", "hi", "--wire", "pigeon"], 2, "expected model or bfloat16 or int8"),
+        (["generate", "hi", "--kv", "int3"], 2, "--kv: inference.kv: expected model or int8"),
         (["bench", "--weights", "tiny"], 2, "expected auto or float32 or bfloat16 or int8 or int4"),
         (["bench", "--only", "colour"], 2, "'colour' is no section; there are: speed"),
         (["chaos", "--kinds", "kill,meteor"], 2, "'meteor' is no kind of fault; there are: kill"),

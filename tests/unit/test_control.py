@@ -10,7 +10,7 @@ import pytest
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.control import Event, HopControl
-from swarm.errors import Busy
+from swarm.errors import Busy, Evicted
 from swarm.protocol import address_to_wire, decode
 from swarm.sampling import SamplingParams
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
@@ -65,6 +65,13 @@ def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() 
 
     assert opened(ANSWER, heartbeat(1, 9))[0].have == 5
     assert opened(ANSWER, heartbeat(2, 7))[0].have == 7
+
+
+def test_last_words_say_why_a_stream_ended() -> None:
+    last_words = pb.ControlReply(error=pb.Error(code="evicted", message="gone"))
+    control, heard = opened(ANSWER, last_words)
+    assert isinstance(control.lost, Evicted)
+    assert heard == [control.lost]
 
 
 def test_a_refusal_is_the_answer_to_an_open() -> None:

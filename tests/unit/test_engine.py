@@ -96,3 +96,26 @@ async def test_a_piece_that_fails_fails_its_request_once(engine: Engine) -> None
         await run(engine, request)
     assert engine.queue_length == 0
     assert (await run(engine, step(engine, [3]))).tokens
+
+
+@pytest.mark.parametrize("kind", ["model", "int8"])
+async def test_a_replay_in_other_pieces_gives_the_same_tokens(engine: Engine, kind: str) -> None:
+    """Over the ends of blocks; the first time token by token, then from all of them."""
+    cache, text = engine.new_cache(LAYERS, 200, kind), list(PROMPT)
+    start = 0
+    while len(text) < 150:
+        reply = await run(engine, replace(step(engine, text[start:]), cache=cache, start=start, sample=sampled(text)))
+        start = len(text)
+        text.append(reply.tokens[0].token_id)
+    for pieces in (150, 64, 7):
+        again = engine.new_cache(LAYERS, 200, kind)
+        for start in range(0, 149, pieces):
+            end = min(start + pieces, 149)
+            request = replace(step(engine, text[start:end]), cache=again, start=start, sample=sampled(text[:end]))
+            reply = await run(engine, request)
+        assert reply.tokens[0].token_id == text[149]
+        assert engine.cache_bytes(LAYERS, 149, kind) == again.size_bytes == cache.size_bytes
+
+
+def sampled(history: list[int]) -> SampleRequest:
+    return SampleRequest(GREEDY, history, len(history), 1, ())

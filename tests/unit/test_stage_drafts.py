@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from peers.checkpoints import CheckpointLog
 from peers.stage import OpenRequest, Stage, Target, Work
+from swarm.errors import BadRequest
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange, PeerAddress, PeerId, SessionId
 
@@ -43,7 +46,7 @@ def opened(epoch: int = 1, keep: int = 0, **extra: Any) -> OpenRequest:
 
 def stage(*, last: bool, **extra: Any) -> Stage:
     """With all rows before the newest token's, and one target."""
-    log = None if last else CheckpointLog(1, 64)
+    log = None if last else CheckpointLog(1)
     made = Stage(opened(**extra), OWNER, first=False, last=last, cache=FakeCache(), log=log)
     run(made, 0, KNOWN - 1)
     made.follow([Target(PeerAddress(AFTER, ()), 0, 1, KNOWN - 1)])
@@ -71,6 +74,15 @@ def ran_guess(limit: int = 3) -> Stage:
 
 def sample(stage: Stage, *token_ids: int) -> None:
     stage.add_tokens([(token_id, b"") for token_id in token_ids])
+
+
+def test_a_stage_keeps_keys_and_values_as_it_was_opened() -> None:
+    made = stage(last=False, kv="int8")
+    made.reopen(opened(2, kv="int8"))
+    with pytest.raises(BadRequest, match="keeps its keys and values as"):
+        made.reopen(opened(3))
+    with pytest.raises(BadRequest, match="there are: model, int8"):
+        opened(kv="int3")
 
 
 def test_the_rows_of_a_guess_are_verified_in_one_pass() -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from peers.admission import Admission
-from peers.kv_cache import KVBudget
+from peers.kv_budget import KVBudget
 from peers.machine import Report
 from peers.peer import Peer
 from peers.seat import Room
