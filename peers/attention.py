@@ -24,9 +24,6 @@ from swarm.errors import UnsupportedModel
 
 IMPLEMENTATION: Final = "swarm"
 
-FEW_ROWS: Final = 9
-"""A decode step and a draft of usual length: more rows are worth a matrix product of their own."""
-
 
 @dataclass(slots=True)
 class Span:
@@ -73,15 +70,11 @@ class Span:
 
 
 class Spans(tuple[Span, ...]):
-    """Those of a batch. Few rows of many sessions are one call of the kernel, if there is one."""
+    """Those of a batch. All of them are one call of the kernel, if there is one."""
 
     @cached_property
-    def few(self) -> Rows:
-        return table([span for span in self if span.count <= FEW_ROWS])
-
-    @cached_property
-    def many(self) -> list[Span]:
-        return [span for span in self if span.count > FEW_ROWS]
+    def table(self) -> Rows:
+        return table(self)
 
 
 def spans_of(caches: Sequence[SequenceCache], starts: Sequence[int], counts: Sequence[int]) -> Spans:
@@ -121,13 +114,11 @@ def swarm_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     result = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    one_by_one: Sequence[Span] = spans
     kernel = attention_kernel() if AttentionKernel.takes(query, key, value) else None
     if kernel is not None:
-        one_by_one = spans.many
-        if spans.few:
-            kernel.attend(spans.few, layer, sliding_window, scale, query[0], key[0], value[0], result)
-    for span in one_by_one:
+        kernel.attend(spans.table, layer, sliding_window, scale, query[0], key[0], value[0], result)
+        return result[None], None
+    for span in spans:
         rows = slice(span.offset, span.offset + span.count)
         result[rows] = _attend(
             span, layer, sliding_window, scale, query[:, :, rows], key[0, :, rows], value[0, :, rows]

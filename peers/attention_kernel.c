@@ -1,8 +1,10 @@
-/* Attention of a few new rows for each of many sessions, against the sessions' own caches, all in float32.
+/* Attention of new rows, of many sessions, against the sessions' own caches, all in float32.
 
-   A cache is blocks of positions, [layers, 2 (keys, values), kv_heads, block, row]; a row is head_dim floats, or
-   head_dim signed bytes and the float that they are multiples of. The new rows' keys and values are written there
-   first, and a row attends to what was written. Its result does not depend on which other rows share the call. */
+   A cache is blocks of positions, [layers, 2 (keys, values), kv_heads, block, row]; a row is head_dim floats, or head_dim
+   signed bytes and the float that they are multiples of. `put` writes the new rows' keys and values there, and then
+   `attend` reads what was written: blocks of keys against tiles of queries, as in FlashAttention (Dao et al., 2022).
+   What a row gives depends on nothing but its session, to the last bit: neither on which rows share the call, nor on
+   those with which it came. */
 
 #include <math.h>
 #include <stdint.h>
@@ -12,11 +14,24 @@
 #include <immintrin.h>
 #endif
 
-typedef float floats __attribute__((vector_size(32)));
-typedef int32_t ints __attribute__((vector_size(32)));
-typedef int8_t codes __attribute__((vector_size(8)));
+#ifdef __AVX512F__
+enum { LANES = 16, TILE_ROWS = 6 }; /* 32 registers */
+#else
+enum { LANES = 8, TILE_ROWS = 3 };
+#endif
+enum { TILE_VECTORS = 4, LINE = 64 };
 
-enum { LANES = 8, MOST_GROUP = 16, LINE = 64 };
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef int8_t codes __attribute__((vector_size(LANES)));
+typedef float four __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t of_four __attribute__((vector_size(16)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (of_four){__VA_ARGS__})
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -28,16 +43,31 @@ INLINE floats load(const float *at) {
 
 INLINE void store(float *at, floats value) { memcpy(at, &value, sizeof value); }
 
-INLINE floats all(float x) { return (floats){x, x, x, x, x, x, x, x}; }
+INLINE floats all(float x) { return x - (floats){0}; }
 
 INLINE float total(floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
+
+INLINE floats choose(ints where, floats yes, floats no) { return (floats)((where & (ints)yes) | (~where & (ints)no)); }
+
+INLINE float largest(floats v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
 }
 
 /* e to the power of x <= 0: 2^n times a polynomial in what is left (Cody and Waite's reduction) */
 INLINE floats exponential(floats x) {
-    ints small = x < all(-87.0f);
-    x = (floats)((small & (ints)all(-87.0f)) | (~small & (ints)x));
+    x = choose(x < all(-87.0f), all(-87.0f), x);
     floats shifted = x * all(1.44269504f) + all(12582912.0f), n = shifted - all(12582912.0f);
     floats r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
     floats p = all(1.9875691500e-4f);
@@ -51,45 +81,34 @@ INLINE floats exponential(floats x) {
     return p * (floats)power;
 }
 
-/* scores in place -> weights; returns what they sum to */
-INLINE float soften(float *scores, int64_t count) {
-    float most = scores[0];
-    for (int64_t i = 1; i < count; i++) most = scores[i] > most ? scores[i] : most;
-    floats sum = all(0.0f);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        floats weights = exponential(load(scores + i) - all(most));
-        store(scores + i, weights);
-        sum += weights;
-    }
-    float result = total(sum);
-    if (i < count) {
-        float rest[LANES];
-        for (int64_t j = 0; j < LANES; j++) rest[j] = i + j < count ? scores[i + j] - most : 0.0f;
-        store(rest, exponential(load(rest)));
-        for (int64_t j = 0; i + j < count; j++) result += scores[i + j] = rest[j];
-    }
-    return result;
+/* ---- caches ---- */
+
+/* A session's new rows; numbers as Python fills them. */
+typedef struct {
+    int64_t blocks; /* where the addresses of its cache's blocks are */
+    int64_t block;  /* positions in one */
+    int64_t coded;  /* whether rows are in int8 */
+    int64_t layer;  /* the first that the cache has */
+    int64_t start, count; /* positions of the new rows */
+    int64_t offset; /* which row of the batch is the first of them */
+} span;
+
+/* Where a layer and kv head have their rows: keys `at` this offset of each block, values `values` further on. */
+typedef struct {
+    const int64_t *blocks;
+    int64_t block, at, values, row;
+    int coded;
+} Rows;
+
+INLINE Rows rows_of(const span *of, int64_t layer, int64_t kv_heads, int64_t h, int64_t dim) {
+    int64_t row = of->coded ? dim + (int64_t)sizeof(float) : dim * (int64_t)sizeof(float), head = of->block * row;
+    int64_t at = ((layer - of->layer) * 2 * kv_heads + h) * head;
+    return (Rows){(const int64_t *)(uintptr_t)of->blocks, of->block, at, kv_heads * head, row, of->coded != 0};
 }
 
-/* Numbers at `at` of a row in int8, to be multiplied by its scale. */
-INLINE floats load_codes(const int8_t *at) {
-#ifdef __AVX2__ /* which compilers don't find by themselves */
-    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)at)));
-#else
-    codes value;
-    memcpy(&value, at, sizeof value);
-    return __builtin_convertvector(value, floats);
-#endif
-}
+INLINE char *block_of(const Rows *rows, int64_t index) { return (char *)(uintptr_t)rows->blocks[index] + rows->at; }
 
-INLINE float scale_of(const char *row, int64_t dim) {
-    float scale;
-    memcpy(&scale, row + dim, sizeof scale);
-    return scale;
-}
-
-INLINE void put(char *row, const float *numbers, int64_t dim, int coded) {
+static void put_row(char *row, const float *numbers, int64_t dim, int coded) {
     if (!coded) {
         memcpy(row, numbers, sizeof(float) * (size_t)dim);
         return;
@@ -101,134 +120,202 @@ INLINE void put(char *row, const float *numbers, int64_t dim, int coded) {
     memcpy(row + dim, &scale, sizeof scale);
 }
 
-/* Where a session's keys and values are: for a layer and kv head, keys `at` this offset of each block, values
-   `values` further on. */
-typedef struct {
-    const int64_t *blocks;
-    int64_t block, at, values, row, coded;
-} Rows;
-
-INLINE char *block_of(const Rows *rows, int64_t index) { return (char *)(uintptr_t)rows->blocks[index] + rows->at; }
-
-/* The bytes at `at` of block `index` + 1, if that has positions before `end`: no hardware looks ahead into another block. */
-INLINE const char *ahead(const Rows *rows, int64_t index, int64_t end, const char *at) {
-    int64_t there = (index + 1) * rows->block < end;
-    return (const char *)(uintptr_t)(rows->blocks[index + there] + (at - (const char *)(uintptr_t)rows->blocks[index]));
-}
-
-INLINE floats numbers_at(const char *row, int64_t d, int coded) {
-    return coded ? load_codes((const int8_t *)row + d) : load((const float *)row + d);
-}
-
-/* The query heads of one kv head: `group` of them, `q_head` floats apart, over positions first .. end - 1; scores have
-   room for group * (end - first). */
-INLINE void attend_group(const float *queries, int64_t q_head, int64_t group, const Rows *rows, int64_t first,
-                         int64_t end, int64_t dim, float scale, float *scores, float *out, int coded) {
-    int64_t count = end - first, block = rows->block, row = rows->row;
-    for (int64_t from = first; from < end;) {
-        int64_t index = from / block, until = (index + 1) * block < end ? (index + 1) * block : end;
-        const char *key = block_of(rows, index) + (from - index * block) * row;
-        const char *next = ahead(rows, index, end, key);
-        for (int64_t k = from - first; k < until - first; k++, key += row, next += row) {
-            for (int64_t line = 0; line < row; line += LINE) __builtin_prefetch(next + line);
-            float factor = coded ? scale * scale_of(key, dim) : scale;
-            for (int64_t g = 0; g < group; g++) {
-                floats sum = all(0.0f), other = all(0.0f);
-                const float *query = queries + g * q_head;
-                int64_t d = 0;
-                for (; d + 2 * LANES <= dim; d += 2 * LANES) {
-                    sum += load(query + d) * numbers_at(key, d, coded);
-                    other += load(query + d + LANES) * numbers_at(key, d + LANES, coded);
-                }
-                if (d < dim) sum += load(query + d) * numbers_at(key, d, coded);
-                scores[g * count + k] = factor * total(sum + other);
-            }
+/* `count` rows in int8 as floats */
+static void decode(const Rows *rows, const char *row, int64_t count, int64_t dim, float *out) {
+    for (int64_t k = 0; k < count; k++, row += rows->row) {
+        float scale;
+        memcpy(&scale, row + dim, sizeof scale);
+        for (int64_t d = 0; d < dim; d += LANES, out += LANES) {
+#if defined __AVX512F__ /* compilers don't find these by themselves */
+            floats numbers = (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + d))));
+#elif defined __AVX2__
+            floats numbers = (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + d))));
+#else
+            codes narrow;
+            memcpy(&narrow, row + d, sizeof narrow);
+            floats numbers = __builtin_convertvector(narrow, floats);
+#endif
+            store(out, numbers * all(scale));
         }
-        from = until;
     }
-    float inverse[MOST_GROUP];
-    for (int64_t g = 0; g < group; g++) inverse[g] = 1.0f / soften(scores + g * count, count);
-    for (int64_t i = 0; i < group * dim; i++) out[i] = 0.0f;
-    for (int64_t from = first; from < end;) { /* a block's values stay in the nearest cache for all of their numbers */
-        int64_t index = from / block, until = (index + 1) * block < end ? (index + 1) * block : end;
-        const char *values = block_of(rows, index) + rows->values + (from - index * block) * row, *value = values;
-        if (coded)
-            for (int64_t k = from - first; k < until - first; k++, value += row)
-                for (int64_t g = 0; g < group; g++) scores[g * count + k] *= scale_of(value, dim);
-        const char *following = ahead(rows, index, end, values);
-        for (int64_t d = 0; d < dim; d += LANES) {
-            floats sums[MOST_GROUP];
-            for (int64_t g = 0; g < group; g++) sums[g] = load(out + g * dim + d);
-            value = values;
-            const char *next = following + d * row / dim;
-            for (int64_t k = from - first; k < until - first; k++, value += row, next += row) {
-                if (d % (LINE / 4) == 0) __builtin_prefetch(next);
-                floats numbers = numbers_at(value, d, coded);
-                for (int64_t g = 0; g < group; g++) sums[g] += all(scores[g * count + k]) * numbers;
-            }
-            for (int64_t g = 0; g < group; g++) store(out + g * dim + d, sums[g]);
-        }
-        from = until;
-    }
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t d = 0; d < dim; d += LANES) store(out + g * dim + d, load(out + g * dim + d) * all(inverse[g]));
 }
 
-/* For usual sizes the compiler keeps a group's sums in registers. */
-static void attend_rows(const float *queries, int64_t q_head, int64_t group, const Rows *rows, int64_t first,
-                        int64_t end, int64_t dim, float scale, float *scores, float *out) {
-#define WITH(group, coded) attend_group(queries, q_head, group, rows, first, end, dim, scale, scores, out, coded)
-    switch (2 * group + (rows->coded != 0)) {
-    case 2: WITH(1, 0); return;
-    case 3: WITH(1, 1); return;
-    case 4: WITH(2, 0); return;
-    case 5: WITH(2, 1); return;
-    case 6: WITH(3, 0); return;
-    case 7: WITH(3, 1); return;
-    case 8: WITH(4, 0); return;
-    case 9: WITH(4, 1); return;
-    }
-    if (rows->coded) WITH(group, 1);
-    else WITH(group, 0);
-#undef WITH
-}
-
-enum { BLOCKS, BLOCK, CODED, LAYER, START, COUNT, OFFSET, RECORD };
-
-/* spans: a record for each session: where the addresses of its blocks are, the positions in a block, whether rows are
-   in int8, the cache's first layer, the session's first new position, how many new rows there are, and which row of the
-   batch is the first of them. A row sees itself and the positions before it, window of them in all if that is not 0.
-   Strides are in floats; out is [rows, heads, dim]. 1: there is no memory. */
-int attend(const int64_t *spans, int64_t sessions, int64_t layer, int64_t window, int64_t heads, int64_t kv_heads,
-           int64_t dim, float scale, const float *queries, int64_t q_head, int64_t q_row, const float *keys,
-           int64_t k_head, int64_t k_row, const float *values, int64_t v_head, int64_t v_row, float *out) {
-    int64_t longest = 0, group = heads / kv_heads;
-    for (int64_t s = 0; s < sessions; s++) {
-        int64_t end = spans[RECORD * s + START] + spans[RECORD * s + COUNT];
-        longest = end > longest ? end : longest;
-    }
-    float *scores = malloc(sizeof(float) * (size_t)(group * longest));
-    if (!scores) return 1;
-    for (int64_t s = 0; s < sessions; s++) {
-        const int64_t *span = spans + RECORD * s;
-        int64_t start = span[START], offset = span[OFFSET], block = span[BLOCK], coded = span[CODED];
-        int64_t row = coded ? dim + (int64_t)sizeof(float) : dim * (int64_t)sizeof(float), head = block * row;
-        int64_t at = (layer - span[LAYER]) * 2 * kv_heads * head;
+/* The new keys and values of all sessions, to where their caches have them. Strides are in floats. */
+void put(const span *spans, int64_t sessions, int64_t layer, int64_t kv_heads, int64_t dim, const float *keys,
+         int64_t k_head, int64_t k_row, const float *values, int64_t v_head, int64_t v_row) {
+    for (const span *of = spans; of < spans + sessions; of++)
         for (int64_t h = 0; h < kv_heads; h++) {
-            Rows rows = {(const int64_t *)(uintptr_t)span[BLOCKS], block, at + h * head, kv_heads * head, row, coded};
-            for (int64_t r = 0; r < span[COUNT]; r++) {
-                int64_t position = start + r;
-                char *place = block_of(&rows, position / block) + position % block * row;
-                put(place, keys + h * k_head + (offset + r) * k_row, dim, coded != 0);
-                put(place + rows.values, values + h * v_head + (offset + r) * v_row, dim, coded != 0);
-            }
-            for (int64_t r = 0; r < span[COUNT]; r++) {
-                int64_t end = start + r + 1, first = window && end > window ? end - window : 0;
-                attend_rows(queries + h * group * q_head + (offset + r) * q_row, q_head, group, &rows, first, end, dim,
-                            scale, scores, out + ((offset + r) * heads + h * group) * dim);
+            Rows rows = rows_of(of, layer, kv_heads, h, dim);
+            for (int64_t r = 0; r < of->count; r++) {
+                int64_t position = of->start + r, from = of->offset + r;
+                char *row = block_of(&rows, position / rows.block) + position % rows.block * rows.row;
+                put_row(row, keys + h * k_head + from * k_row, dim, rows.coded);
+                put_row(row + rows.values, values + h * v_head + from * v_row, dim, rows.coded);
             }
         }
+}
+
+/* ---- tiles ---- */
+
+/* out[count, vectors * LANES] += rows[count, inner] @ columns[inner, width], of which it takes the first ones */
+INLINE void tile(int count, int vectors, const float *rows, int64_t apart, const float *columns, int64_t inner,
+                 int64_t width, float *out, int64_t stride) {
+    floats sums[TILE_ROWS][TILE_VECTORS];
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < vectors; v++) sums[m][v] = load(out + m * stride + v * LANES);
+    for (int64_t k = 0; k < inner; k++, columns += width) {
+        floats column[TILE_VECTORS];
+        for (int v = 0; v < vectors; v++) column[v] = load(columns + v * LANES);
+        for (int m = 0; m < count; m++) {
+            floats row = all(rows[m * apart + k]);
+            for (int v = 0; v < vectors; v++) sums[m][v] += column[v] * row;
+        }
     }
-    free(scores);
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < vectors; v++) store(out + m * stride + v * LANES, sums[m][v]);
+}
+
+/* As above, for the first `used` of `width` columns, a multiple of LANES; `count` is known where this is inlined. */
+INLINE void wide_tile(int count, const float *rows, int64_t apart, const float *columns, int64_t inner, int64_t width,
+                      int64_t used, float *out, int64_t stride) {
+    for (int64_t from = 0; from < used; from += TILE_VECTORS * LANES)
+#define TILE(vectors) tile(count, vectors, rows, apart, columns + from, inner, width, out + from, stride)
+        switch ((used - from) / LANES) {
+            case 1: TILE(1); break;
+            case 2: TILE(2); break;
+            case 3: TILE(3); break;
+            default: TILE(4);
+        }
+}
+
+static void multiply(int count, const float *rows, int64_t apart, const float *columns, int64_t inner, int64_t width,
+                     int64_t used, float *out, int64_t stride) {
+#define ROWS(known) \
+    if (known <= TILE_ROWS) wide_tile(known, rows, apart, columns, inner, width, used, out, stride)
+    switch (count) {
+        case 1: ROWS(1); break;
+        case 2: ROWS(2); break;
+        case 3: ROWS(3); break;
+        case 4: ROWS(4); break;
+        case 5: ROWS(5); break;
+        default: ROWS(6);
+    }
+}
+
+/* out[dim, width] = rows[count, dim] turned round, up to `used` columns; those that have no row are 0 */
+static void turn(const float *rows, int64_t count, int64_t dim, int64_t width, int64_t used, float *out) {
+    int64_t whole = count / 4 * 4;
+    for (int64_t k = 0; k < whole; k += 4)
+        for (int64_t d = 0; d < dim; d += 4) {
+            four row[4], half[4];
+            for (int i = 0; i < 4; i++) memcpy(row + i, rows + (k + i) * dim + d, sizeof(four));
+            half[0] = PICK(row[0], row[1], 0, 4, 1, 5), half[1] = PICK(row[0], row[1], 2, 6, 3, 7);
+            half[2] = PICK(row[2], row[3], 0, 4, 1, 5), half[3] = PICK(row[2], row[3], 2, 6, 3, 7);
+            row[0] = PICK(half[0], half[2], 0, 1, 4, 5), row[1] = PICK(half[0], half[2], 2, 3, 6, 7);
+            row[2] = PICK(half[1], half[3], 0, 1, 4, 5), row[3] = PICK(half[1], half[3], 2, 3, 6, 7);
+            for (int i = 0; i < 4; i++) memcpy(out + (d + i) * width + k, row + i, sizeof(four));
+        }
+    for (int64_t k = whole; k < used; k++)
+        for (int64_t d = 0; d < dim; d++) out[d * width + k] = k < count ? rows[k * dim + d] : 0.0f;
+}
+
+/* ---- attention ---- */
+
+/* Scores of a query against the first `used` positions of a block become weights, those outside low .. high - 1 nothing.
+   What was summed of earlier blocks is brought to the new largest score. */
+static void weigh(float *scores, int64_t used, int64_t low, int64_t high, float *most, float *sum, float *sums,
+                  int64_t dim) {
+    for (int64_t i = 0; i < low; i++) scores[i] = -INFINITY;
+    for (int64_t i = high; i < used; i++) scores[i] = -INFINITY;
+    floats top = all(*most), weights = all(0.0f);
+    for (int64_t i = 0; i < used; i += LANES) top = choose(load(scores + i) > top, load(scores + i), top);
+    float now = largest(top), before = *most;
+    for (int64_t i = 0; i < used; i += LANES) {
+        floats score = load(scores + i), weight = exponential(score - all(now));
+        weight = choose(score > all(-INFINITY), weight, all(0.0f));
+        store(scores + i, weight);
+        weights += weight;
+    }
+    if (now > before) {
+        float factor = exponential(all(before - now))[0];
+        *most = now, *sum *= factor;
+        for (int64_t d = 0; d < dim; d += LANES) store(sums + d, load(sums + d) * all(factor));
+    }
+    *sum += total(weights);
+}
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What does not change from one call of `attend_rows` to the next. */
+typedef struct {
+    int64_t layer, window, heads, kv_heads, dim;
+    float scale;
+    const float *queries;
+    int64_t q_head, q_row;
+    float *out;
+} attention;
+
+/* Rows from .. to - 1 of one session's new ones, with the queries of kv head h. 1: there is no memory. */
+static int attend_rows(const attention *a, const span *of, int64_t h, int64_t from, int64_t to) {
+    int64_t dim = a->dim, group = a->heads / a->kv_heads, count = (to - from) * group, block = of->block;
+    int64_t numbers = count * 2 * (dim + LANES) + 2 * block * dim + TILE_ROWS * block;
+    float *memory = aligned_alloc(LINE, sizeof(float) * (size_t)(numbers + LINE) / LINE * LINE);
+    if (!memory) return 1;
+    /* queries, sums of weighted values, a block's keys turned round, its rows as floats, a tile's scores */
+    float *asked = memory, *sums = asked + count * dim, *turned = sums + count * dim, *plain = turned + block * dim;
+    float *scores = plain + block * dim, *most = scores + TILE_ROWS * block, *weights = most + count;
+    Rows rows = rows_of(of, a->layer, a->kv_heads, h, dim);
+    for (int64_t m = 0; m < count; m++) {
+        const float *query = a->queries + (h * group + m % group) * a->q_head + (of->offset + from + m / group) * a->q_row;
+        for (int64_t d = 0; d < dim; d++) asked[m * dim + d] = a->scale * query[d], sums[m * dim + d] = 0.0f;
+        most[m] = -INFINITY, weights[m] = 0.0f;
+    }
+    int64_t start = of->start + from, end = of->start + to, first = a->window ? start + 1 - a->window : 0;
+    for (int64_t index = (first > 0 ? first : 0) / block; index * block < end; index++) {
+        int64_t base = index * block, filled = smaller(end - base, block), used = (filled + LANES - 1) / LANES * LANES;
+        const char *keys = block_of(&rows, index), *values = keys + rows.values;
+        if (base + block < end) /* no hardware looks ahead into another block */
+            for (const char *next = block_of(&rows, index + 1), *at = next; at < next + block * rows.row; at += LINE)
+                __builtin_prefetch(at), __builtin_prefetch(at + rows.values);
+        if (rows.coded) decode(&rows, keys, filled, dim, plain);
+        turn(rows.coded ? plain : (const float *)keys, filled, dim, block, used, turned);
+        if (rows.coded) decode(&rows, values, filled, dim, plain);
+        for (int64_t m = 0; m < count; m += TILE_ROWS) {
+            int many = (int)smaller(count - m, TILE_ROWS);
+            if (start + (m + many - 1) / group < base) continue;
+            memset(scores, 0, sizeof(float) * (size_t)(many * block));
+            multiply(many, asked + m * dim, dim, turned, dim, block, used, scores, block);
+            for (int64_t t = m; t < m + many; t++) {
+                int64_t position = start + t / group - base, low = a->window ? position + 1 - a->window : 0;
+                int64_t high = smaller(position + 1, filled);
+                low = low > 0 ? low : 0;
+                float *own = scores + (t - m) * block;
+                if (low < high) weigh(own, used, low, high, most + t, weights + t, sums + t * dim, dim);
+                else memset(own, 0, sizeof(float) * (size_t)used);
+            }
+            multiply(many, scores, block, rows.coded ? plain : (const float *)values, filled, dim, dim, sums + m * dim, dim);
+        }
+    }
+    for (int64_t m = 0; m < count; m++) {
+        float *out = a->out + ((of->offset + from + m / group) * a->heads + h * group + m % group) * dim;
+        for (int64_t d = 0; d < dim; d += LANES) store(out + d, load(sums + m * dim + d) * all(1.0f / weights[m]));
+    }
+    free(memory);
+    return 0;
+}
+
+/* A row sees itself and the positions before it, window of them in all if that is not 0. Strides are in floats; out is
+   [rows, heads, dim]. A session's rows for one kv head are as many pieces of work; those from .. to - 1 of all are done,
+   so that several threads can share them. 1: there is no memory. */
+int attend(const span *spans, int64_t sessions, int64_t layer, int64_t window, int64_t heads, int64_t kv_heads,
+           int64_t dim, float scale, const float *queries, int64_t q_head, int64_t q_row, int64_t from, int64_t to,
+           float *out) {
+    attention a = {layer, window, heads, kv_heads, dim, scale, queries, q_head, q_row, out};
+    int64_t before = 0;
+    for (const span *of = spans; of < spans + sessions; of++)
+        for (int64_t h = 0; h < kv_heads; h++, before += of->count) {
+            int64_t first = from > before ? from - before : 0, last = smaller(to - before, of->count);
+            if (first < last && attend_rows(&a, of, h, first, last)) return 1;
+        }
     return 0;
 }

@@ -370,11 +370,12 @@ typedef struct {
     int64_t input_norm, output_norm, bias, query_norm, key_norm, number, window;
 } layer;
 
-/* `attend` of attention_kernel.c */
-typedef int attention(const int64_t *spans, int64_t sessions, int64_t layer, int64_t window, int64_t heads,
-                      int64_t kv_heads, int64_t dim, float scale, const float *queries, int64_t q_head, int64_t q_row,
-                      const float *keys, int64_t k_head, int64_t k_row, const float *values, int64_t v_head,
-                      int64_t v_row, float *out);
+/* `put` and `attend` of attention_kernel.c */
+typedef void putting(const void *spans, int64_t sessions, int64_t layer, int64_t kv_heads, int64_t dim, const float *keys,
+                     int64_t k_head, int64_t k_row, const float *values, int64_t v_head, int64_t v_row);
+typedef int attention(const void *spans, int64_t sessions, int64_t layer, int64_t window, int64_t heads, int64_t kv_heads,
+                      int64_t dim, float scale, const float *queries, int64_t q_head, int64_t q_row, int64_t from,
+                      int64_t to, float *out);
 
 /* What all threads of one call share. */
 typedef struct {
@@ -383,8 +384,9 @@ typedef struct {
     const float *cosines, *sines;
     int64_t heads, kv_heads, dim;
     float scale, epsilon;
+    putting *put;
     attention *attend;
-    const int64_t *spans;
+    const void *spans;
     int64_t sessions, size;
     float *mixed, *attended, *sums; /* outputs of products, complete once all threads have met */
     atomic_int failed, begun;
@@ -417,22 +419,27 @@ static void times(worker *own, const matrix *of, const float *rows, float *out) 
 
 #define FLOATS(address) ((const float *)(intptr_t)(address))
 
-/* From what the first product gave to what the second one takes. */
-static void mix(pass *of, const layer *own) {
-    int64_t heads = of->heads, kv_heads = of->kv_heads, dim = of->dim, mixed = own->query_key_value.outputs;
-    for (int64_t m = 0; m < of->count; m++) {
+/* This thread's share of the rows that the first product gave: norms of heads, rotation. */
+static void turn_heads(worker *own, const layer *now) {
+    pass *of = own->of;
+    int64_t heads = of->heads, kv_heads = of->kv_heads, dim = of->dim, mixed = now->query_key_value.outputs;
+    for (int64_t m = share(own, 0, of->count, 1); m < share(own, 1, of->count, 1); m++) {
         float *head = of->mixed + m * mixed;
-        if (own->bias) add_rows(head, FLOATS(own->bias), mixed);
-        if (own->query_norm) {
-            norm_rows(head, heads, dim, FLOATS(own->query_norm), of->epsilon, head);
-            norm_rows(head + heads * dim, kv_heads, dim, FLOATS(own->key_norm), of->epsilon, head + heads * dim);
+        if (now->bias) add_rows(head, FLOATS(now->bias), mixed);
+        if (now->query_norm) {
+            norm_rows(head, heads, dim, FLOATS(now->query_norm), of->epsilon, head);
+            norm_rows(head + heads * dim, kv_heads, dim, FLOATS(now->key_norm), of->epsilon, head + heads * dim);
         }
         for (int64_t h = 0; h < heads + kv_heads; h++, head += dim)
             rotate(head, dim, of->cosines + m * dim, of->sines + m * dim);
     }
-    const float *keys = of->mixed + heads * dim, *values = keys + kv_heads * dim;
-    if (of->attend(of->spans, of->sessions, own->number, own->window, heads, kv_heads, dim, of->scale, of->mixed, dim,
-                   mixed, keys, dim, mixed, values, dim, mixed, of->attended))
+}
+
+static void attend(worker *own, const layer *now) {
+    pass *of = own->of;
+    int64_t dim = of->dim, mixed = now->query_key_value.outputs, pieces = of->count * of->kv_heads;
+    if (of->attend(of->spans, of->sessions, now->number, now->window, of->heads, of->kv_heads, dim, of->scale, of->mixed,
+                   dim, mixed, share(own, 0, pieces, 1), share(own, 1, pieces, 1), of->attended))
         of->failed = 1;
 }
 
@@ -453,7 +460,15 @@ static void run_layer(worker *own, const layer *now) {
     norm_rows(own->hidden, count, size, FLOATS(now->input_norm), of->epsilon, own->rows);
     times(own, &now->query_key_value, own->rows, of->mixed);
     meet(&of->at);
-    if (own->index == 0) mix(of, now);
+    turn_heads(own, now);
+    meet(&of->at);
+    if (own->index == 0) {
+        const float *keys = of->mixed + of->heads * of->dim, *values = keys + of->kv_heads * of->dim;
+        int64_t mixed = now->query_key_value.outputs;
+        of->put(of->spans, of->sessions, now->number, of->kv_heads, of->dim, keys, of->dim, mixed, values, of->dim, mixed);
+    }
+    meet(&of->at);
+    attend(own, now);
     meet(&of->at);
     times(own, &now->output, of->attended, of->sums);
     meet(&of->at);
@@ -481,8 +496,8 @@ INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 /* hidden[count, size], in place, through all layers. The tables of cosines and sines are [count, dim]. Returns 0, or -1
    without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
-               int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, attention *attend,
-               const int64_t *spans, int64_t sessions, int64_t threads, float *hidden) {
+               int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, putting *put,
+               attention *attend, const void *spans, int64_t sessions, int64_t threads, float *hidden) {
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     if (threads < 1) threads = 1;
     int64_t size = layers[0].output.outputs, mixed = 0, attended = 0;
@@ -493,7 +508,7 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
     float *memory = aligned_alloc(LINE, count * (mixed + attended + size + 2 * threads * size) * sizeof *memory);
     if (memory == NULL) return -1;
-    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, attend, spans, sessions, size,
+    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, put, attend, spans, sessions, size,
                 memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
     worker workers[MOST_THREADS];
     float *at = all.sums + count * size;

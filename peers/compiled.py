@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -11,8 +12,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
+
+import torch
 
 from swarm.cache import cache_folder
 
@@ -37,6 +42,22 @@ def load_kernels(source: Path, library: Callable[[Path], T], works: Callable[[T]
         logger.warning("%s: what the compiler made of %s gives wrong results", without, source.name)
         return None
     return kernels
+
+
+def shared_out(work: Callable[[int, int], None], pieces: int) -> None:
+    """``work(first, stop)`` for all ``pieces``, on as many threads as torch uses; a library is called without Python's
+    lock."""
+    threads = min(torch.get_num_threads(), pieces)
+    if threads < 2:
+        work(0, pieces)
+        return
+    bounds = [pieces * part // threads for part in range(threads + 1)]
+    list(_pool(threads).map(lambda part: work(*part), itertools.pairwise(bounds)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="swarm-kernel")
 
 
 def _compiled(source: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peers.attention import Spans
-from peers.attention_kernel import AttentionKernel, attention_kernel, table
+from peers.attention_kernel import AttentionKernel, attention_kernel
 from peers.block_kernels import FLOAT32, BlockKernels, block_kernels
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
@@ -63,7 +63,8 @@ class DecodePass:
         cos, signed_sin = self._tables.at(positions, hidden)
         self._kernels.run_layers(
             self._numbers, len(self._layers), cos, signed_sin, self._heads, self._kv_heads, self._scale,
-            self._epsilon, self._attention.address, table(spans), len(spans), torch.get_num_threads(), result,
+            self._epsilon, self._attention.put_address, self._attention.attend_address, spans.table, len(spans),
+            torch.get_num_threads(), result,
         )  # fmt: skip
         return result
 

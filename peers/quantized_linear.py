@@ -8,16 +8,14 @@ bfloat16 are multiplied in that if there are many. On other devices than CPUs pi
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Final
 
 import torch
 from torch import nn
 
-from peers.block_kernels import BlockKernels, Product, block_kernels
+from peers.block_kernels import BlockKernels, block_kernels
+from peers.compiled import shared_out
 from peers.linear import packing_works, product
 from peers.weights.blocks import Blocks
 
@@ -44,7 +42,8 @@ class QuantizedLinear(nn.Module):
         if self._product is not None and flat.shape[0] < DENSE_ROWS:
             flat = flat.float().contiguous()
             result = flat.new_empty(flat.shape[0], self.out_features)
-            _few(self._product, flat, result)
+            multiply = self._product
+            shared_out(lambda first, stop: multiply(flat, result, first, stop), self.out_features)
         else:
             result = _many(self._kernels, self.matrix, flat.contiguous())
         if rows.ndim != 2 or rows.dtype != torch.float32:
@@ -61,16 +60,6 @@ class SideBySide(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([part(rows) for part in self.parts], -1)
-
-
-def _few(product: Product, rows: torch.Tensor, result: torch.Tensor) -> None:
-    threads, outputs = torch.get_num_threads(), result.shape[1]
-    if threads == 1:
-        product(rows, result, 0, outputs)
-        return
-    bounds = [outputs * part // threads for part in range(threads + 1)]
-    # The library is called without Python's lock.
-    list(_pool(threads).map(lambda part: product(rows, result, *part), itertools.pairwise(bounds)))
 
 
 def _many(kernels: BlockKernels | None, matrix: Blocks, rows: torch.Tensor) -> torch.Tensor:
@@ -91,8 +80,3 @@ def _many(kernels: BlockKernels | None, matrix: Blocks, rows: torch.Tensor) -> t
             kernels.expand(matrix, first, stop, piece)
         result[:, first:stop] = multiply(rows, piece.to(dtype))
     return result
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="swarm-product")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from peers.engine import SMOOTHING, Pace, _Waiting
+from peers.batching import Waiting
+from peers.engine import SMOOTHING, Pace
 from peers.executor import SampleRequest, StepRequest
 from peers.machine import _speed
 from swarm.sampling import SamplingParams
@@ -13,10 +14,10 @@ from swarm.types import LayerRange
 FAR = 1000
 
 
-def waiting(layers: int, *, rows: int = 1, head: bool = False) -> _Waiting:
+def waiting(layers: int, *, rows: int = 1, head: bool = False) -> Waiting:
     sample = SampleRequest(SamplingParams(), [0], 1) if head else None
     request = StepRequest(LayerRange(0, layers), None, 0, rows, [0] * rows, None, sample)  # type: ignore[arg-type]
-    return _Waiting(request, lambda reply: None, since=0.0)
+    return Waiting(request, lambda reply: None, since=0.0)
 
 
 def calibrated() -> Pace:
