@@ -26,6 +26,7 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
 enum { BLOCK = 32, PIECES = BLOCK / LANES, OUTPUTS_TOGETHER = 2, PACKED_VECTORS = 4 };
 enum { MOST_THREADS = 16, PATIENCE = 2000 };
+enum { MANY_ROWS = 32, PACKED = 64, PIECE = 4 }; /* from so many rows on it pays to expand a matrix */
 enum { LINE = 64, AHEAD = 2, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -260,19 +261,18 @@ INLINE void packed_rows(int count, const float *weights_at, int64_t inputs, int6
     }
 }
 
-/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides first and stop. */
-static void packed_product(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *out,
-                           int64_t stride) {
-    const float *weights_at = (const float *)(intptr_t)of->address + first * of->inputs;
-    for (int64_t n = first; n < stop; n += of->packed, weights_at += of->packed * of->inputs)
+/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. */
+static void packed_product(const float *weights_at, int64_t packed, int64_t outputs, int64_t inputs, const float *rows,
+                           int64_t count, float *out, int64_t stride) {
+    for (int64_t n = 0; n < outputs; n += packed, weights_at += packed * inputs)
         for (int64_t m = 0; m < count; m += PACKED_ROWS) { /* a cache holds the weights from one round to the next */
             int many = (int)(count - m < PACKED_ROWS ? count - m : PACKED_ROWS);
-            const float *from = rows + m * of->inputs;
+            const float *from = rows + m * inputs;
             float *to = out + m * stride + n;
-#define PACKED(known) \
+#define PACKED_DOTS(known) \
     if (known > PACKED_ROWS) break; \
-    packed_rows(known, weights_at, of->inputs, of->packed, from, to, stride)
-            FOR_ROWS(PACKED)
+    packed_rows(known, weights_at, inputs, packed, from, to, stride)
+            FOR_ROWS(PACKED_DOTS)
         }
 }
 
@@ -301,6 +301,14 @@ int expand(int kind, const uint8_t *rows_of_matrix, int64_t count, int64_t block
 int lanes(void) { return LANES; }
 
 /* ---- decoder layers ---- */
+
+/* out[inputs, PACKED] = rows[PACKED, inputs] turned round: as oneDNN packs a matrix */
+static void pack(const float *rows, int64_t inputs, float *out) {
+    for (int64_t k = 0; k < inputs; k += PIECE)
+        for (int n = 0; n < PACKED; n++)
+            for (int i = 0; i < PIECE; i++) out[(k + i) * PACKED + n] = rows[n * inputs + k + i];
+}
+
 
 INLINE floats choose(ints where, floats yes, floats no) { return (floats)((where & (ints)yes) | (~where & (ints)no)); }
 
@@ -397,6 +405,7 @@ typedef struct {
     pass *of;
     int index;
     float *hidden, *rows; /* its own, [count, size] */
+    float *piece;         /* room for two pieces of a matrix, if it is to be expanded */
     pthread_t thread;
 } worker;
 
@@ -405,15 +414,32 @@ INLINE int64_t share(const worker *own, int part, int64_t all, int64_t step) {
     return (all / step * (own->index + part) / own->of->at.threads) * step;
 }
 
+/* Many rows: pieces of the matrix are expanded into `own->piece`. Returns the first output that is not done. */
+static int64_t times_expanded(worker *own, const matrix *of, const uint8_t *data, int64_t first, int64_t stop,
+                              const float *rows, float *out) {
+    int64_t blocks = of->inputs / BLOCK;
+    float *packed = own->piece + PACKED * of->inputs;
+    for (; first + PACKED <= stop; first += PACKED) {
+        if (expand((int)of->kind, data + first * row_bytes((int)of->kind, blocks), PACKED, blocks, own->piece))
+            own->of->failed = 1;
+        pack(own->piece, of->inputs, packed);
+        packed_product(packed, PACKED, PACKED, of->inputs, rows, own->of->count, out + first, of->outputs);
+    }
+    return first;
+}
+
 static void times(worker *own, const matrix *of, const float *rows, float *out) {
     int64_t step = of->kind == FLOAT32 ? of->packed : OUTPUTS_TOGETHER, count = own->of->count;
     int64_t first = share(own, 0, of->outputs, step), stop = share(own, 1, of->outputs, step);
     if (of->kind == FLOAT32) {
-        packed_product(of, first, stop, rows, count, out, of->outputs);
+        const float *weights_at = (const float *)(intptr_t)of->address + first * of->inputs;
+        packed_product(weights_at, of->packed, stop - first, of->inputs, rows, count, out + first, of->outputs);
         return;
     }
     int64_t blocks = of->inputs / BLOCK;
-    const uint8_t *data = (const uint8_t *)(intptr_t)of->address + first * row_bytes((int)of->kind, blocks);
+    const uint8_t *data = (const uint8_t *)(intptr_t)of->address;
+    if (own->piece) first = times_expanded(own, of, data, first, stop, rows, out);
+    data += first * row_bytes((int)of->kind, blocks);
     if (product((int)of->kind, data, stop - first, blocks, rows, count, out + first, of->outputs)) own->of->failed = 1;
 }
 
@@ -493,28 +519,30 @@ static void *work(void *given) {
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* hidden[count, size], in place, through all layers. The tables of cosines and sines are [count, dim]. Returns 0, or -1
-   without memory. */
+/* hidden[count, size], in place, through all layers. The tables of cosines and sines are [count, dim]. With `exact` a row
+   gets the same bits whatever `count` is, also from matrices in blocks. Returns 0, or -1 without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
                int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, putting *put,
-               attention *attend, const void *spans, int64_t sessions, int64_t threads, float *hidden) {
+               attention *attend, const void *spans, int64_t sessions, int64_t threads, int64_t exact, float *hidden) {
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     if (threads < 1) threads = 1;
-    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0;
+    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, expanded = 0;
     for (int64_t n = 0; n < number; n++) {
         mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));
         attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
+        if (count >= MANY_ROWS && !exact && layers[n].down.kind != FLOAT32) expanded = 2 * PACKED * larger(size, attended);
     }
+    int64_t own = 2 * count * size + expanded;
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
-    float *memory = aligned_alloc(LINE, count * (mixed + attended + size + 2 * threads * size) * sizeof *memory);
+    float *memory = aligned_alloc(LINE, (count * (mixed + attended + size) + threads * own) * sizeof *memory);
     if (memory == NULL) return -1;
-    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, put, attend, spans, sessions, size,
-                memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
+    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, put, attend, spans, sessions,
+                size, memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
     worker workers[MOST_THREADS];
     float *at = all.sums + count * size;
     int64_t started = 1;
-    for (int64_t t = 0; t < threads; t++, at += 2 * count * size) {
-        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, 0};
+    for (int64_t t = 0; t < threads; t++, at += own) {
+        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, expanded ? at + 2 * count * size : NULL, 0};
         if (t) memcpy(workers[t].hidden, hidden, count * size * sizeof *hidden);
     }
     while (started < threads && !pthread_create(&workers[started].thread, NULL, work, workers + started)) started++;

@@ -41,7 +41,7 @@ class BlockKernels:
         self._run_layers = library.run_layers
         self._run_layers.argtypes = [
             pointer, number, number, pointer, pointer, number, number, number, ctypes.c_float, ctypes.c_float,
-            pointer, pointer, pointer, number, number, pointer,
+            pointer, pointer, pointer, number, number, number, pointer,
         ]  # fmt: skip
         self._run_layers.restype = ctypes.c_int
         library.lanes.restype = ctypes.c_int
@@ -66,13 +66,13 @@ class BlockKernels:
     def run_layers(
         self, layers: Numbers, count: int, cos: torch.Tensor, signed_sin: torch.Tensor, heads: int, kv_heads: int,
         scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int, threads: int,
-        hidden: torch.Tensor,
+        exact: bool, hidden: torch.Tensor,
     ) -> None:  # fmt: skip
         """Changes ``hidden``; see ``block_kernels.c``; all tensors are contiguous float32. ``put`` and ``attend`` are
         addresses of the functions in ``attention_kernel.c``, ``spans`` what that makes of the sessions."""
         if self._run_layers(
             layers, count, hidden.shape[0], cos.data_ptr(), signed_sin.data_ptr(), heads, kv_heads, cos.shape[1],
-            scale, epsilon, put, attend, spans, sessions, threads, hidden.data_ptr(),
+            scale, epsilon, put, attend, spans, sessions, threads, exact, hidden.data_ptr(),
         ):  # fmt: skip
             raise Internal("no memory for a pass")
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from peers.attention import Span, Spans, spans_of
-from peers.decode_pass import MOST_ROWS, DecodePass
+from peers.compiled_pass import CompiledPass
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
 from peers.norm import fast_norm
@@ -213,7 +213,7 @@ class _View:
         if layers.start > 0 and hasattr(view, "embedding_multiplier"):
             view.embedding_multiplier = 1.0
         self._base = view
-        self._pass = DecodePass.of(list(view._modules["layers"]), base.rotary_emb)
+        self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb)
         self._norm = view._modules["norm"]
         if self._pass is not None and layers.end == model.config.num_hidden_layers:
             self._norm = fast_norm(self._norm)
@@ -225,7 +225,7 @@ class _View:
 
     def decode(self, positions: Sequence[int], spans: Spans, **inputs: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[rows, hidden]``."""
-        if self._pass is not None and len(positions) <= MOST_ROWS:
+        if self._pass is not None:
             rows = (
                 inputs["inputs_embeds"] if "inputs_embeds" in inputs else self._base.embed_tokens(inputs["input_ids"])
             )

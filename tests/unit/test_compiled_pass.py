@@ -1,4 +1,4 @@
-"""Few rows through all layers in one compiled call: what the modules give, whoever shares the call."""
+"""Rows through all layers in one compiled call: what the modules give, whoever shares the call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from peers.block_kernels import block_kernels
-from peers.decode_pass import MOST_ROWS
 from peers.shard import Shard, Step
 from peers.weights import open_source
 from swarm.models import config_dict, load_profile, resolve
@@ -81,16 +80,37 @@ def test_a_pass_gives_what_the_modules_give(family: str, weights: str, tmp_path:
 def test_a_session_gets_the_same_bits_alone_and_among_others(weights: str, tmp_path: Path) -> None:
     shard = shard_of(tmp_path, "llama", weights)
     texts = [TEXT, TEXT[3:], TEXT[:5], *([TEXT[1:9]] * 8)]
-    for chunk in (1, 2):
+    for chunk in (1, 2, 16) if weights == "auto" else (1, 2):
         together = logits_of(shard, texts, chunk)
         alone = [logits_of(shard, [text], chunk)[0] for text in texts]
         assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
 
 
-def test_rows_are_the_same_in_steps_and_in_a_draft(tmp_path: Path) -> None:
-    shard = shard_of(tmp_path, "llama")
-    (in_steps,), (at_once,) = logits_of(shard, [TEXT], 1), logits_of(shard, [TEXT], MOST_ROWS)
-    torch.testing.assert_close(in_steps, at_once, atol=1e-6, rtol=0)
+LONG = [(7 * i * i + 3 * i) % 380 + 1 for i in range(150)]
+
+
+def hidden_of(shard: Shard, chunk: int, kv: str) -> torch.Tensor:
+    cache = shard.new_cache(shard.layers, len(LONG), kv)
+    found = []
+    for start in range(0, len(LONG), chunk):
+        step = Step(shard.layers, cache, start, token_ids=LONG[start : start + chunk], want_hidden=True)
+        (output,) = shard.run([step])
+        assert output.hidden is not None
+        found.append(output.hidden)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("weights", "kv"), [("auto", "model"), ("auto", "int8"), ("int4", "int8")])
+def test_rows_get_the_same_bits_in_chunks_of_any_size(weights: str, kv: str, tmp_path: Path) -> None:
+    """What a stage replays in chunks, a lost one had in steps."""
+    shard = shard_of(tmp_path, "llama", weights)
+    in_steps = hidden_of(shard, 1, kv)
+    assert all(torch.equal(hidden_of(shard, chunk, kv), in_steps) for chunk in (7, 64, len(LONG)))
+
+
+def test_many_rows_from_blocks_differ_in_the_last_bits_only(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "llama", "int4")
+    torch.testing.assert_close(hidden_of(shard, 150, "model"), hidden_of(shard, 7, "model"), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("changes", [{"head_dim": 24}, {"attention_bias": True}])

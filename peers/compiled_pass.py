@@ -1,15 +1,21 @@
-"""Few rows through all layers of a shard in one call, from the embedded rows to what the last layer puts out.
+"""Rows through all layers of a shard in one call, from the embedded ones to what the last layer puts out.
 
 A decode step is a few hundred small operations. With the matrices read at the speed of memory, calling them from Python
 takes as long as a quarter of the arithmetic, and it holds the interpreter's lock, for which the network waits. Here the
-compiled kernels walk through the layers themselves: norms, products, rotation, attention over the sessions' caches.
+compiled kernels walk through the layers themselves: norms, products, rotation, attention over the sessions' caches. On
+long prompts they are as fast as oneDNN.
+
+A row's result is the same to the last bit whichever rows share the pass, so that a stage that replays a session's rows
+in other chunks than they came in gets what the lost one had. Matrices in blocks are an exception, unless a cache rounds
+what it keeps: many rows are multiplied faster with pieces that are expanded first, which sums in another order. Without
+rounding that shows in the last bits of float32 only; with it, one bit may become a step of a code.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -21,14 +27,10 @@ from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
 from peers.norm import RootMeanSquareNorm
 from peers.quantized_linear import QuantizedLinear
-
-MOST_ROWS: Final = 32
-"""More rows wait for arithmetic, and oneDNN's products are as fast."""
-_MATRIX: Final = 5
-"""Numbers that describe one to the kernels."""
+from swarm.kv import MODEL
 
 
-class DecodePass:
+class CompiledPass:
     """Gives what the layers' own modules give, to within float32 rounding, by as many threads as torch uses."""
 
     def __init__(
@@ -64,7 +66,7 @@ class DecodePass:
         self._kernels.run_layers(
             self._numbers, len(self._layers), cos, signed_sin, self._heads, self._kv_heads, self._scale,
             self._epsilon, self._attention.put_address, self._attention.attend_address, spans.table, len(spans),
-            torch.get_num_threads(), result,
+            torch.get_num_threads(), any(span.cache.kind != MODEL for span in spans), result,
         )  # fmt: skip
         return result
 
