@@ -27,7 +27,7 @@ enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
 enum { BLOCK = 32, PIECES = BLOCK / LANES, OUTPUTS_TOGETHER = 2, PACKED_VECTORS = 4 };
 enum { MOST_THREADS = 16, PATIENCE = 2000 };
 enum { MANY_ROWS = 32, PACKED = 64, PIECE = 4 }; /* from so many rows on it pays to expand a matrix */
-enum { LINE = 64, AHEAD = 2, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
+enum { LINE = 64, AHEAD = 2, AHEAD_ROWS = 16, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -232,12 +232,14 @@ int product(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t bl
     return 0;
 }
 
-/* `vectors` * LANES outputs that stand side by side, for `count` rows of activations; both constants. */
-INLINE void packed_tile(int count, int vectors, const float *weights_at, int64_t inputs, int64_t packed, const float *rows,
-                        float *out, int64_t stride) {
+/* `vectors` * LANES outputs that stand side by side, for `count` rows of activations; these and `once` are constants.
+   Weights that are read `once` in a pass must not push out of the caches what the next thing to run has there. */
+INLINE void packed_tile(int count, int vectors, int once, const float *weights_at, int64_t inputs, int64_t packed,
+                        const float *rows, float *out, int64_t stride) {
     floats sums[PACKED_ROWS][PACKED_VECTORS] = {0};
     for (int64_t k = 0; k < inputs; k++, weights_at += packed) {
         floats column[PACKED_VECTORS];
+        for (int v = 0; once && v < vectors; v++) __builtin_prefetch(weights_at + AHEAD_ROWS * packed + v * LANES, 0, 0);
         for (int v = 0; v < vectors; v++) column[v] = load(weights_at + v * LANES);
         for (int m = 0; m < count; m++) {
             floats row = all(rows[m * inputs + k]);
@@ -248,10 +250,10 @@ INLINE void packed_tile(int count, int vectors, const float *weights_at, int64_t
         for (int v = 0; v < vectors; v++) store(out + m * stride + v * LANES, sums[m][v]);
 }
 
-INLINE void packed_rows(int count, const float *weights_at, int64_t inputs, int64_t packed, const float *rows, float *out,
+INLINE void packed_rows(int count, int once, const float *weights_at, int64_t inputs, int64_t packed, const float *rows, float *out,
                         int64_t stride) {
     for (int64_t v = 0; v < packed; v += PACKED_VECTORS * LANES) {
-#define TILE(vectors) packed_tile(count, vectors, weights_at + v, inputs, packed, rows, out + v, stride)
+#define TILE(vectors) packed_tile(count, vectors, once, weights_at + v, inputs, packed, rows, out + v, stride)
         switch ((packed - v) / LANES) {
             case 1: TILE(1); break;
             case 2: TILE(2); break;
@@ -271,7 +273,8 @@ static void packed_product(const float *weights_at, int64_t packed, int64_t outp
             float *to = out + m * stride + n;
 #define PACKED_DOTS(known) \
     if (known > PACKED_ROWS) break; \
-    packed_rows(known, weights_at, inputs, packed, from, to, stride)
+    if (count == known) packed_rows(known, 1, weights_at, inputs, packed, from, to, stride); \
+    else packed_rows(known, 0, weights_at, inputs, packed, from, to, stride)
             FOR_ROWS(PACKED_DOTS)
         }
 }

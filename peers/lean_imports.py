@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -48,6 +49,9 @@ def import_transformers() -> None:
     """Imports what all decoder families share. Call it before anything else has imported transformers."""
     if "transformers" in sys.modules:
         return
+    # torch's threads would look for work for milliseconds after each of its own operations, on the processors that the
+    # threads of a compiled pass are to run on, and other people's programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     before = set(sys.modules)
     try:
         with _without_collections():
