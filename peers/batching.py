@@ -1,7 +1,8 @@
 """What the compute thread runs next. Pure: steps and the time come in, a batch goes out.
 
 Decode steps go first, then chunks of prompts up to ``engine.max_batch_tokens`` rows. Steps of one batch share a layer
-sub-range; the oldest waiting step chooses it.
+sub-range; the oldest waiting step chooses it. Owners take turns: one with many prompts makes another's wait for one of
+them, not for all.
 
 While sessions decode, a chunk is run in pieces of ``engine.mixed_prefill_tokens`` rows, so that it holds none of them
 up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
@@ -104,6 +105,9 @@ class Batching:
         """A prompt had its turn since then."""
         self._gave_way = False
         """The last batch left a prompt waiting, so that decode steps had a pass for themselves; the next one won't."""
+        self._turns: dict[str, int] = {}
+        """When each owner of a waiting prompt had its last turn, in turns."""
+        self._turn = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -123,7 +127,7 @@ class Batching:
             return []
         fitting = [waiting for waiting in self._waiting if waiting.request.layers == oldest.request.layers]
         steps = [waiting for waiting in fitting if not waiting.is_prefill]
-        prompts = [waiting for waiting in fitting if waiting.is_prefill]
+        prompts = self._in_turn([waiting for waiting in fitting if waiting.is_prefill])
         if steps:
             self._note_decode(now)
         most = self._piece_tokens if now - self._decoded_at < DECODING_S else self._max_tokens
@@ -136,7 +140,10 @@ class Batching:
                 break
             rows += waiting.cut(max(1, room))
             batch.append(waiting)
-            self._had_piece |= waiting.is_prefill
+            if waiting.is_prefill:
+                self._had_piece = True
+                self._turn += 1
+                self._turns[waiting.request.owner] = self._turn
         chosen = {id(waiting) for waiting in batch}
         self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in chosen)
         return batch
@@ -144,6 +151,11 @@ class Batching:
     @property
     def _held_until(self) -> float:
         return self._decoded_at + PATIENCE * self._period_s if self._had_piece else float("-inf")
+
+    def _in_turn(self, prompts: list[Waiting]) -> list[Waiting]:
+        owners = {waiting.request.owner for waiting in self._waiting if waiting.is_prefill}
+        self._turns = {owner: turn for owner, turn in self._turns.items() if owner in owners}
+        return sorted(prompts, key=lambda waiting: self._turns.get(waiting.request.owner, 0))
 
     def _note_decode(self, now: float) -> None:
         since_s = now - self._decoded_at

@@ -58,6 +58,8 @@ class StepRequest:
     input_wire: str = MODEL
     output_wire: str = MODEL
     """How hidden states come in and go out, see ``swarm.wire``."""
+    owner: str = ""
+    """Of the session: prompts of different owners take turns."""
 
 
 @dataclass(frozen=True, slots=True)

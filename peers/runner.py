@@ -245,6 +245,7 @@ class StageRunner:
             want_hidden=stage.step.hidden,
             input_wire=stage.input_wire,
             output_wire=stage.output_wire,
+            owner=stage.owner,
         )
         self.executor.submit(step, lambda reply: self._computed(job, step, reply))
 

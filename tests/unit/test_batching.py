@@ -26,8 +26,8 @@ class Thread:
     def __init__(self) -> None:
         self.batching = Batching(MOST, PIECE)
 
-    def add(self, rows: int, now: float = 0.0, layers: LayerRange = ALL) -> None:
-        step = StepRequest(layers, Cache(), 0, rows, [1] * rows if layers.start == 0 else None, None)
+    def add(self, rows: int, now: float = 0.0, layers: LayerRange = ALL, owner: str = "") -> None:
+        step = StepRequest(layers, Cache(), 0, rows, [1] * rows if layers.start == 0 else None, None, owner=owner)
         self.batching.add(Waiting(step, lambda reply: None, now))
 
     def rows(self, now: float) -> list[int]:
@@ -97,6 +97,19 @@ def test_a_prompt_that_is_held_back_holds_nobody_else_back(thread: Thread) -> No
     thread.rows(last + 0.01)
     thread.add(1, last + 0.02, BACK)
     assert thread.rows(last + 0.02) == [1]
+
+
+def test_owners_take_turns_however_many_prompts_they_have(thread: Thread) -> None:
+    for _ in range(4):
+        thread.add(2 * MOST, owner="many")
+    thread.add(2 * MOST, owner="one")
+    owners = []
+    for _ in range(6):
+        (waiting,) = thread.batching.take(0.0)
+        owners.append(waiting.request.owner)
+        if waiting.take(StepReply(b"", (), b"", 0.0, 0.0, 1), 0.0) is None:
+            thread.batching.add(waiting)
+    assert owners == ["many", "one", "many", "one", "many", "many"]
 
 
 def test_steps_of_other_layers_have_a_pass_of_their_own(thread: Thread) -> None:
