@@ -8,7 +8,8 @@ While sessions decode, a chunk is run in pieces of ``engine.mixed_prefill_tokens
 up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
 time only; for the rest it is at other stages. So between two passes of decode steps there is one piece, and then the
 next step is waited for, for not much longer than it usually takes: it finds the thread idle, and the processor, which
-other stages may share. Where decode steps are always waiting, every other pass is theirs alone.
+other stages may share. Where decode steps are always waiting, every other pass is theirs alone. Each prompt has its
+piece: sessions that wait for their first token count as much as those that wait for their next.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ DECODING_S = 0.5
 """So long after a decode step another one is expected."""
 PATIENCE = 1.5
 """A piece waits so many times as long as it usually is from one pass with decode steps to the next."""
+MOST_PIECES = 8
+"""Of as many prompts in one pass, while sessions decode."""
 SMOOTHING = 0.2
 """Weight of the newest such time in what is usual."""
 
@@ -134,9 +137,11 @@ class Batching:
         self._gave_way = bool(steps and prompts) and not self._gave_way
         batch: list[Waiting] = []
         rows = 0
+        if most < self._max_tokens:
+            prompts = prompts[:MOST_PIECES]
         for waiting in steps if self._gave_way else steps + prompts:
             room = min(most, self._max_tokens - rows)
-            if batch and (room <= 0 or (waiting.is_prefill and rows >= most)):
+            if batch and room <= 0:
                 break
             rows += waiting.cut(max(1, room))
             batch.append(waiting)

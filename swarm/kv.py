@@ -5,12 +5,11 @@ the memory of float32. All stages of a session keep theirs alike, its replacemen
 
 In ``int8`` the key, or the value, of one position and one head is a row of signed bytes and their scale in float32: a
 number is its byte times the scale, which is the row's largest magnitude / 127. A row depends on nothing but its own
-numbers, and every position attends to rows that were rounded, those of its own pass among them. So it does not matter
-with which others a row was computed, but for its last bits, which are others in a pass of another shape: these turn a
-byte here and there into the next one, and that more of them in the layers above. What a replacement computes again is
-then a little different, as with arithmetic in bfloat16, and a session that was rebuilt may come to another token than
-it would have without: ``tests/bench_accuracy.py`` counts 1.3% of positions with another likeliest token when rows come
-eight at a time (none with ``model``, 2.5% in bfloat16). Tokens that the owner has stay what they are.
+numbers, and every position attends to rows that were rounded, those of its own pass among them. Where the arithmetic
+gives a row the same bits in passes of any shape (``peers/compiled_pass.py``), a replacement so keeps what the lost
+stage kept. Where it does not (torch's own kernels, or a CPU of another kind), last bits turn a byte here and there into
+the next one, and that more of them in the layers above: a session that was rebuilt may then come to another token than
+it would have without, as with arithmetic in bfloat16. Tokens that the owner has stay what they are.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peers.batching import DECODING_S, PATIENCE, Batching, Waiting
+from peers.batching import DECODING_S, MOST_PIECES, PATIENCE, Batching, Waiting
 from peers.executor import StepReply, StepRequest
 from swarm.errors import Internal
 from swarm.types import LayerRange
@@ -62,6 +62,14 @@ def test_where_decode_steps_always_wait_every_other_pass_is_theirs(thread: Threa
         thread.add(1, 0.01 * i)
         passes.append(thread.rows(0.01 * i))
     assert passes == [[1, 1], [1, 1, PIECE], [1, 1], [1, 1, PIECE], [1, 1], [1, 1, 10]]
+
+
+def test_each_prompt_has_its_piece_but_no_more_than_some(thread: Thread) -> None:
+    thread.batching = Batching(1000, PIECE)
+    thread.decode(0.0)
+    for _ in range(MOST_PIECES + 1):
+        thread.add(25)
+    assert thread.rows(0.01) == [PIECE] * MOST_PIECES
 
 
 def test_between_two_decode_steps_there_is_one_piece(thread: Thread) -> None:
