@@ -7,79 +7,10 @@
    those with which it came. */
 
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
-#ifdef __AVX512F__
-enum { LANES = 16, TILE_ROWS = 6 }; /* 32 registers */
-#else
-enum { LANES = 8, TILE_ROWS = 3 };
-#endif
-enum { TILE_VECTORS = 4, LINE = 64 };
+#include "vectors.h"
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t codes __attribute__((vector_size(LANES)));
-typedef float four __attribute__((vector_size(16)));
-
-#ifdef __clang__
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t of_four __attribute__((vector_size(16)));
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (of_four){__VA_ARGS__})
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE floats load(const float *at) {
-    floats value;
-    memcpy(&value, at, sizeof value);
-    return value;
-}
-
-INLINE void store(float *at, floats value) { memcpy(at, &value, sizeof value); }
-
-INLINE floats all(float x) { return x - (floats){0}; }
-
-INLINE float total(floats v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);
-#else
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-#endif
-}
-
-INLINE floats choose(ints where, floats yes, floats no) { return (floats)((where & (ints)yes) | (~where & (ints)no)); }
-
-INLINE float largest(floats v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
-#endif
-}
-
-/* e to the power of x <= 0: 2^n times a polynomial in what is left (Cody and Waite's reduction) */
-INLINE floats exponential(floats x) {
-    x = choose(x < all(-87.0f), all(-87.0f), x);
-    floats shifted = x * all(1.44269504f) + all(12582912.0f), n = shifted - all(12582912.0f);
-    floats r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
-    floats p = all(1.9875691500e-4f);
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * r * r + r + all(1.0f);
-    ints power = (((ints)shifted - (ints)all(12582912.0f)) + 127) << 23;
-    return p * (floats)power;
-}
 
 /* ---- caches ---- */
 
@@ -127,9 +58,11 @@ static void decode(const Rows *rows, const char *row, int64_t count, int64_t dim
         memcpy(&scale, row + dim, sizeof scale);
         for (int64_t d = 0; d < dim; d += LANES, out += LANES) {
 #if defined __AVX512F__ /* compilers don't find these by themselves */
-            floats numbers = (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + d))));
+            __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + d)));
+            floats numbers = (floats)_mm512_cvtepi32_ps(wide);
 #elif defined __AVX2__
-            floats numbers = (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + d))));
+            __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + d)));
+            floats numbers = (floats)_mm256_cvtepi32_ps(wide);
 #else
             codes narrow;
             memcpy(&narrow, row + d, sizeof narrow);
@@ -153,70 +86,6 @@ void put(const span *spans, int64_t sessions, int64_t layer, int64_t kv_heads, i
                 put_row(row + rows.values, values + h * v_head + from * v_row, dim, rows.coded);
             }
         }
-}
-
-/* ---- tiles ---- */
-
-/* out[count, vectors * LANES] += rows[count, inner] @ columns[inner, width], of which it takes the first ones */
-INLINE void tile(int count, int vectors, const float *rows, int64_t apart, const float *columns, int64_t inner,
-                 int64_t width, float *out, int64_t stride) {
-    floats sums[TILE_ROWS][TILE_VECTORS];
-    for (int m = 0; m < count; m++)
-        for (int v = 0; v < vectors; v++) sums[m][v] = load(out + m * stride + v * LANES);
-    for (int64_t k = 0; k < inner; k++, columns += width) {
-        floats column[TILE_VECTORS];
-        for (int v = 0; v < vectors; v++) column[v] = load(columns + v * LANES);
-        for (int m = 0; m < count; m++) {
-            floats row = all(rows[m * apart + k]);
-            for (int v = 0; v < vectors; v++) sums[m][v] += column[v] * row;
-        }
-    }
-    for (int m = 0; m < count; m++)
-        for (int v = 0; v < vectors; v++) store(out + m * stride + v * LANES, sums[m][v]);
-}
-
-/* As above, for the first `used` of `width` columns, a multiple of LANES; `count` is known where this is inlined. */
-INLINE void wide_tile(int count, const float *rows, int64_t apart, const float *columns, int64_t inner, int64_t width,
-                      int64_t used, float *out, int64_t stride) {
-    for (int64_t from = 0; from < used; from += TILE_VECTORS * LANES)
-#define TILE(vectors) tile(count, vectors, rows, apart, columns + from, inner, width, out + from, stride)
-        switch ((used - from) / LANES) {
-            case 1: TILE(1); break;
-            case 2: TILE(2); break;
-            case 3: TILE(3); break;
-            default: TILE(4);
-        }
-}
-
-static void multiply(int count, const float *rows, int64_t apart, const float *columns, int64_t inner, int64_t width,
-                     int64_t used, float *out, int64_t stride) {
-#define ROWS(known) \
-    if (known <= TILE_ROWS) wide_tile(known, rows, apart, columns, inner, width, used, out, stride)
-    switch (count) {
-        case 1: ROWS(1); break;
-        case 2: ROWS(2); break;
-        case 3: ROWS(3); break;
-        case 4: ROWS(4); break;
-        case 5: ROWS(5); break;
-        default: ROWS(6);
-    }
-}
-
-/* out[dim, width] = rows[count, dim] turned round, up to `used` columns; those that have no row are 0 */
-static void turn(const float *rows, int64_t count, int64_t dim, int64_t width, int64_t used, float *out) {
-    int64_t whole = count / 4 * 4;
-    for (int64_t k = 0; k < whole; k += 4)
-        for (int64_t d = 0; d < dim; d += 4) {
-            four row[4], half[4];
-            for (int i = 0; i < 4; i++) memcpy(row + i, rows + (k + i) * dim + d, sizeof(four));
-            half[0] = PICK(row[0], row[1], 0, 4, 1, 5), half[1] = PICK(row[0], row[1], 2, 6, 3, 7);
-            half[2] = PICK(row[2], row[3], 0, 4, 1, 5), half[3] = PICK(row[2], row[3], 2, 6, 3, 7);
-            row[0] = PICK(half[0], half[2], 0, 1, 4, 5), row[1] = PICK(half[0], half[2], 2, 3, 6, 7);
-            row[2] = PICK(half[1], half[3], 0, 1, 4, 5), row[3] = PICK(half[1], half[3], 2, 3, 6, 7);
-            for (int i = 0; i < 4; i++) memcpy(out + (d + i) * width + k, row + i, sizeof(four));
-        }
-    for (int64_t k = whole; k < used; k++)
-        for (int64_t d = 0; d < dim; d++) out[d * width + k] = k < count ? rows[k * dim + d] : 0.0f;
 }
 
 /* ---- attention ---- */
@@ -243,8 +112,6 @@ static void weigh(float *scores, int64_t used, int64_t low, int64_t high, float 
     }
     *sum += total(weights);
 }
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* What does not change from one call of `attend_rows` to the next. */
 typedef struct {
@@ -284,7 +151,7 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
             int many = (int)smaller(count - m, TILE_ROWS);
             if (start + (m + many - 1) / group < base) continue;
             memset(scores, 0, sizeof(float) * (size_t)(many * block));
-            multiply(many, asked + m * dim, dim, turned, dim, block, used, scores, block);
+            multiply(many, 0, 1, asked + m * dim, dim, turned, dim, block, used, scores, block);
             for (int64_t t = m; t < m + many; t++) {
                 int64_t position = start + t / group - base, low = a->window ? position + 1 - a->window : 0;
                 int64_t high = smaller(position + 1, filled);
@@ -293,7 +160,8 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
                 if (low < high) weigh(own, used, low, high, most + t, weights + t, sums + t * dim, dim);
                 else memset(own, 0, sizeof(float) * (size_t)used);
             }
-            multiply(many, scores, block, rows.coded ? plain : (const float *)values, filled, dim, dim, sums + m * dim, dim);
+            const float *columns = rows.coded ? plain : (const float *)values;
+            multiply(many, 0, 1, scores, block, columns, filled, dim, dim, sums + m * dim, dim);
         }
     }
     for (int64_t m = 0; m < count; m++) {

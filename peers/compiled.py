@@ -28,6 +28,8 @@ T = TypeVar("T")
 COMPILERS: Final = ("cc", "gcc", "clang")
 FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 COMPILE_S: Final = 60.0
+HERE: Final = Path(__file__).parent
+"""Where headers are."""
 
 
 def load_kernels(source: Path, library: Callable[[Path], T], works: Callable[[T], bool], without: str) -> T | None:
@@ -62,7 +64,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _compiled(source: Path) -> Path:
     """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
-    facts = [source.read_bytes(), " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
+    read = [file.read_bytes() for file in (source, *sorted(HERE.glob("*.h")))]
+    facts = [*read, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
     place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
     if place.is_file():
         return place
@@ -75,7 +78,7 @@ def _compiled(source: Path) -> Path:
     # Several peers of one machine may compile at once: each into a folder of its own, then an atomic rename.
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, str(source), "-o", str(made)]
+        command = [compiler, *FLAGS, f"-I{HERE}", str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
         made.replace(place)
     return place
