@@ -62,7 +62,7 @@ class EngineSettings:
     max_batch_tokens: int = 512
     """Rows in one forward pass, decode steps first."""
     mixed_prefill_tokens: int = 16
-    """Rows of prompts in one forward pass while other sessions decode: what those have to wait for."""
+    """Rows of a prompt between two decode steps of other sessions: what those have to wait for."""
     prefill_chunk_tokens: int = 128
     """A long prompt goes in pieces of this size, so that stages work on different ones at once."""
     replay_chunk_tokens: int = 256
@@ -148,7 +148,7 @@ class RecoverySettings:
 
 @dataclass(frozen=True, slots=True)
 class PlannerSettings:
-    hop_s: float = 0.001
+    hop_s: float = 0.0006
     """One hop's share of framing, scheduling and passing on, beside its link and its layers."""
     hop_margin_s: float = 0.001
     """What a hop more has to gain: figures are never exact, and each hop is one more that can fail."""
