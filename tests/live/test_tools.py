@@ -76,7 +76,7 @@ def test_probe_measures_the_way_to_a_peer_and_is_dialled_back(thirds: LocalSwarm
     assert way["round_trip_ms"] > 0
     assert way["mb_per_s"] > 0
     name = f"peer {way['peer_id'][-6:]}"
-    assert event["reachability"]["sentence"].startswith(f"was dialled by {name} of this machine")
+    assert event["reachability"]["sentence"].startswith(f"was dialled by {name} of this machine"), event["reachability"]
 
 
 def test_chat_answers_each_line_of_a_pipe(joins: dict[str, str]) -> None:
