@@ -115,8 +115,8 @@ class Batching:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, waiting: Waiting) -> None:
-        self._waiting.append(waiting)
+    def add(self, *waiting: Waiting) -> None:
+        self._waiting.extend(waiting)
 
     def hold_s(self, now: float) -> float | None:
         """When to ask again, if nothing is added: prompts are held back so long. None: nothing waits."""

@@ -156,12 +156,12 @@ static void attend(worker *own, const layer *now) {
         of->failed = 1;
 }
 
-/* silu(gate) * up, in place of this thread's share of the gates */
+/* silu(gate) * up, this thread's share of it, into `attended`, which is not needed any more */
 static void gate(worker *own, int64_t wide) {
     int64_t first = share(own, 0, wide, LANES), stop = share(own, 1, wide, LANES);
     for (int64_t m = 0; m < own->of->count; m++)
         for (int64_t i = first; i < stop; i += LANES) {
-            float *at = own->of->mixed + m * 2 * wide + i;
+            const float *at = own->of->mixed + m * 2 * wide + i;
             floats value = load(at);
             store(own->of->attended + m * wide + i, value / (1.0f + exponential(-value)) * load(at + wide));
         }
@@ -209,8 +209,7 @@ static void *work(void *given) {
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
                int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, putting *put,
                attention *attend, const void *spans, int64_t sessions, int64_t threads, int64_t exact, float *hidden) {
-    if (threads > MOST_THREADS) threads = MOST_THREADS;
-    if (threads < 1) threads = 1;
+    threads = larger(1, smaller(threads, MOST_THREADS));
     int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, expanded = 0;
     for (int64_t n = 0; n < number; n++) {
         mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));

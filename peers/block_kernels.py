@@ -1,4 +1,4 @@
-"""The compiled kernels for few rows: products with matrices as they are stored, and decoder layers made of them.
+"""The compiled kernels: products with matrices as they are stored, and decoder layers made of them.
 
 PyTorch's kernels for 4 and 8 bit weights (``_weight_int4pack_mm_for_cpu``, ``_weight_int8pack_mm``) are fast with
 bfloat16 rows only, and round each product to bfloat16: a stage that replays a session's rows as one chunk would get

@@ -20,8 +20,6 @@ enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
 enum { BLOCK = 32, PIECES = BLOCK / LANES, OUTPUTS_TOGETHER = 2 };
 enum { AHEAD = 2, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* As Python fills it: numbers of 64 bits. */
 typedef struct {
     int64_t kind, address, outputs, inputs, packed;
@@ -164,7 +162,7 @@ INLINE void all_dots(int kind, const uint8_t *rows_of_matrix, int64_t outputs, i
         read_factors(kind, rows_of_matrix, blocks, factors);
         if (two) read_factors(kind, rows_of_matrix + width, blocks, factors + 2 * blocks);
         for (int64_t m = 0; m < count; m += ROWS_TOGETHER) {
-            int many = (int)(count - m < ROWS_TOGETHER ? count - m : ROWS_TOGETHER);
+            int many = (int)smaller(count - m, ROWS_TOGETHER);
             const float *from = rows + m * blocks * BLOCK;
             float *to = out + m * stride + n;
 #define DOTS(known) \
@@ -190,10 +188,10 @@ int product(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t bl
             float *out, int64_t stride) {
     float *factors = malloc(2 * OUTPUTS_TOGETHER * blocks * sizeof *factors);
     if (factors == NULL) return -1;
-    int64_t most = CACHED_BYTES / (blocks * BLOCK * sizeof *rows) / ROWS_TOGETHER * ROWS_TOGETHER;
-    if (most < ROWS_TOGETHER) most = ROWS_TOGETHER;
+    int64_t fitting = CACHED_BYTES / (blocks * BLOCK * sizeof *rows) / ROWS_TOGETHER * ROWS_TOGETHER;
+    int64_t most = larger(fitting, ROWS_TOGETHER);
     for (int64_t m = 0; m < count; m += most, rows += most * blocks * BLOCK, out += most * stride) {
-        int64_t many = count - m < most ? count - m : most;
+        int64_t many = smaller(count - m, most);
 #define PRODUCT(known) all_dots(known, rows_of_matrix, outputs, blocks, rows, many, factors, out, stride)
         FOR_KIND(PRODUCT)
     }

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from peers.linear import OneDnnLinear, memory_of, packed_size
+from peers.linear import OneDnnLinear, memory_of, packed_size, product
 from peers.weights.compact import CompactRows
 
 ReadRows = Callable[[int, int], CompactRows | None]
@@ -72,7 +72,7 @@ class CompactLinear(nn.Module):
             if self._scales:
                 values.mul_(self._scales[index])
             start, end = end, end + self._rows
-            result[..., start:end] = _ops._linear_pointwise(rows, self._scratch, None, "none", [], "")
+            result[..., start:end] = product(rows, self._scratch)
         if self._tail is not None:
             result[..., end:] = self._tail(rows)
         return result

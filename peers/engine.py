@@ -158,9 +158,8 @@ class Engine:
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             with self._ready:
                 unfinished = [waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None]
-                for waiting in unfinished:
-                    self._batching.add(waiting)
-            del batch, answers, unfinished  # their sessions may end while this thread waits
+                self._batching.add(*unfinished)
+            del batch, replies, answers, unfinished  # their sessions may end while this thread waits
 
     def _run_batch(self, batch: Sequence[Waiting], started: float) -> list[StepReply | SwarmError]:
         results: list[StepReply | SwarmError | None] = [None] * len(batch)

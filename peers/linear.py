@@ -38,12 +38,12 @@ class OneDnnLinear(nn.Module):
         return int(_ops.data_ptr(self.weight)) if self.weight.is_mkldnn else self.weight.data_ptr()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        return _ops._linear_pointwise(rows, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return product(rows, self.weight, self.bias)
 
 
-def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``rows @ weight.T`` by the same kernel, for a matrix ``[out, in]`` that is used once."""
-    return _ops._linear_pointwise(rows, weight, None, "none", [], "")  # type: ignore[no-any-return]
+def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``rows @ weight.T + bias`` by oneDNN's kernel; ``weight`` ``[out, in]`` may be packed."""
+    return _ops._linear_pointwise(rows, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def memory_of(packed: torch.Tensor) -> torch.Tensor:

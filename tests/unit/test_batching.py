@@ -42,6 +42,13 @@ class Thread:
         self.add(1, at)
         assert 1 in self.rows(at)
 
+    def decode_often(self) -> float:
+        """A step each 0.1 s; when the last of them was."""
+        times = [0.1 * i for i in range(30)]
+        for at in times:
+            self.decode(at)
+        return times[-1]
+
 
 @pytest.fixture
 def thread() -> Thread:
@@ -73,9 +80,7 @@ def test_each_prompt_has_its_piece_but_no_more_than_some(thread: Thread) -> None
 
 
 def test_between_two_decode_steps_there_is_one_piece(thread: Thread) -> None:
-    for i in range(30):
-        thread.decode(0.1 * i)
-    last = 0.1 * 29
+    last = thread.decode_often()
     thread.add(150, last)
     assert thread.rows(last + 0.01) == [PIECE]
     assert thread.rows(last + 0.03) == [], "the next decode step finds the thread idle"
@@ -86,9 +91,7 @@ def test_between_two_decode_steps_there_is_one_piece(thread: Thread) -> None:
 
 
 def test_a_decode_step_that_does_not_come_is_not_waited_for(thread: Thread) -> None:
-    for i in range(30):
-        thread.decode(0.1 * i)
-    last = 0.1 * 29
+    last = thread.decode_often()
     thread.add(150, last)
     thread.rows(last + 0.01)
     late = last + 0.01 + (thread.batching.hold_s(last + 0.01) or 0.0)
@@ -98,9 +101,7 @@ def test_a_decode_step_that_does_not_come_is_not_waited_for(thread: Thread) -> N
 
 
 def test_a_prompt_that_is_held_back_holds_nobody_else_back(thread: Thread) -> None:
-    for i in range(30):
-        thread.decode(0.1 * i)
-    last = 0.1 * 29
+    last = thread.decode_often()
     thread.add(150, last)
     thread.rows(last + 0.01)
     thread.add(1, last + 0.02, BACK)

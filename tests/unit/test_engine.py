@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peers.engine import Engine
 from peers.executor import SampleRequest, StepReply, StepRequest, run
+from peers.kv_cache import SequenceCache
 from peers.shard import Shard
 from swarm.config import EngineSettings, Settings
 from swarm.errors import SwarmError
@@ -119,3 +121,21 @@ async def test_a_replay_in_other_pieces_gives_the_same_tokens(engine: Engine, ki
 
 def sampled(history: list[int]) -> SampleRequest:
     return SampleRequest(GREEDY, history, len(history), 1, ())
+
+
+async def test_the_thread_that_waits_holds_no_session(engine: Engine) -> None:
+    """Memory of a session that ended would otherwise be held until the next one has a step."""
+
+    class Watched(SequenceCache):
+        __slots__ = ("__weakref__",)
+
+    cache = Watched(LAYERS, 2, 8, 128, torch.float32)
+    await run(engine, step(engine, [3]))  # somebody decodes, so the prompt comes in pieces
+    await run(engine, replace(step(engine, PROMPT), cache=cache))
+    left = weakref.ref(cache)
+    del cache
+    for _ in range(100):
+        if left() is None:
+            break
+        await asyncio.sleep(0.01)
+    assert left() is None
