@@ -76,7 +76,8 @@ typedef int attention(const void *spans, int64_t sessions, int64_t layer, int64_
 typedef struct {
     const layer *layers;
     int64_t number, count;
-    const float *cosines, *sines;
+    const float *cosines, *sines; /* by position */
+    const int64_t *positions;
     int64_t heads, kv_heads, dim;
     float scale, epsilon;
     putting *put;
@@ -144,7 +145,7 @@ static void turn_heads(worker *own, const layer *now) {
             norm_rows(head + heads * dim, kv_heads, dim, FLOATS(now->key_norm), of->epsilon, head + heads * dim);
         }
         for (int64_t h = 0; h < heads + kv_heads; h++, head += dim)
-            rotate(head, dim, of->cosines + m * dim, of->sines + m * dim);
+            rotate(head, dim, of->cosines + of->positions[m] * dim, of->sines + of->positions[m] * dim);
     }
 }
 
@@ -204,11 +205,19 @@ static void *work(void *given) {
     return NULL;
 }
 
-/* hidden[count, size], in place, through all layers. The tables of cosines and sines are [count, dim]. With `exact` a row
-   gets the same bits whatever `count` is, also from matrices in blocks. Returns 0, or -1 without memory. */
+static int all_finite(const float *values, int64_t count) {
+    floats zeros = {0}; /* 0 times a NaN or an infinity is a NaN */
+    for (int64_t i = 0; i < count; i += LANES) zeros += load(values + i) * 0.0f;
+    return total(zeros) == 0.0f;
+}
+
+/* given[count, size] through all layers, into `hidden`. The tables of cosines and sines are [positions, dim]. With
+   `exact` a row gets the same bits whatever `count` is, also from matrices in blocks. Returns 0; 1 if what came out is
+   not finite everywhere; or -1 without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
-               int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon, putting *put,
-               attention *attend, const void *spans, int64_t sessions, int64_t threads, int64_t exact, float *hidden) {
+               const int64_t *positions, int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon,
+               putting *put, attention *attend, const void *spans, int64_t sessions, int64_t threads, int64_t exact,
+               const float *given, float *hidden) {
     threads = larger(1, smaller(threads, MOST_THREADS));
     int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, expanded = 0;
     for (int64_t n = 0; n < number; n++) {
@@ -220,14 +229,14 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
     float *memory = aligned_alloc(LINE, (count * (mixed + attended + size) + threads * own) * sizeof *memory);
     if (memory == NULL) return -1;
-    pass all = {layers, number, count, cosines, sines, heads, kv_heads, dim, scale, epsilon, put, attend, spans, sessions,
-                size, memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
+    pass all = {layers, number, count, cosines, sines, positions, heads, kv_heads, dim, scale, epsilon, put, attend, spans,
+                sessions, size, memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
     worker workers[MOST_THREADS];
     float *at = all.sums + count * size;
     int64_t started = 1;
     for (int64_t t = 0; t < threads; t++, at += own) {
         workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, expanded ? at + 2 * count * size : NULL, 0};
-        if (t) memcpy(workers[t].hidden, hidden, count * size * sizeof *hidden);
+        memcpy(workers[t].hidden, given, count * size * sizeof *hidden);
     }
     while (started < threads && !pthread_create(&workers[started].thread, NULL, work, workers + started)) started++;
     all.at.threads = (int)started; /* those that could be had */
@@ -235,5 +244,5 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
     work(workers);
     for (int64_t t = 1; t < started; t++) pthread_join(workers[t].thread, NULL);
     free(memory);
-    return all.failed ? -1 : 0;
+    return all.failed ? -1 : !all_finite(hidden, count * size);
 }

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from peers.compiled import load_kernels
@@ -24,6 +26,7 @@ SOURCE: Final = Path(__file__).with_name("block_kernels.c")
 FLOAT32: Final = 4
 """What the kernels call a float32 matrix that oneDNN has packed; the others are those of :class:`BlockKind`."""
 Numbers = ctypes.Array[ctypes.c_int64]
+Floats = npt.NDArray[np.float32]
 Product = Callable[[torch.Tensor, torch.Tensor, int, int], None]
 """``(rows, out, first, stop)``: columns ``first`` to ``stop`` of ``out``, both of contiguous float32."""
 
@@ -40,8 +43,8 @@ class BlockKernels:
         self._product.restype = ctypes.c_int
         self._run_layers = library.run_layers
         self._run_layers.argtypes = [
-            pointer, number, number, pointer, pointer, number, number, number, ctypes.c_float, ctypes.c_float,
-            pointer, pointer, pointer, number, number, number, pointer,
+            pointer, number, number, pointer, pointer, pointer, number, number, number, ctypes.c_float, ctypes.c_float,
+            pointer, pointer, pointer, number, number, number, pointer, pointer,
         ]  # fmt: skip
         self._run_layers.restype = ctypes.c_int
         library.lanes.restype = ctypes.c_int
@@ -64,17 +67,20 @@ class BlockKernels:
         return product
 
     def run_layers(
-        self, layers: Numbers, count: int, cos: torch.Tensor, signed_sin: torch.Tensor, heads: int, kv_heads: int,
-        scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int, threads: int,
-        exact: bool, hidden: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Changes ``hidden``; see ``block_kernels.c``; all tensors are contiguous float32. ``put`` and ``attend`` are
-        addresses of the functions in ``attention_kernel.c``, ``spans`` what that makes of the sessions."""
-        if self._run_layers(
-            layers, count, hidden.shape[0], cos.data_ptr(), signed_sin.data_ptr(), heads, kv_heads, cos.shape[1],
-            scale, epsilon, put, attend, spans, sessions, threads, exact, hidden.data_ptr(),
-        ):  # fmt: skip
+        self, layers: Numbers, count: int, cos: int, signed_sin: int, positions: Numbers, heads: int, kv_heads: int,
+        dim: int, scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int, threads: int,
+        exact: bool, given: Floats, hidden: Floats,
+    ) -> bool:  # fmt: skip
+        """Fills ``hidden`` from ``given``, see ``block_kernels.c``; both are contiguous. ``cos`` and ``signed_sin`` are
+        addresses of such arrays, ``put`` and ``attend`` of the functions in ``attention_kernel.c``; ``spans`` is what
+        that makes of the sessions. Returns whether all that came out is finite."""
+        found = self._run_layers(
+            layers, count, given.shape[0], cos, signed_sin, positions, heads, kv_heads, dim, scale, epsilon, put,
+            attend, spans, sessions, threads, exact, given.ctypes.data, hidden.ctypes.data,
+        )  # fmt: skip
+        if found < 0:
             raise Internal("no memory for a pass")
+        return found == 0  # type: ignore[no-any-return]
 
     def expand(self, matrix: Blocks, first: int, stop: int, out: torch.Tensor) -> None:
         """Rows ``first`` to ``stop`` of the matrix, into the contiguous float32 ``out``."""

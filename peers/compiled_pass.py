@@ -17,12 +17,13 @@ import ctypes
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import nn
 
 from peers.attention import Spans
 from peers.attention_kernel import AttentionKernel, attention_kernel
-from peers.block_kernels import FLOAT32, BlockKernels, block_kernels
+from peers.block_kernels import FLOAT32, BlockKernels, Floats, block_kernels
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
 from peers.norm import RootMeanSquareNorm
@@ -41,9 +42,9 @@ class CompiledPass:
         self._layers = layers  # their memory is what the addresses mean
         self._numbers = (ctypes.c_int64 * sum(map(len, numbers)))(*(n for layer in numbers for n in layer))
         self._kernels, self._attention = kernels, attention
-        self._tables = _RotaryTables(rotation)
+        self._rotary = _RotaryTables(rotation)
         first = layers[0]
-        self._heads, self._kv_heads, self._scale = first.heads, first.kv_heads, first.scaling
+        self._heads, self._kv_heads, self._dim, self._scale = first.heads, first.kv_heads, first.head_dim, first.scaling
         self._epsilon = _epsilon(first)
 
     @classmethod
@@ -59,16 +60,22 @@ class CompiledPass:
             return None
         return cls(known, rotation, kernels, attention)
 
-    def run(self, hidden: torch.Tensor, positions: Sequence[int], spans: Spans) -> torch.Tensor:
-        """Float32 ``[rows, hidden]`` -> the same, after the last layer; the new keys and values are in the caches."""
-        result = hidden.clone(memory_format=torch.contiguous_format)
-        cos, signed_sin = self._tables.at(positions, hidden)
-        self._kernels.run_layers(
-            self._numbers, len(self._layers), cos, signed_sin, self._heads, self._kv_heads, self._scale,
-            self._epsilon, self._attention.put_address, self._attention.attend_address, spans.table, len(spans),
-            torch.get_num_threads(), any(span.cache.kind != MODEL for span in spans), result,
+    def run(self, given: Floats, positions: Sequence[int], spans: Spans) -> tuple[Floats, bool]:
+        """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer, and whether all of it is finite; the
+        new keys and values are in the caches.
+
+        These are arrays, not tensors: an operation of torch lets go of Python's lock, which the loop's thread takes
+        then, and the rows wait for it; and with the processor's caches full of weights each costs ten microseconds.
+        """
+        result = np.empty(given.shape, np.float32)
+        cos, signed_sin = self._rotary.reaching(max(positions))
+        finite = self._kernels.run_layers(
+            self._numbers, len(self._layers), cos, signed_sin, (ctypes.c_int64 * len(positions))(*positions),
+            self._heads, self._kv_heads, self._dim, self._scale, self._epsilon, self._attention.put_address,
+            self._attention.attend_address, spans.table, len(spans), torch.get_num_threads(),
+            any(span.cache.kind != MODEL for span in spans), given, result,
         )  # fmt: skip
-        return result
+        return result, finite
 
 
 class _RotaryTables:
@@ -76,20 +83,20 @@ class _RotaryTables:
 
     def __init__(self, rotation: Rotation) -> None:
         self._rotation = rotation
-        self._cos = self._signed_sin = torch.empty(0, 0)
+        self._tables: list[torch.Tensor] = []
+        self._positions = 0
+        self._addresses = 0, 0
 
-    def at(self, positions: Sequence[int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contiguous ``[rows, head_dim]``, as :class:`Rotation` gives them."""
-        first, count = positions[0], len(positions)
-        most = first if count == 1 else max(positions)
-        if most >= len(self._cos):
-            size = max(256, 1 << most.bit_length())
-            cos, signed_sin = self._rotation(like, torch.arange(size)[None])
-            self._cos, self._signed_sin = cos[:, 0].contiguous(), signed_sin[:, 0].contiguous()
-        if count == 1:
-            return self._cos[first : first + 1], self._signed_sin[first : first + 1]
-        chosen = torch.tensor(positions)
-        return self._cos[chosen], self._signed_sin[chosen]
+    def reaching(self, position: int) -> tuple[int, int]:
+        """Addresses of cosines and signed sines, contiguous float32 ``[positions, head_dim]`` as :class:`Rotation`
+        gives them, up to ``position`` at least; until the next call."""
+        if position >= self._positions:
+            self._positions = max(256, 1 << position.bit_length())
+            found = self._rotation(torch.empty(0), torch.arange(self._positions)[None])
+            self._tables = [table[:, 0].contiguous() for table in found]
+            cos, signed_sin = self._tables
+            self._addresses = cos.data_ptr(), signed_sin.data_ptr()
+        return self._addresses
 
 
 def _fits(layer: DecoderLayer, lanes: int) -> bool:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from peers.batching import Batching, Waiting
+from peers.block_kernels import Floats
 from peers.drafting import verified
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.kv_cache import BLOCK, SequenceCache
-from peers.row_codec import DTYPES, decoded, encoded
-from peers.shard import Shard, Step, StepOutput
+from peers.row_codec import DTYPES, array_of, decoded, encoded
+from peers.shard import Shard, Step, StepOutput, all_finite
 from swarm import kv
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
@@ -62,12 +63,11 @@ class Pace:
         self.step_s, self.layer_s, self.head_s = step_s, layer_s, head_s
         self.slowdown = 1.0
 
-    def note(self, batch: Sequence[Waiting], started: float, compute_s: float) -> None:
+    def note(self, batch: Sequence[Waiting], waits_s: Sequence[float], compute_s: float) -> None:
         if self.observe is not None:
-            waits_s = [max(0.0, started - waiting.since) for waiting in batch]
             self.observe([waiting.piece.rows for waiting in batch], waits_s, compute_s)
-        for waiting in batch:
-            self.queue_s += SMOOTHING * (max(0.0, started - waiting.since) - self.queue_s)
+        for wait_s in waits_s:
+            self.queue_s += SMOOTHING * (wait_s - self.queue_s)
         request = batch[0].piece
         if len(batch) == 1 and request.rows == 1 and self.layer_s > 0:
             head_s = self.head_s if request.sample is not None or request.logit_rows else 0.0
@@ -152,16 +152,20 @@ class Engine:
             if threads != wanted:
                 threads = wanted
                 torch.set_num_threads(threads)
-            replies = self._run_batch(batch, started)
+            waits_s = [max(0.0, started - waiting.since) for waiting in batch]
+            replies = self._run_batch(batch, waits_s, started)
             now = time.perf_counter()
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
+            self.pace.note(batch, waits_s, now - started)
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             with self._ready:
                 unfinished = [waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None]
                 self._batching.add(*unfinished)
             del batch, replies, answers, unfinished  # their sessions may end while this thread waits
 
-    def _run_batch(self, batch: Sequence[Waiting], started: float) -> list[StepReply | SwarmError]:
+    def _run_batch(
+        self, batch: Sequence[Waiting], waits_s: Sequence[float], started: float
+    ) -> list[StepReply | SwarmError]:
         results: list[StepReply | SwarmError | None] = [None] * len(batch)
         steps: list[tuple[int, Step]] = []
         for index, waiting in enumerate(batch):
@@ -170,7 +174,7 @@ class Engine:
             except SwarmError as error:
                 results[index] = error
         try:
-            self._compute(batch, steps, results, started)
+            self._compute(batch, steps, results, waits_s, started)
         except Exception as error:
             # The thread's outermost edge: a device error fails this batch; the peer lives on.
             logger.exception("a batch of %d steps failed", len(steps))
@@ -183,18 +187,16 @@ class Engine:
         batch: Sequence[Waiting],
         steps: Sequence[tuple[int, Step]],
         results: list[StepReply | SwarmError | None],
+        waits_s: Sequence[float],
         started: float,
     ) -> None:
         outputs = self._shard.run([step for _, step in steps]) if steps else []
         tokens = [_sampled(batch[index].piece, output) for (index, _), output in zip(steps, outputs, strict=True)]
         compute_s = time.perf_counter() - started
-        self.pace.note(batch, started, compute_s)
-        for (index, _), output, sampled in zip(steps, outputs, tokens, strict=True):
+        for (index, step), output, sampled in zip(steps, outputs, tokens, strict=True):
             waiting = batch[index]
             if output.error is not None:
-                # Inputs were checked to be finite, so values that are not arose in this very peer.
-                own = isinstance(output.error, BadTensor)
-                results[index] = Internal(output.error.message) if own else output.error
+                results[index] = _blamed(output.error, step)
                 continue
             if isinstance(sampled, SwarmError):
                 results[index] = sampled
@@ -205,7 +207,7 @@ class Engine:
                 else encoded(output.hidden, self._encoding(waiting.piece.output_wire)),
                 tokens=sampled,
                 logits=self._logits(waiting.piece, output),
-                queue_s=max(0.0, started - waiting.since),
+                queue_s=waits_s[index],
                 compute_s=compute_s,
                 batch=len(batch),
             )
@@ -213,12 +215,11 @@ class Engine:
     def _to_step(self, request: StepRequest) -> Step:
         if not isinstance(request.cache, SequenceCache):
             raise Internal("the engine runs on its own caches")
-        hidden = None
+        hidden: Floats | torch.Tensor | None = None
         if request.hidden is not None:
-            encoding = self._encoding(request.input_wire)
-            hidden = decoded(request.hidden, encoding, self.profile.hidden_size, self._dtype)
-            if not bool(torch.isfinite(hidden).all()):
-                raise BadTensor("hidden states that are not finite")
+            encoding, width = self._encoding(request.input_wire), self.profile.hidden_size
+            exact = encoding == "float32"
+            hidden = array_of(request.hidden, width) if exact else decoded(request.hidden, encoding, width, self._dtype)
         return Step(
             layers=request.layers,
             cache=request.cache,
@@ -237,6 +238,13 @@ class Engine:
 
     def _encoding(self, wire: str) -> str:
         return encoding_of(wire, self.profile.dtype)
+
+
+def _blamed(error: SwarmError, step: Step) -> SwarmError:
+    """What is not finite arose in this very peer, unless it came in so: then, and only then, it is a bad tensor."""
+    if not isinstance(error, BadTensor) or (step.hidden is not None and not all_finite(step.hidden)):
+        return error
+    return Internal(error.message)
 
 
 def cores() -> int:

@@ -7,16 +7,16 @@ import logging
 
 from peers.link_prober import LinkProber
 from peers.links import Links
-from peers.stage import Stage, Work
+from peers.stage import NO_STEP, Stage, Work
 from peers.stage_table import StageTable
 from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb
 from swarm.errors import Evicted, NotAllowed, ProtocolError, SwarmError
 from swarm.knowledge import View
-from swarm.protocol import MAX_HOPS, decode, error_from_wire, error_to_wire, rows_from_wire, timing_from_wire
+from swarm.protocol import MAX_HOPS, MAX_TIMING_BYTES, decode, error_from_wire, error_to_wire, rows_from_wire
 from swarm.transport import Stream, Transport
 from swarm.types import PeerAddress, PeerId, SessionId
-from swarm.wire import encoding_of
+from swarm.wire import encoding_of, row_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -122,22 +122,22 @@ class FrameRouter:
         else:
             if ids:
                 raise ProtocolError("only the first stage takes token ids")
-            encoding = encoding_of(stage.input_wire, profile.dtype)
-            hidden = rows_from_wire(frame.hidden, encoding, profile.hidden_size, stage.max_positions)
-            rows = frame.hidden.shape[0]
+            width, encoding = profile.hidden_size, encoding_of(stage.input_wire, profile.dtype)
+            hidden = rows_from_wire(frame.hidden, encoding, width, stage.max_positions)
+            rows = len(hidden) // row_bytes(encoding, width)
         return Work(
             epoch=frame.epoch,
             start=frame.start,
             rows=rows,
             hidden=hidden,
             token_ids=ids,
-            hops=tuple(timing_from_wire(timing) for timing in frame.hops[:MAX_HOPS]),
+            hops=[timing for timing in frame.hops[:MAX_HOPS] if len(timing) <= MAX_TIMING_BYTES],
             sender=sender,
             sequence=frame.sequence,
             want_ack=frame.want_ack,
             draft=frame.draft,
             draft_start=frame.draft_start,
-            step=step_from_wire(frame.step),
+            step=step_from_wire(frame.step) if stage.step_mode else NO_STEP,
         )
 
     def _refuse(self, sender: PeerId, frame: pb.Frame, error: SwarmError) -> None:

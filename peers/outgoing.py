@@ -6,7 +6,6 @@ from peers.stage import Stage, Target
 from peers.step_answers import step_to_wire
 from swarm import protocol_pb2 as pb
 from swarm.models import ModelProfile
-from swarm.protocol import rows_to_wire, timing_to_wire
 from swarm.wire import encoding_of
 
 
@@ -17,21 +16,21 @@ def output_of(stage: Stage, target: Target, start: int, end: int) -> pb.Output:
         # Prompt tokens, which an owner may ask for as well, have none.
         told = (stage.logprobs.get(place, b"") for place in range(start + 1, end + 1))
         output.logprobs.extend(pb.Logprobs.FromString(data) for data in told)
-    output.hops.extend(timing_to_wire(timing) for timing in stage.trace.get(end, ()))
+    output.hops.extend(stage.trace.get(end, ()))
     return output
 
 
-def frame_of(stage: Stage, target: Target, start: int, end: int, profile: ModelProfile, most_rows: int) -> pb.Frame:
+def frame_of(
+    stage: Stage, target: Target, start: int, end: int, profile: ModelProfile, most_rows: int
+) -> pb.LinkMessage:
     """Outputs ``start .. end - 1`` for a peer: hidden states, or tokens for the first stage. What may follow the newest
     token goes round the ring with it, in ``most_rows`` at most."""
-    frame = pb.Frame(
-        session=stage.session,
-        epoch=target.epoch,
-        sequence=target.sequence,
-        layer=target.layer,
-        start=start,
-        want_ack=not stage.is_decode(start, end),
-    )
+    message = pb.LinkMessage()
+    frame = message.frame  # filled in place: messages copy what they are made of
+    frame.session, frame.epoch, frame.sequence, frame.layer = stage.session, target.epoch, target.sequence, target.layer
+    frame.start = start
+    if not stage.is_decode(start, end):
+        frame.want_ack = True
     if stage.step_mode:
         frame.step.CopyFrom(step_to_wire(stage.step))
     if stage.log is None:
@@ -45,6 +44,8 @@ def frame_of(stage: Stage, target: Target, start: int, end: int, profile: ModelP
         if stage.draft and end > stage.draft_start:
             frame.draft, frame.draft_start = stage.draft, stage.draft_start
         encoding = encoding_of(stage.output_wire, profile.dtype)
-        frame.hidden.CopyFrom(rows_to_wire(stage.log.read(start, end), encoding, profile.hidden_size))
-        frame.hops.extend(timing_to_wire(timing) for timing in stage.trace.get(end, ()))
-    return frame
+        rows = frame.hidden
+        rows.dtype, rows.data = encoding, stage.log.read(start, end)
+        rows.shape.extend((end - start, profile.hidden_size))
+        frame.hops.extend(stage.trace.get(end, ()))
+    return message

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from peers.step_answers import StepAnswers
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, BadTensor, Internal, StreamLost, SwarmError
-from swarm.protocol import error_to_wire, logprobs_to_wire, rows_to_wire, timing_to_wire
+from swarm.protocol import error_to_wire, logprobs_to_wire, rows_to_wire, timing_to_wire, timings_from_wire
 from swarm.types import HopTiming, PeerAddress, PeerId
 from swarm.wire import encoding_of, row_bytes
 
@@ -278,13 +278,13 @@ class StageRunner:
         self.last_used = self._now()
         queue_s = reply.queue_s + (job.queue_s if job.offset == 0 else 0.0)
         timing = HopTiming(self.outside.local_id, stage.layers, queue_s, reply.compute_s, reply.batch, self._link_s())
-        hops = (*job.work.hops, timing)
+        hops = (*job.work.hops, timing_to_wire(timing))
         if stage.log is not None:
             stage.log.append(step.start, reply.hidden)
         elif reply.tokens:
             asked = stage.sampling.logprobs > 0
             stage.add_tokens([(token.token_id, logprobs_to_wire(token) if asked else b"") for token in reply.tokens])
-            self._note_round(step, len(reply.tokens) - 1, hops)
+            self._note_round(step, reply, hops)
             end = stage.output_end
         elif reply.logits and not stage.superseded:
             self._answers.add(stage.step, end, step.logit_rows, reply)
@@ -294,12 +294,12 @@ class StageRunner:
             if follower.sending or not self._send_at_once(follower.target):
                 follower.wake.set()
 
-    def _note_round(self, step: StepRequest, right: int, hops: tuple[HopTiming, ...]) -> None:
+    def _note_round(self, step: StepRequest, reply: StepReply, hops: Sequence[bytes]) -> None:
         """The rows that went round the ring last are back; so many guesses among them were right."""
         start, rows, sent_at = self._round
         if self.stage.drafter is not None and (step.start, step.rows) == (start, rows):
-            batch = max(timing.batch for timing in hops)
-            self.stage.drafter.note_round(rows - 1, right, self._now() - sent_at, batch)
+            batch = max((timing.batch for timing in timings_from_wire(hops)), default=1)
+            self.stage.drafter.note_round(rows - 1, len(reply.tokens) - 1, self._now() - sent_at, batch)
 
     def _link_s(self) -> float:
         following = next((target.peer for target in self.stage.targets if target.peer is not None), None)
@@ -377,10 +377,10 @@ class StageRunner:
 
     def _frame(self, target: Target, start: int, end: int) -> pb.LinkMessage:
         most_rows = self.settings.engine.prefill_chunk_tokens
-        frame = frame_of(self.stage, target, start, end, self.executor.profile, most_rows)
-        if frame.token_ids:
-            self._round = frame.start, len(frame.token_ids), self._now()
-        return pb.LinkMessage(frame=frame)
+        message = frame_of(self.stage, target, start, end, self.executor.profile, most_rows)
+        if self.stage.drafter is not None:
+            self._round = message.frame.start, len(message.frame.token_ids), self._now()
+        return message
 
     def _sent(self, target: Target, end: int) -> None:
         if not self.stage.is_decode(target.cursor, end):
@@ -395,7 +395,7 @@ class StageRunner:
         if output is None:
             return False
         end = output.start + output.tensor.shape[0]
-        output.hops.extend(timing_to_wire(timing) for timing in self.stage.trace.get(end, ()))
+        output.hops.extend(self.stage.trace.get(end, ()))
         await self._tell_owner(pb.ControlReply(output=output))
         return True
 

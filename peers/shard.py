@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from peers.attention import Span, Spans, spans_of
+from peers.block_kernels import Floats
 from peers.compiled_pass import CompiledPass
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
@@ -41,7 +43,7 @@ class Step:
     """Position of the first row. Positions of the cache from here on are forgotten before the step runs."""
     token_ids: Sequence[int] | None = None
     """The input when ``layers.start == 0``."""
-    hidden: torch.Tensor | None = None
+    hidden: torch.Tensor | Floats | None = None
     """The input ``[rows, hidden]`` otherwise."""
     head_rows: int = 0
     """How many of the last rows need logits; only the last layer's stage can give any."""
@@ -163,19 +165,19 @@ class Shard:
         layers = steps[0].layers
         view = self._views.get(layers)
         if view is None:
-            view = self._views[layers] = _View(self._model, self.layers, layers)
+            view = self._views[layers] = _View(self._model, self.layers, layers, self.dtype, self.device)
         spans = spans_of([s.cache for s in steps], [s.start for s in steps], [s.rows for s in steps])
-        hidden = view.decode(_positions(steps), spans, **self._inputs(steps))
+        hidden, finite = view.decode(steps, spans)
         rows = [row for span, step in zip(spans, steps, strict=True) for row in _last_rows(span, step.head_rows)]
         logits = view.head(hidden if len(rows) == hidden.shape[0] else hidden[rows]) if rows else None
         # One number for the whole batch tells whether all is well; only if not, each session is asked.
-        finite = bool(_finite(hidden)) and (logits is None or bool(_finite(logits)))
+        finite = finite and (logits is None or all_finite(logits))
         outputs, taken = [], 0
         for span, step in zip(spans, steps, strict=True):
-            own = hidden[span.offset : span.offset + span.count]
+            own = hidden[span.offset : span.offset + span.count] if len(spans) > 1 else hidden
             answer = logits[taken : taken + step.head_rows] if logits is not None and step.head_rows else None
             taken += step.head_rows
-            if not finite and not (bool(_finite(own)) and (answer is None or bool(_finite(answer)))):
+            if not finite and not (all_finite(own) and (answer is None or all_finite(answer))):
                 outputs.append(StepOutput(error=BadTensor(f"layers {layers} gave values that are not finite")))
                 continue
             step.cache.length = span.start + span.count
@@ -183,19 +185,13 @@ class Shard:
             outputs.append(StepOutput(own if keep else None, answer))
         return outputs
 
-    def _inputs(self, steps: Sequence[Step]) -> dict[str, torch.Tensor]:
-        if steps[0].layers.start == 0:
-            ids = [token for step in steps for token in step.token_ids or ()]
-            return {"input_ids": torch.tensor([ids], device=self.device)}
-        rows = [step.hidden for step in steps if step.hidden is not None]
-        hidden = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return {"inputs_embeds": hidden.to(self.device, self.dtype)[None]}
-
 
 class _View:
     """The model's own forward over a sub-range of its layers; shares all weights with the shard."""
 
-    def __init__(self, model: Any, held: LayerRange, layers: LayerRange) -> None:
+    def __init__(
+        self, model: Any, held: LayerRange, layers: LayerRange, dtype: torch.dtype, device: torch.device
+    ) -> None:
         base = model.model
         view = copy.copy(base)
         view._modules = dict(base._modules)
@@ -214,26 +210,38 @@ class _View:
             view.embedding_multiplier = 1.0
         self._base = view
         self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb)
-        self._norm = view._modules["norm"]
-        if self._pass is not None and layers.end == model.config.num_hidden_layers:
-            self._norm = fast_norm(self._norm)
+        last = layers.end == model.config.num_hidden_layers
+        self._norm = fast_norm(base.norm) if self._pass is not None and last else None
+        self._dtype, self._device = dtype, device
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, "model": _Given()}
         self._run_head = inspect.unwrap(type(model).forward)
 
-    def decode(self, positions: Sequence[int], spans: Spans, **inputs: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[rows, hidden]``."""
+    def decode(self, steps: Sequence[Step], spans: Spans) -> tuple[torch.Tensor, bool]:
+        """Hidden states ``[rows, hidden]``, and whether all of them are finite."""
+        positions = [position for span in spans for position in range(span.start, span.start + span.count)]
+        rows = [step.hidden for step in steps if step.hidden is not None]
+        ids = None if rows else torch.tensor([[token for step in steps for token in step.token_ids or ()]])
         if self._pass is not None:
-            rows = (
-                inputs["inputs_embeds"] if "inputs_embeds" in inputs else self._base.embed_tokens(inputs["input_ids"])
-            )
-            return self._norm(self._pass.run(rows[0], positions, spans))  # type: ignore[no-any-return]
-        (given,) = inputs.values()
-        places = torch.tensor([positions], device=given.device)
+            arrays = [row if isinstance(row, np.ndarray) else row.float().numpy() for row in rows]
+            if ids is not None:
+                arrays = [self._base.embed_tokens(ids)[0].numpy()]
+            given = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            found, finite = self._pass.run(np.ascontiguousarray(given), positions, spans)
+            hidden = torch.from_numpy(found)
+            return hidden if self._norm is None else self._norm(hidden), finite
+        device, dtype = self._device, self._dtype
+        if ids is not None:
+            inputs = {"input_ids": ids.to(device)}
+        else:
+            tensors = [torch.tensor(row) if isinstance(row, np.ndarray) else row for row in rows]
+            inputs = {"inputs_embeds": torch.cat(tensors).to(device, dtype)[None]}
+        places = torch.tensor([positions], device=device)
         output = self._run(self._base, position_ids=places, use_cache=False, spans=spans, **inputs)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        hidden = output.last_hidden_state[0]
+        return hidden, all_finite(hidden)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocabulary]`` in float32, by the family's own code (it may scale or cap them)."""
@@ -249,14 +257,9 @@ class _Given(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-def _positions(steps: Sequence[Step]) -> list[int]:
-    return [position for step in steps for position in range(step.start, step.start + step.rows)]
-
-
-def _finite(rows: torch.Tensor) -> torch.Tensor:
-    """Whether all values are finite: a NaN or an infinity anywhere shows in the extremes."""
-    low, high = torch.aminmax(rows)
-    return torch.isfinite(low) & torch.isfinite(high)
+def all_finite(rows: torch.Tensor | Floats) -> bool:
+    """Whether no value is a NaN or an infinity: 0 times those is a NaN, 0 times any other is 0."""
+    return float((rows * 0).sum()) == 0
 
 
 def _last_rows(span: Span, count: int) -> range:

@@ -22,7 +22,7 @@ from peers.executor import Cache, SampleRequest
 from swarm import kv
 from swarm.errors import BadRequest, Gap, NotAllowed, ProtocolError, StaleEpoch, TooLong
 from swarm.sampling import SamplingParams
-from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId, SessionId
+from swarm.types import LayerRange, PeerAddress, PeerId, SessionId
 from swarm.wire import MODEL, WIRES
 
 
@@ -83,6 +83,9 @@ class StepMark:
     hidden: bool = False
 
 
+NO_STEP = StepMark()
+
+
 @dataclass(slots=True)
 class Work:
     """One frame that waits for its turn: rows ``start .. start + rows - 1``."""
@@ -92,7 +95,8 @@ class Work:
     rows: int
     hidden: bytes | None = None
     token_ids: tuple[int, ...] = ()
-    hops: tuple[HopTiming, ...] = ()
+    hops: Sequence[bytes] = ()
+    """What the stages before say of their time, as they said it."""
     sender: PeerId | None = None
     sequence: int = 0
     want_ack: bool = False
@@ -100,7 +104,7 @@ class Work:
     draft: int = 0
     draft_start: int = 0
     """Rows at this position and later are guesses, of the draft that the last stage numbered ``draft``; 0: none are."""
-    step: StepMark = StepMark()
+    step: StepMark = NO_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +163,9 @@ class Stage:
         """Rows run since this stage was opened, for accounting."""
         self.ended = False
         """Last stage: an end-of-text id was sampled, or all that was asked for."""
-        self.trace: dict[int, tuple[HopTiming, ...]] = {}
-        self.step = StepMark()
+        self.trace: dict[int, Sequence[bytes]] = {}
+        """What this stage and those before say of their time, by the end of their rows; of the newest ones."""
+        self.step = NO_STEP
         """Step mode: of the newest rows."""
         self.draft = self.draft_start = 0
         """Rows at ``draft_start`` and later were run from guesses, those of draft number ``draft``; 0: none were."""
@@ -362,7 +367,7 @@ class Stage:
         drafted = self.draft != 0 and end > self.draft_start
         return end - start == 1 or (drafted and end - start <= MAX_DRAFT + 1)
 
-    def remember_trace(self, end: int, hops: tuple[HopTiming, ...]) -> None:
+    def remember_trace(self, end: int, hops: Sequence[bytes]) -> None:
         if len(self.trace) > 64:
             self.trace.clear()
         self.trace[end] = hops

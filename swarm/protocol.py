@@ -6,6 +6,7 @@ sense, raises :class:`ProtocolError`; nothing is allocated in proportion to a nu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -19,6 +20,7 @@ from swarm.wire import row_bytes
 MAX_ADDRESSES = 16
 MAX_MULTIADDR_CHARS = 256
 MAX_HOPS = 256
+MAX_TIMING_BYTES = 256
 LEAST_LOGPROB = -9999.0
 """Stands for every token that is less likely; OpenAI's API says it so, too."""
 MOST_LOGPROB = 1e-3
@@ -72,13 +74,14 @@ def rows_from_wire(tensor: pb.Tensor, encoding: str, width: int, max_rows: int) 
     Raises :class:`BadTensor` on another encoding, shape or byte count. That the values are finite is
     checked where they become a tensor, in the engine.
     """
+    shape, data = tensor.shape[:3], tensor.data
     if tensor.dtype != encoding:
         raise BadTensor(f"hidden states as {tensor.dtype[:20]!r}; here they come as {encoding}")
-    if len(tensor.shape) != 2 or tensor.shape[1] != width or not 0 < tensor.shape[0] <= max_rows:
-        raise BadTensor(f"hidden states of shape {list(tensor.shape)[:4]}; expected [1 to {max_rows}, {width}]")
-    if len(tensor.data) != tensor.shape[0] * row_bytes(encoding, width):
-        raise BadTensor(f"hidden states of shape {list(tensor.shape)} in {len(tensor.data)} bytes")
-    return tensor.data
+    if len(shape) != 2 or shape[1] != width or not 0 < shape[0] <= max_rows:
+        raise BadTensor(f"hidden states of shape {shape}; expected [1 to {max_rows}, {width}]")
+    if len(data) != shape[0] * row_bytes(encoding, width):
+        raise BadTensor(f"hidden states of shape {shape} in {len(data)} bytes")
+    return data
 
 
 def logprobs_to_wire(sampled: SampleResult) -> bytes:
@@ -102,7 +105,8 @@ def logprobs_from_wire(told: pb.Logprobs, vocab_size: int) -> tuple[float, tuple
     return told.logprob, tuple(zip(told.top_ids, told.top_logprobs, strict=True))
 
 
-def timing_to_wire(timing: HopTiming) -> pb.HopTiming:
+def timing_to_wire(timing: HopTiming) -> bytes:
+    """``pb.HopTiming``, serialised: the stages on its way hand it on as it is."""
     return pb.HopTiming(
         peer_id=timing.peer_id,
         start=timing.layers.start,
@@ -111,17 +115,21 @@ def timing_to_wire(timing: HopTiming) -> pb.HopTiming:
         compute_us=min(int(timing.compute_s * 1e6), 2**32 - 1),
         batch=timing.batch,
         link_us=min(int(timing.link_s * 1e6), 2**32 - 1),
-    )
+    ).SerializeToString()
 
 
-def timing_from_wire(timing: pb.HopTiming) -> HopTiming:
+def timings_from_wire(hops: Iterable[bytes]) -> tuple[HopTiming, ...]:
+    """What the hops say of their time; nothing, if one of them says nonsense: it's for the record only."""
     try:
-        layers = LayerRange(timing.start, timing.end)
-    except WrongRange as error:
-        raise ProtocolError(f"a hop's time with {error.message}") from None
+        return tuple(_timing_from_wire(pb.HopTiming.FromString(data)) for data in hops)
+    except (DecodeError, WrongRange):
+        return ()
+
+
+def _timing_from_wire(timing: pb.HopTiming) -> HopTiming:
     return HopTiming(
         peer_id=PeerId(timing.peer_id[:128]),
-        layers=layers,
+        layers=LayerRange(timing.start, timing.end),
         queue_s=timing.queue_us / 1e6,
         compute_s=timing.compute_us / 1e6,
         batch=timing.batch,

@@ -233,11 +233,11 @@ class Output(_message.Message):
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     tensor: Tensor
-    hops: _containers.RepeatedCompositeFieldContainer[HopTiming]
+    hops: _containers.RepeatedScalarFieldContainer[bytes]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
     step: int
     hidden: Tensor
-    def __init__(self, epoch: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., hops: _Optional[_Iterable[_Union[HopTiming, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., step: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., hops: _Optional[_Iterable[bytes]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., step: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")
@@ -309,13 +309,13 @@ class Frame(_message.Message):
     start: int
     hidden: Tensor
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    hops: _containers.RepeatedCompositeFieldContainer[HopTiming]
+    hops: _containers.RepeatedScalarFieldContainer[bytes]
     want_ack: bool
     layer: int
     draft: int
     draft_start: int
     step: Step
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., start: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., hops: _Optional[_Iterable[_Union[HopTiming, _Mapping]]] = ..., want_ack: _Optional[bool] = ..., layer: _Optional[int] = ..., draft: _Optional[int] = ..., draft_start: _Optional[int] = ..., step: _Optional[_Union[Step, _Mapping]] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., start: _Optional[int] = ..., hidden: _Optional[_Union[Tensor, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., hops: _Optional[_Iterable[bytes]] = ..., want_ack: _Optional[bool] = ..., layer: _Optional[int] = ..., draft: _Optional[int] = ..., draft_start: _Optional[int] = ..., step: _Optional[_Union[Step, _Mapping]] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("session", "epoch", "sequence", "layer")

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, ProtocolError
-from swarm.protocol import logprobs_from_wire, timing_from_wire
+from swarm.protocol import logprobs_from_wire, timings_from_wire
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming
 from swarm.wire import AS_IT_IS, Wire
@@ -152,7 +152,7 @@ class Transcript:
 
         Raises :class:`ProtocolError` for a later one, and for one that is not in the vocabulary.
         """
-        hops = tuple(timing_from_wire(timing) for timing in output.hops)  # of one pass: they go to its first token
+        hops = timings_from_wire(output.hops)  # of one pass: they go to its first token
         for offset, token_id in enumerate(output.token_ids):
             position = output.start + 1 + offset
             if position < len(self.tokens) or self.finish_reason is not None:

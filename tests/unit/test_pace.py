@@ -47,22 +47,22 @@ def test_noise_gives_no_nonsense(ones: list[float], alls: list[float], layers: i
 def test_the_slowdown_is_that_of_whole_steps_whatever_their_layers(slowdown: float) -> None:
     pace = calibrated()
     for _ in range(FAR):
-        pace.note([waiting(4)], 0.0, slowdown * (0.001 + 4 * 0.002))
-        pace.note([waiting(8, head=True)], 0.0, slowdown * (0.001 + 8 * 0.002 + 0.01))
+        pace.note([waiting(4)], [0.0], slowdown * (0.001 + 4 * 0.002))
+        pace.note([waiting(8, head=True)], [0.0], slowdown * (0.001 + 8 * 0.002 + 0.01))
     assert pace.slowdown == pytest.approx(slowdown)
 
 
 def test_batches_prompts_and_hiccups_say_little_of_the_pace() -> None:
     pace = calibrated()
-    pace.note([waiting(4), waiting(4)], 0.0, 1.0)
-    pace.note([waiting(4, rows=100)], 0.0, 1.0)
+    pace.note([waiting(4), waiting(4)], [0.0, 0.0], 1.0)
+    pace.note([waiting(4, rows=100)], [0.0], 1.0)
     assert pace.slowdown == 1.0
-    pace.note([waiting(4)], 0.0, 100.0)
+    pace.note([waiting(4)], [0.0], 100.0)
     assert pace.slowdown == pytest.approx(1 + 3 * SMOOTHING)
 
 
 def test_nothing_is_known_of_an_engine_that_was_not_measured() -> None:
     pace = Pace()
-    pace.note([waiting(4)], 0.5, 1.0)
+    pace.note([waiting(4)], [0.5], 1.0)
     assert pace.slowdown == 1.0
     assert pace.queue_s == pytest.approx(SMOOTHING * 0.5)
