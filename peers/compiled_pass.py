@@ -60,7 +60,7 @@ class CompiledPass:
             return None
         return cls(known, rotation, kernels, attention)
 
-    def run(self, given: Floats, positions: Sequence[int], spans: Spans) -> tuple[Floats, bool]:
+    def run(self, given: Floats, spans: Spans) -> tuple[Floats, bool]:
         """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer, and whether all of it is finite; the
         new keys and values are in the caches.
 
@@ -68,6 +68,7 @@ class CompiledPass:
         then, and the rows wait for it; and with the processor's caches full of weights each costs ten microseconds.
         """
         result = np.empty(given.shape, np.float32)
+        positions = [position for span in spans for position in range(span.start, span.start + span.count)]
         cos, signed_sin = self._rotary.reaching(max(positions))
         finite = self._kernels.run_layers(
             self._numbers, len(self._layers), cos, signed_sin, (ctypes.c_int64 * len(positions))(*positions),

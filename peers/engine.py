@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +20,11 @@ import numpy as np
 import torch
 
 from peers.batching import Batching, Waiting
-from peers.block_kernels import Floats
 from peers.drafting import verified
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.kv_cache import BLOCK, SequenceCache
 from peers.row_codec import DTYPES, array_of, decoded, encoded
-from peers.shard import Shard, Step, StepOutput, all_finite
+from peers.shard import Rows, Shard, Step, StepOutput, all_finite
 from swarm import kv
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
@@ -85,8 +85,8 @@ class Engine:
         self._prefill_threads = settings.peer.prefill_threads or max(self._threads, cores())
         self._dtype = DTYPES[shard.profile.dtype]
         self.pace = Pace()
-        self._ready = threading.Condition()
-        self._stopping = False
+        self._arrived: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
+        """From the loop; None: stop."""
         self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
 
     async def __aenter__(self) -> Engine:
@@ -97,9 +97,7 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._ready:
-            self._stopping = True
-            self._ready.notify()
+        self._arrived.put(None)
         await self._loop.run_in_executor(None, self._thread.join, 30.0)
 
     @property
@@ -129,23 +127,16 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        return len(self._batching)
+        return len(self._batching) + self._arrived.qsize()
 
     def submit(self, step: StepRequest, done: Done) -> None:
-        with self._ready:
-            self._batching.add(Waiting(step, done, time.perf_counter()))
-            self._ready.notify()
+        self._arrived.put(Waiting(step, done, time.perf_counter()))
 
     # ---- the thread -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         threads = 0
-        while True:
-            with self._ready:
-                while not (batch := self._batching.take(time.perf_counter())) and not self._stopping:
-                    self._ready.wait(self._batching.hold_s(time.perf_counter()))
-                if self._stopping:
-                    return
+        while batch := self._next_batch():
             started = time.perf_counter()
             many = sum(waiting.piece.rows for waiting in batch) >= MANY_ROWS
             wanted = self._prefill_threads if many else self._threads
@@ -158,10 +149,27 @@ class Engine:
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
             self.pace.note(batch, waits_s, now - started)
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
-            with self._ready:
-                unfinished = [waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None]
-                self._batching.add(*unfinished)
-            del batch, replies, answers, unfinished  # their sessions may end while this thread waits
+            self._batching.add(*[waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None])
+            del batch, replies, answers  # their sessions may end while this thread waits
+
+    def _next_batch(self) -> list[Waiting]:
+        """Waits for one; empty at the end."""
+        arrived = self._arrived
+        while True:
+            for _ in range(arrived.qsize()):
+                if (waiting := arrived.get()) is None:
+                    return []
+                self._batching.add(waiting)
+            now = time.perf_counter()
+            if batch := self._batching.take(now):
+                return batch
+            try:
+                waiting = arrived.get(timeout=self._batching.hold_s(now))
+            except queue.Empty:
+                continue
+            if waiting is None:
+                return []
+            self._batching.add(waiting)
 
     def _run_batch(
         self, batch: Sequence[Waiting], waits_s: Sequence[float], started: float
@@ -215,7 +223,7 @@ class Engine:
     def _to_step(self, request: StepRequest) -> Step:
         if not isinstance(request.cache, SequenceCache):
             raise Internal("the engine runs on its own caches")
-        hidden: Floats | torch.Tensor | None = None
+        hidden: Rows | None = None
         if request.hidden is not None:
             encoding, width = self._encoding(request.input_wire), self.profile.hidden_size
             exact = encoding == "float32"

@@ -36,10 +36,12 @@ class Measured:
     at: float = 0.0
     """When it was measured last, by the loop's clock."""
     round_trips: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    one_way_s: float = 0.0
 
-    @property
-    def one_way_s(self) -> float:
-        return statistics.median(self.round_trips) / 2
+    def add(self, round_trip_s: float, at: float) -> None:
+        self.at = at
+        self.round_trips.append(round_trip_s)
+        self.one_way_s = statistics.median(self.round_trips) / 2
 
     @property
     def jitter_s(self) -> float:
@@ -198,8 +200,7 @@ class Links:
         known = self.measured.pop(peer, None)
         if known is None or number == 2:
             known = Measured()  # a new link may go another way
-        known.at = now
-        known.round_trips.append(round_trip_s)
+        known.add(round_trip_s, now)
         self.measured[peer] = known
         while len(self.measured) > MOST_MEASURED:
             del self.measured[next(iter(self.measured))]

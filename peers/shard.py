@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from peers.weights import TensorSource
 
 
+Rows = torch.Tensor | Floats
+"""Tensors, or float32 arrays where the compiled pass is between them."""
+
+
 @dataclass(slots=True)
 class Step:
     """The new rows of one session in a batch."""
@@ -43,7 +47,7 @@ class Step:
     """Position of the first row. Positions of the cache from here on are forgotten before the step runs."""
     token_ids: Sequence[int] | None = None
     """The input when ``layers.start == 0``."""
-    hidden: torch.Tensor | Floats | None = None
+    hidden: Rows | None = None
     """The input ``[rows, hidden]`` otherwise."""
     head_rows: int = 0
     """How many of the last rows need logits; only the last layer's stage can give any."""
@@ -61,7 +65,7 @@ class Step:
 class StepOutput:
     """What came of one step. If ``error`` is set, the step did not happen: its cache ends where the step began."""
 
-    hidden: torch.Tensor | None = None
+    hidden: Rows | None = None
     """``[rows, hidden]``, for the next stage."""
     logits: torch.Tensor | None = None
     """``[head_rows, vocabulary]``, float32."""
@@ -160,7 +164,6 @@ class Shard:
             return error
         return None
 
-    @torch.inference_mode()
     def _forward(self, steps: Sequence[Step]) -> list[StepOutput]:
         layers = steps[0].layers
         view = self._views.get(layers)
@@ -219,33 +222,39 @@ class _View:
         self._head._modules = {**model._modules, "model": _Given()}
         self._run_head = inspect.unwrap(type(model).forward)
 
-    def decode(self, steps: Sequence[Step], spans: Spans) -> tuple[torch.Tensor, bool]:
+    def decode(self, steps: Sequence[Step], spans: Spans) -> tuple[Rows, bool]:
         """Hidden states ``[rows, hidden]``, and whether all of them are finite."""
+        if self._pass is None:
+            return self._decode_by_modules(steps, spans)
+        arrays = [_array(step.hidden) for step in steps if step.hidden is not None] or [self._embedded(steps)]
+        given = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        hidden, finite = self._pass.run(given, spans)
+        return hidden if self._norm is None else self._norm(torch.from_numpy(hidden)), finite
+
+    @torch.inference_mode()
+    def _embedded(self, steps: Sequence[Step]) -> Floats:
+        return self._base.embed_tokens(_ids(steps))[0].numpy()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _decode_by_modules(self, steps: Sequence[Step], spans: Spans) -> tuple[torch.Tensor, bool]:
         positions = [position for span in spans for position in range(span.start, span.start + span.count)]
-        rows = [step.hidden for step in steps if step.hidden is not None]
-        ids = None if rows else torch.tensor([[token for step in steps for token in step.token_ids or ()]])
-        if self._pass is not None:
-            arrays = [row if isinstance(row, np.ndarray) else row.float().numpy() for row in rows]
-            if ids is not None:
-                arrays = [self._base.embed_tokens(ids)[0].numpy()]
-            given = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-            found, finite = self._pass.run(np.ascontiguousarray(given), positions, spans)
-            hidden = torch.from_numpy(found)
-            return hidden if self._norm is None else self._norm(hidden), finite
-        device, dtype = self._device, self._dtype
-        if ids is not None:
-            inputs = {"input_ids": ids.to(device)}
-        else:
-            tensors = [torch.tensor(row) if isinstance(row, np.ndarray) else row for row in rows]
-            inputs = {"inputs_embeds": torch.cat(tensors).to(device, dtype)[None]}
-        places = torch.tensor([positions], device=device)
+        rows = [
+            torch.tensor(row) if isinstance(row, np.ndarray) else row
+            for step in steps
+            if (row := step.hidden) is not None
+        ]
+        given = {"inputs_embeds": torch.cat(rows)[None].to(self._dtype)} if rows else {"input_ids": _ids(steps)}
+        inputs = {name: value.to(self._device) for name, value in given.items()}
+        places = torch.tensor([positions], device=self._device)
         output = self._run(self._base, position_ids=places, use_cache=False, spans=spans, **inputs)
         hidden = output.last_hidden_state[0]
         return hidden, all_finite(hidden)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    @torch.inference_mode()
+    def head(self, hidden: Rows) -> torch.Tensor:
         """Logits ``[rows, vocabulary]`` in float32, by the family's own code (it may scale or cap them)."""
-        return self._run_head(self._head, inputs_embeds=hidden[None]).logits[0].float()  # type: ignore[no-any-return]
+        rows = torch.as_tensor(hidden)[None]
+        return self._run_head(self._head, inputs_embeds=rows).logits[0].float()  # type: ignore[no-any-return]
 
 
 class _Given(nn.Module):
@@ -257,7 +266,15 @@ class _Given(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-def all_finite(rows: torch.Tensor | Floats) -> bool:
+def _ids(steps: Sequence[Step]) -> torch.Tensor:
+    return torch.tensor([[token for step in steps for token in step.token_ids or ()]])
+
+
+def _array(rows: Rows) -> Floats:
+    return rows if isinstance(rows, np.ndarray) else np.ascontiguousarray(rows.float().numpy())
+
+
+def all_finite(rows: Rows) -> bool:
     """Whether no value is a NaN or an infinity: 0 times those is a NaN, 0 times any other is 0."""
     return float((rows * 0).sum()) == 0
 
