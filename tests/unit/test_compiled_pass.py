@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from peers.block_kernels import block_kernels
+from peers.kv_cache import SequenceCache
 from peers.shard import Shard, Step
 from peers.weights import open_source
+from swarm.errors import BadTensor
 from swarm.models import config_dict, load_profile, resolve
 from swarm.types import LayerRange
 from tests.checkpoints import FAMILIES, make_config, write_checkpoint
@@ -128,3 +130,33 @@ def test_any_number_of_threads_gives_the_same_bits(threads: int, weights: str, t
     alone = logits_of(shard, texts, 2)
     torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for pair in zip(logits_of(shard, texts, 2), alone, strict=True))
+
+
+@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("seen", [3, 63, 64])
+def test_rows_that_are_not_finite_hurt_neither_their_company_nor_what_comes_next(
+    seen: int, kv: str, tmp_path: Path
+) -> None:
+    shard, layers = shard_of(tmp_path, "llama"), LayerRange(1, 3)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(seen + 1, 128, generator=generator)
+    bad = torch.full((9, 128), float("nan"))
+
+    def opened() -> SequenceCache:
+        cache = shard.new_cache(layers, seen + 9, kv)
+        assert shard.run([Step(layers, cache, 0, hidden=rows[:seen])])[0].error is None
+        return cache
+
+    def following(cache: SequenceCache) -> Step:
+        return Step(layers, cache, seen, hidden=rows[seen:])
+
+    (wanted,) = shard.run([following(opened())])
+    broken = opened()
+    refused, beside = shard.run([Step(layers, broken, seen, hidden=bad), following(opened())])
+    assert isinstance(refused.error, BadTensor)
+    (after,) = shard.run([following(broken)])
+    assert wanted.hidden is not None
+    for output in (beside, after):
+        assert output.hidden is not None
+        torch.testing.assert_close(output.hidden, wanted.hidden, atol=0, rtol=0)
+    assert passes(shard) == 1

@@ -18,8 +18,8 @@ from peers.shard import Shard
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, BadTensor
-from swarm.protocol import rows_from_wire, rows_to_wire
-from swarm.types import LayerRange
+from swarm.protocol import rows_from_wire, rows_to_wire, timing_to_wire, timings_from_wire
+from swarm.types import HopTiming, LayerRange, PeerId
 from swarm.wire import AS_IT_IS, BLOCK, WIRES, Wire, encoding_of, row_bytes
 from tests.reference import ModelSource, profile_of
 from tests.unit.test_stage_drafts import opened, stage
@@ -137,6 +137,33 @@ async def test_a_scale_that_is_no_number_is_refused_and_hurts_nothing(shard: Sha
         with pytest.raises(BadTensor, match="not finite"):
             await run(engine, request)
         assert (await run(engine, replace(request, hidden=good))).hidden
+
+
+@pytest.mark.parametrize("kind", ["model", "int8"])
+async def test_rows_that_are_not_finite_leave_nothing_behind(shard: Shard, kind: str) -> None:
+    middle = LayerRange(1, 2)
+    good = encoded(rows_of(4, 3, 40, 1.0), "float32")
+    bad = good[:160] + struct.pack("<f", float("nan")) * 80
+    async with Engine(shard, Settings()) as engine:
+
+        async def last_row_after(*broken: bytes) -> bytes:
+            cache = engine.new_cache(middle, 9, kind)
+            await run(engine, StepRequest(middle, cache, 0, 1, None, good[:160]))
+            for rows in broken:
+                with pytest.raises(BadTensor, match="not finite"):
+                    await run(engine, StepRequest(middle, cache, 1, 3, None, rows))
+            return (await run(engine, StepRequest(middle, cache, 1, 1, None, good[160:320]))).hidden
+
+        assert await last_row_after(bad) == await last_row_after(), "they are still in the cache's memory"
+
+
+def test_a_hop_that_says_nonsense_of_its_time_ends_no_session() -> None:
+    sane = timing_to_wire(HopTiming(PeerId("peer"), LayerRange(0, 3), 0.001, 0.002, 4, 0.5))
+    (told,) = timings_from_wire([sane])
+    assert (told.peer_id, told.layers, told.batch, told.link_s) == ("peer", LayerRange(0, 3), 4, 0.5)
+    backwards = pb.HopTiming(peer_id="peer", start=3, end=1).SerializeToString()
+    for nonsense in (b"\xff\xff", backwards):
+        assert timings_from_wire([sane, nonsense]) == ()
 
 
 def test_a_session_rounds_where_its_first_route_was_cut() -> None:
