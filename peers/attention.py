@@ -72,6 +72,11 @@ class Span:
 class Spans(tuple[Span, ...]):
     """Those of a batch. All of them are one call of the kernel, if there is one."""
 
+    @property
+    def positions(self) -> list[int]:
+        """Of all rows, in their order."""
+        return [position for span in self for position in range(span.start, span.start + span.count)]
+
     @cached_property
     def table(self) -> Rows:
         return table(self)

@@ -130,11 +130,6 @@ class Batching:
         oldest = next((waiting for waiting in self._waiting if not (held and waiting.is_prefill)), None)
         if oldest is None:
             return []
-        if len(self._waiting) == 1 and not oldest.is_prefill:  # so it is with one session, which has to wait for this
-            self._waiting.clear()
-            self._note_decode(now)
-            self._gave_way = False
-            return [oldest]
         fitting = [waiting for waiting in self._waiting if waiting.request.layers == oldest.request.layers]
         steps = [waiting for waiting in fitting if not waiting.is_prefill]
         prompts = self._in_turn([waiting for waiting in fitting if waiting.is_prefill])

@@ -14,19 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from peers.compiled import load_kernels
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
 from swarm.errors import Internal
+from swarm.sampling import Floats
 
 SOURCE: Final = Path(__file__).with_name("block_kernels.c")
 FLOAT32: Final = 4
 """What the kernels call a float32 matrix that oneDNN has packed; the others are those of :class:`BlockKind`."""
 Numbers = ctypes.Array[ctypes.c_int64]
-Floats = npt.NDArray[np.float32]
 Product = Callable[[torch.Tensor, torch.Tensor, int, int], None]
 """``(rows, out, first, stop)``: columns ``first`` to ``stop`` of ``out``, both of contiguous float32."""
 

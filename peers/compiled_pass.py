@@ -23,12 +23,13 @@ from torch import nn
 
 from peers.attention import Spans
 from peers.attention_kernel import AttentionKernel, attention_kernel
-from peers.block_kernels import FLOAT32, BlockKernels, Floats, block_kernels
+from peers.block_kernels import FLOAT32, BlockKernels, block_kernels
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
 from peers.norm import RootMeanSquareNorm
 from peers.quantized_linear import QuantizedLinear
 from swarm.kv import MODEL
+from swarm.sampling import Floats
 
 
 class CompiledPass:
@@ -68,7 +69,7 @@ class CompiledPass:
         then, and the rows wait for it; and with the processor's caches full of weights each costs ten microseconds.
         """
         result = np.empty(given.shape, np.float32)
-        positions = [position for span in spans for position in range(span.start, span.start + span.count)]
+        positions = spans.positions
         cos, signed_sin = self._rotary.reaching(max(positions))
         finite = self._kernels.run_layers(
             self._numbers, len(self._layers), cos, signed_sin, (ctypes.c_int64 * len(positions))(*positions),

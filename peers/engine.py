@@ -23,8 +23,8 @@ from peers.batching import Batching, Waiting
 from peers.drafting import verified
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.kv_cache import BLOCK, SequenceCache
-from peers.row_codec import DTYPES, array_of, decoded, encoded
-from peers.shard import Rows, Shard, Step, StepOutput, all_finite
+from peers.row_codec import DTYPES, Rows, array_of, decoded, encoded
+from peers.shard import Shard, Step, StepOutput, all_finite
 from swarm import kv
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
@@ -154,17 +154,12 @@ class Engine:
 
     def _next_batch(self) -> list[Waiting]:
         """Waits for one; empty at the end."""
-        arrived = self._arrived
         while True:
-            for _ in range(arrived.qsize()):
-                if (waiting := arrived.get()) is None:
-                    return []
-                self._batching.add(waiting)
             now = time.perf_counter()
-            if batch := self._batching.take(now):
+            if self._arrived.empty() and (batch := self._batching.take(now)):
                 return batch
             try:
-                waiting = arrived.get(timeout=self._batching.hold_s(now))
+                waiting = self._arrived.get(timeout=self._batching.hold_s(now))
             except queue.Empty:
                 continue
             if waiting is None:

@@ -31,7 +31,7 @@ class FileEmbedding(nn.Module):
         """``[1, rows]`` -> ``[1, rows, hidden]``."""
         (embedding,) = self._embedding
         rows = self._source.rows(self._name, token_ids.flatten().tolist(), self._dtype)
-        if type(embedding) is nn.Embedding:
+        if type(embedding) is nn.Embedding:  # which does no more than look rows up
             return rows.view(*token_ids.shape, -1)
         embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
         return embedding(torch.arange(len(rows)).view(token_ids.shape))  # type: ignore[no-any-return]

@@ -6,6 +6,7 @@ from peers.stage import Stage, Target
 from peers.step_answers import step_to_wire
 from swarm import protocol_pb2 as pb
 from swarm.models import ModelProfile
+from swarm.protocol import put_rows
 from swarm.wire import encoding_of
 
 
@@ -44,8 +45,6 @@ def frame_of(
         if stage.draft and end > stage.draft_start:
             frame.draft, frame.draft_start = stage.draft, stage.draft_start
         encoding = encoding_of(stage.output_wire, profile.dtype)
-        rows = frame.hidden
-        rows.dtype, rows.data = encoding, stage.log.read(start, end)
-        rows.shape.extend((end - start, profile.hidden_size))
+        put_rows(frame.hidden, stage.log.read(start, end), encoding, profile.hidden_size)
         frame.hops.extend(stage.trace.get(end, ()))
     return message

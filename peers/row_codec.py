@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from swarm.sampling import Floats
 from swarm.wire import BLOCK, row_bytes
 
+Rows = torch.Tensor | Floats
+"""Tensors, or float32 arrays where the compiled pass is between them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MOST = 127
 """Largest byte of ``int8``; -128 is not used, so that both signs reach as far."""
 
 
-def encoded(rows: torch.Tensor | npt.NDArray[np.float32], encoding: str) -> bytes:
+def encoded(rows: Rows, encoding: str) -> bytes:
     """``rows``: ``[rows, width]``, finite. Each row's bytes depend on this row alone."""
     if isinstance(rows, np.ndarray):
         if encoding == "float32":
@@ -26,7 +28,7 @@ def encoded(rows: torch.Tensor | npt.NDArray[np.float32], encoding: str) -> byte
     return data
 
 
-def array_of(data: bytes, width: int) -> npt.NDArray[np.float32]:
+def array_of(data: bytes, width: int) -> Floats:
     """``float32`` rows as they are: ``[rows, width]``, not to be written to."""
     return np.frombuffer(data, "<f4").reshape(-1, width)
 

@@ -18,22 +18,19 @@ import torch
 from torch import nn
 
 from peers.attention import Span, Spans, spans_of
-from peers.block_kernels import Floats
 from peers.compiled_pass import CompiledPass
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
 from peers.norm import fast_norm
+from peers.row_codec import Rows
 from swarm import kv
 from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
 from swarm.models import ModelProfile
+from swarm.sampling import Floats
 from swarm.types import LayerRange
 
 if TYPE_CHECKING:
     from peers.weights import TensorSource
-
-
-Rows = torch.Tensor | Floats
-"""Tensors, or float32 arrays where the compiled pass is between them."""
 
 
 @dataclass(slots=True)
@@ -237,7 +234,6 @@ class _View:
 
     @torch.inference_mode()
     def _decode_by_modules(self, steps: Sequence[Step], spans: Spans) -> tuple[torch.Tensor, bool]:
-        positions = [position for span in spans for position in range(span.start, span.start + span.count)]
         rows = [
             torch.tensor(row) if isinstance(row, np.ndarray) else row
             for step in steps
@@ -245,7 +241,7 @@ class _View:
         ]
         given = {"inputs_embeds": torch.cat(rows)[None].to(self._dtype)} if rows else {"input_ids": _ids(steps)}
         inputs = {name: value.to(self._device) for name, value in given.items()}
-        places = torch.tensor([positions], device=self._device)
+        places = torch.tensor([spans.positions], device=self._device)
         output = self._run(self._base, position_ids=places, use_cache=False, spans=spans, **inputs)
         hidden = output.last_hidden_state[0]
         return hidden, all_finite(hidden)

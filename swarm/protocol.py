@@ -65,14 +65,22 @@ def error_from_wire(error: pb.Error) -> SwarmError:
 
 def rows_to_wire(data: bytes, encoding: str, width: int) -> pb.Tensor:
     """``data``: rows ``[rows, width]`` in ``encoding``, see ``swarm.wire``."""
-    return pb.Tensor(dtype=encoding, shape=(len(data) // row_bytes(encoding, width), width), data=data)
+    tensor = pb.Tensor()
+    put_rows(tensor, data, encoding, width)
+    return tensor
+
+
+def put_rows(tensor: pb.Tensor, data: bytes, encoding: str, width: int) -> None:
+    """As :func:`rows_to_wire`, into the empty ``tensor`` of a message that is being filled."""
+    tensor.dtype, tensor.data = encoding, data
+    tensor.shape.extend((len(data) // row_bytes(encoding, width), width))
 
 
 def rows_from_wire(tensor: pb.Tensor, encoding: str, width: int, max_rows: int) -> bytes:
     """The bytes of hidden states ``[rows, width]``, checked before anything is built of them.
 
-    Raises :class:`BadTensor` on another encoding, shape or byte count. That the values are finite is
-    checked where they become a tensor, in the engine.
+    Raises :class:`BadTensor` on another encoding, shape or byte count. Values that are
+    not finite show in what the layers make of them.
     """
     shape, data = tensor.shape[:3], tensor.data
     if tensor.dtype != encoding:
