@@ -1,8 +1,9 @@
 /* Attention of new rows, of many sessions, against the sessions' own caches, all in float32.
 
    A cache is blocks of positions, [layers, 2 (keys, values), kv_heads, block, row]; a row is head_dim floats, or head_dim
-   signed bytes and the float that they are multiples of. `put` writes the new rows' keys and values there, and then
-   `attend` reads what was written: blocks of keys against tiles of queries, as in FlashAttention (Dao et al., 2022).
+   signed bytes and the float that they are multiples of. Keys in floats are [head_dim, block], as the products with
+   queries want them. `put` writes the new rows' keys and values there, and then `attend` reads what was written: blocks
+   of keys against tiles of queries, as in FlashAttention (Dao et al., 2022).
    What a row gives depends on nothing but its session, to the last bit: neither on which rows share the call, nor on
    those with which it came. */
 
@@ -39,11 +40,7 @@ INLINE Rows rows_of(const span *of, int64_t layer, int64_t kv_heads, int64_t h, 
 
 INLINE char *block_of(const Rows *rows, int64_t index) { return (char *)(uintptr_t)rows->blocks[index] + rows->at; }
 
-static void put_row(char *row, const float *numbers, int64_t dim, int coded) {
-    if (!coded) {
-        memcpy(row, numbers, sizeof(float) * (size_t)dim);
-        return;
-    }
+static void put_codes(char *row, const float *numbers, int64_t dim) {
     float most = 0.0f;
     for (int64_t d = 0; d < dim; d++) most = fabsf(numbers[d]) > most ? fabsf(numbers[d]) : most;
     float scale = most / 127.0f, divisor = scale > 0.0f ? scale : 1.0f;
@@ -81,9 +78,16 @@ void put(const span *spans, int64_t sessions, int64_t layer, int64_t kv_heads, i
             Rows rows = rows_of(of, layer, kv_heads, h, dim);
             for (int64_t r = 0; r < of->count; r++) {
                 int64_t position = of->start + r, from = of->offset + r;
-                char *row = block_of(&rows, position / rows.block) + position % rows.block * rows.row;
-                put_row(row, keys + h * k_head + from * k_row, dim, rows.coded);
-                put_row(row + rows.values, values + h * v_head + from * v_row, dim, rows.coded);
+                char *block = block_of(&rows, position / rows.block), *row = block + position % rows.block * rows.row;
+                const float *key = keys + h * k_head + from * k_row, *value = values + h * v_head + from * v_row;
+                if (rows.coded) {
+                    put_codes(row, key, dim);
+                    put_codes(row + rows.values, value, dim);
+                } else {
+                    float *column = (float *)block + position % rows.block;
+                    for (int64_t d = 0; d < dim; d++) column[d * rows.block] = key[d];
+                    memcpy(row + rows.values, value, sizeof(float) * (size_t)dim);
+                }
             }
         }
 }
@@ -122,8 +126,13 @@ typedef struct {
     float *out;
 } attention;
 
-/* Rows from .. to - 1 of one session's new ones, with the queries of kv head h. 1: there is no memory. */
-static int attend_rows(const attention *a, const span *of, int64_t h, int64_t from, int64_t to) {
+/* Lines of the next block's keys, and then of its values, that are fetched for each row of this one's: all, if heads are
+   as large as blocks. No hardware looks ahead into another block. */
+enum { LINES_AHEAD = 64 / LANES };
+
+/* Rows from .. to - 1 of one session's new ones, with the queries of kv head h. The keys at `after` will be wanted next.
+   1: there is no memory. */
+static int attend_rows(const attention *a, const span *of, int64_t h, int64_t from, int64_t to, const char *after) {
     int64_t dim = a->dim, group = a->heads / a->kv_heads, count = (to - from) * group, block = of->block;
     int64_t numbers = count * 2 * (dim + LANES) + 2 * block * dim + TILE_ROWS * block;
     float *memory = aligned_alloc(LINE, sizeof(float) * (size_t)(numbers + LINE) / LINE * LINE);
@@ -141,17 +150,20 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
     for (int64_t index = (first > 0 ? first : 0) / block; index * block < end; index++) {
         int64_t base = index * block, filled = smaller(end - base, block), used = (filled + LANES - 1) / LANES * LANES;
         const char *keys = block_of(&rows, index), *values = keys + rows.values;
-        if (base + block < end) /* no hardware looks ahead into another block */
-            for (const char *next = block_of(&rows, index + 1), *at = next; at < next + block * rows.row; at += LINE)
-                __builtin_prefetch(at), __builtin_prefetch(at + rows.values);
-        if (rows.coded) decode(&rows, keys, filled, dim, plain);
-        turn(rows.coded ? plain : (const float *)keys, filled, dim, block, used, turned);
-        if (rows.coded) decode(&rows, values, filled, dim, plain);
+        const char *next = base + block < end ? block_of(&rows, index + 1) : after;
+        if (rows.coded) {
+            decode(&rows, keys, filled, dim, plain);
+            turn(plain, filled, dim, block, used, turned);
+            decode(&rows, values, filled, dim, plain);
+        }
+        const float *key_columns = rows.coded ? turned : (const float *)keys;
+        const float *value_columns = rows.coded ? plain : (const float *)values;
         for (int64_t m = 0; m < count; m += TILE_ROWS) {
             int many = (int)smaller(count - m, TILE_ROWS);
             if (start + (m + many - 1) / group < base) continue;
             memset(scores, 0, sizeof(float) * (size_t)(many * block));
-            multiply(many, 0, 1, asked + m * dim, dim, turned, dim, block, used, scores, block);
+            multiply(many, 1, LINES_AHEAD, (const float *)next, asked + m * dim, dim, key_columns, dim, block, used, scores,
+                     block);
             for (int64_t t = m; t < m + many; t++) {
                 int64_t position = start + t / group - base, low = a->window ? position + 1 - a->window : 0;
                 int64_t high = smaller(position + 1, filled);
@@ -160,8 +172,8 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
                 if (low < high) weigh(own, used, low, high, most + t, weights + t, sums + t * dim, dim);
                 else memset(own, 0, sizeof(float) * (size_t)used);
             }
-            const float *columns = rows.coded ? plain : (const float *)values;
-            multiply(many, 0, 1, scores, block, columns, filled, dim, dim, sums + m * dim, dim);
+            multiply(many, 1, LINES_AHEAD, (const float *)(next + rows.values), scores, block, value_columns, filled, dim,
+                     dim, sums + m * dim, dim);
         }
     }
     for (int64_t m = 0; m < count; m++) {
@@ -180,10 +192,14 @@ int attend(const span *spans, int64_t sessions, int64_t layer, int64_t window, i
            float *out) {
     attention a = {layer, window, heads, kv_heads, dim, scale, queries, q_head, q_row, out};
     int64_t before = 0;
-    for (const span *of = spans; of < spans + sessions; of++)
+    const span *end = spans + sessions;
+    for (const span *of = spans; of < end; of++)
         for (int64_t h = 0; h < kv_heads; h++, before += of->count) {
             int64_t first = from > before ? from - before : 0, last = smaller(to - before, of->count);
-            if (first < last && attend_rows(&a, of, h, first, last)) return 1;
+            if (first >= last) continue;
+            const span *following = h + 1 < kv_heads || of + 1 == end ? of : of + 1;
+            Rows next = rows_of(following, layer, kv_heads, (h + 1) % kv_heads, dim);
+            if (attend_rows(&a, of, h, first, last, block_of(&next, 0))) return 1;
         }
     return 0;
 }

@@ -202,14 +202,23 @@ int product(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t bl
 /* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. */
 static void packed_product(const float *weights_at, int64_t packed, int64_t outputs, int64_t inputs, const float *rows,
                            int64_t count, float *out, int64_t stride) {
+    int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lines = packed / LANES;
     for (int64_t n = 0; n < outputs; n += packed, weights_at += packed * inputs) {
-        float *to = out + n;
-        if (count <= TILE_ROWS) multiply((int)count, 1, 0, rows, inputs, weights_at, inputs, packed, packed, to, stride);
-        else
-            for (int64_t m = 0; m < count; m += TILE_ROWS) { /* a cache holds the weights from one tile to the next */
-                int many = (int)smaller(count - m, TILE_ROWS);
-                multiply(many, 0, 0, rows + m * inputs, inputs, weights_at, inputs, packed, packed, to + m * stride, stride);
+        const float *next = weights_at + packed * inputs;
+        for (int64_t t = 0, m = 0; t < tiles; t++) { /* a cache holds the weights from one tile to the next */
+            int many = (int)((count - m) / (tiles - t));
+            int64_t share = tiles == 1 ? ITSELF : lines * (t + 1) / tiles - lines * t / tiles;
+#define FETCHING(known) \
+    multiply(many, 0, known, next, rows + m * inputs, inputs, weights_at, inputs, packed, packed, out + m * stride + n, stride)
+            switch (share) {
+                case ITSELF: FETCHING(ITSELF); break;
+                case NOTHING: FETCHING(NOTHING); break;
+                case 1: FETCHING(1); break;
+                default: FETCHING(2);
             }
+            next += share * LANES * inputs;
+            m += many;
+        }
     }
 }
 

@@ -14,6 +14,8 @@ from swarm.kv import MODEL, SCALE_BYTES, row_bytes
 from swarm.types import LayerRange
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 BLOCK: Final = 64
@@ -28,8 +30,9 @@ def blocks_for(positions: int, block: int = BLOCK) -> int:
 class SequenceCache:
     """Keys and values of one session: blocks ``[layers, 2, kv_heads, BLOCK, row]``, each one allocation.
 
-    A row is ``head_dim`` numbers of the model's dtype, or as ``swarm.kv`` has it for ``int8``. Blocks of positions that
-    another cache has as well, see :meth:`copy`, are shared until one of the two writes there.
+    A row is ``head_dim`` numbers of the model's dtype, or as ``swarm.kv`` has it for ``int8``. Keys in float32 on a CPU
+    are ``[head_dim, BLOCK]``, as the kernel of :mod:`peers.attention_kernel` reads them. Blocks of positions that another
+    cache has as well, see :meth:`copy`, are shared until one of the two writes there.
     """
 
     __slots__ = (
@@ -37,9 +40,11 @@ class SequenceCache:
         "_blocks",
         "_device",
         "_dtype",
-        "_layers",
+        "_keys",
         "_shape",
         "_shared",
+        "_turned",
+        "_values",
         "capacity",
         "kind",
         "layers",
@@ -69,9 +74,12 @@ class SequenceCache:
         """Positions that hold the keys and values of committed inputs; what lies behind is scratch."""
         self._dtype, self._device = dtype, device
         self._shape = (len(layers), 2, kv_heads, BLOCK, head_dim)
+        self._turned = kind == MODEL and str(dtype) == "torch.float32" and str(device).startswith("cpu")
         self._blocks: list[torch.Tensor] = []
         # Indexing a tensor costs microseconds, at every block of every layer of every step: done once, when it comes.
-        self._layers: list[tuple[torch.Tensor, ...]] = []
+        self._keys: list[tuple[torch.Tensor, ...]] = []
+        self._values: list[tuple[torch.Tensor, ...]] = []
+        """Of each block and layer, ``[kv_heads, BLOCK, row]``."""
         self._addresses = (ctypes.c_int64 * blocks_for(capacity))()
         self._shared = 0
         """So many of the first blocks may be another cache's as well."""
@@ -112,7 +120,11 @@ class SequenceCache:
 
     def _put(self, index: int, block: torch.Tensor) -> None:
         self._blocks[index : index + 1] = [block]
-        self._layers[index : index + 1] = [block.unbind(0)]
+        keys, values = block.unbind(1)
+        if self._turned:
+            keys = keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2]).transpose(2, 3)
+        self._keys[index : index + 1] = [keys.unbind(0)]
+        self._values[index : index + 1] = [values.unbind(0)]
         self._addresses[index] = block.data_ptr()
 
     def copy(self, length: int, capacity: int) -> SequenceCache:
@@ -127,8 +139,7 @@ class SequenceCache:
             copied._put(index, self._blocks[index])
         copied._shared, self._shared = full, max(full, self._shared)
         if rest:
-            copied.grow(length, length)
-            copied._blocks[full][:, :, :, :rest] = self._blocks[full][:, :, :, :rest]
+            copied._put(full, self._blocks[full].clone())
         copied.length = length
         return copied
 
@@ -143,7 +154,7 @@ class SequenceCache:
         kept = blocks_for(length) + 1
         for index in range(kept, len(self._blocks)):
             self._addresses[index] = 0
-        del self._blocks[kept:], self._layers[kept:]
+        del self._blocks[kept:], self._keys[kept:], self._values[kept:]
         self._shared = min(self._shared, kept)
 
     def check_room(self, start: int, count: int) -> None:
@@ -156,16 +167,15 @@ class SequenceCache:
     def write(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores ``[kv_heads, count, head_dim]`` at positions ``start ..``, for which :meth:`grow` made room;
         :attr:`length` is the caller's to move."""
-        import torch
-
-        rows, layer = torch.stack((keys, values)), layer - self.layers.start
+        layer -= self.layers.start
         if self.kind == "int8":
-            rows = _rounded(rows)
+            keys, values = _rounded(keys), _rounded(values)
         written, count, block = 0, keys.shape[1], self._shape[3]
         while written < count:
             index, first = divmod(start + written, block)
             fitting = min(block - first, count - written)
-            self._layers[index][layer][:, :, first : first + fitting] = rows[:, :, written : written + fitting]
+            for to, rows in ((self._keys, keys), (self._values, values)):
+                to[index][layer][:, first : first + fitting] = rows[:, written : written + fitting]
             written += fitting
 
 
@@ -193,17 +203,19 @@ class DenseRows:
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[kv_heads, positions, head_dim]`` of a layer, by its number in the model, until the next
         call."""
+        layer -= self._cache.layers.start
+        return self._gather(self._cache._keys, layer, 0), self._gather(self._cache._values, layer, 1)
+
+    def _gather(self, blocks: Sequence[Sequence[torch.Tensor]], layer: int, part: int) -> torch.Tensor:
         import torch
 
-        cache, layer = self._cache, layer - self._cache.layers.start
-        rows = cache._layers[self._blocks[0]][layer]
+        rows = blocks[self._blocks[0]][layer]
         if self._gathered is not None:
-            rows = torch.cat([cache._layers[index][layer] for index in self._blocks], dim=2, out=self._gathered)
+            rows = torch.cat([blocks[index][layer] for index in self._blocks], dim=1, out=self._gathered[part])
         if self._dense is not None:
             codes, scales = _parts(rows)
-            rows = torch.mul(codes, scales, out=self._dense)
-        keys, values = rows[:, :, self._rows].unbind(0)
-        return keys, values
+            rows = torch.mul(codes, scales, out=self._dense[part])
+        return rows[:, self._rows]
 
 
 def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -84,16 +84,22 @@ INLINE floats exponential(floats x) {
 
 enum { AHEAD_ROWS = 16 };
 
-/* out[count, vectors * LANES] = rows[count, inner] @ columns[inner, width], of which it takes the first; or += with `add`.
-   Columns that are read `once` must not push out of the caches what the next thing to run has there. */
-INLINE void tile(int count, int vectors, int once, int add, const float *rows, int64_t apart, const float *columns,
-                 int64_t inner, int64_t width, float *out, int64_t stride) {
+/* What a tile has the processor fetch while it computes: nothing, its own columns, which are read once and must not push
+   out of the caches what the next thing to run has there, or so many lines at `next` for each row of columns. */
+enum { NOTHING = 0, ITSELF = -1 };
+
+/* out[count, vectors * LANES] = rows[count, inner] @ columns[inner, width], of which it takes the first; or += with
+   `add`. */
+INLINE void tile(int count, int vectors, int add, int fetched, const float *next, const float *rows, int64_t apart,
+                 const float *columns, int64_t inner, int64_t width, float *out, int64_t stride) {
     floats sums[TILE_ROWS][TILE_VECTORS] = {0};
     for (int m = 0; add && m < count; m++)
         for (int v = 0; v < vectors; v++) sums[m][v] = load(out + m * stride + v * LANES);
     for (int64_t k = 0; k < inner; k++, columns += width) {
         floats column[TILE_VECTORS];
-        for (int v = 0; once && v < vectors; v++) __builtin_prefetch(columns + AHEAD_ROWS * width + v * LANES, 0, 0);
+        for (int v = 0; fetched == ITSELF && v < vectors; v++)
+            __builtin_prefetch(columns + AHEAD_ROWS * width + v * LANES, 0, 0);
+        for (int v = 0; v < fetched; v++, next += LANES) __builtin_prefetch(next, 0, 2);
         for (int v = 0; v < vectors; v++) column[v] = load(columns + v * LANES);
         for (int m = 0; m < count; m++) {
             floats row = all(rows[m * apart + k]);
@@ -105,10 +111,11 @@ INLINE void tile(int count, int vectors, int once, int add, const float *rows, i
 }
 
 /* As above, for the first `used` of `width` columns, a multiple of LANES. */
-INLINE void wide_tile(int count, int once, int add, const float *rows, int64_t apart, const float *columns, int64_t inner,
-                      int64_t width, int64_t used, float *out, int64_t stride) {
+INLINE void wide_tile(int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
+                      const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
     for (int64_t from = 0; from < used; from += TILE_VECTORS * LANES)
-#define TILE(vectors) tile(count, vectors, once, add, rows, apart, columns + from, inner, width, out + from, stride)
+#define TILE(vectors) \
+    tile(count, vectors, add, fetched, next, rows, apart, columns + from, inner, width, out + from, stride)
         switch ((used - from) / LANES) {
             case 1: TILE(1); break;
             case 2: TILE(2); break;
@@ -118,10 +125,11 @@ INLINE void wide_tile(int count, int once, int add, const float *rows, int64_t a
 }
 
 /* As above, for at most TILE_ROWS rows. */
-INLINE void multiply(int count, int once, int add, const float *rows, int64_t apart, const float *columns, int64_t inner,
-                     int64_t width, int64_t used, float *out, int64_t stride) {
+INLINE void multiply(int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
+                     const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
 #define ROWS(known) \
-    if (known <= TILE_ROWS) wide_tile(known, once, add, rows, apart, columns, inner, width, used, out, stride)
+    if (known <= TILE_ROWS) \
+    wide_tile(known, add, fetched, next, rows, apart, columns, inner, width, used, out, stride)
     switch (count) {
         case 1: ROWS(1); break;
         case 2: ROWS(2); break;
