@@ -126,9 +126,9 @@ typedef struct {
     float *out;
 } attention;
 
-/* Lines of the next block's keys, and then of its values, that are fetched for each row of this one's: all, if heads are
-   as large as blocks. No hardware looks ahead into another block. */
-enum { LINES_AHEAD = 64 / LANES };
+/* Lines of the next block's keys, and then of its values, that are fetched for each row of this one's: all of them, if
+   heads are of 64 numbers. No hardware looks ahead into another block. */
+enum { LINES_AHEAD = 4 };
 
 /* Rows from .. to - 1 of one session's new ones, with the queries of kv head h. The keys at `after` will be wanted next.
    1: there is no memory. */

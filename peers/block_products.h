@@ -199,25 +199,28 @@ int product(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t bl
     return 0;
 }
 
-/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. */
+/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. A cache holds a
+   panel of weights from one tile of rows to the next, and each tile fetches its share of the next panel: memory and
+   arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
 static void packed_product(const float *weights_at, int64_t packed, int64_t outputs, int64_t inputs, const float *rows,
                            int64_t count, float *out, int64_t stride) {
-    int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lines = packed / LANES;
+    int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t n = 0; n < outputs; n += packed, weights_at += packed * inputs) {
         const float *next = weights_at + packed * inputs;
-        for (int64_t t = 0, m = 0; t < tiles; t++) { /* a cache holds the weights from one tile to the next */
-            int many = (int)((count - m) / (tiles - t));
-            int64_t share = tiles == 1 ? ITSELF : lines * (t + 1) / tiles - lines * t / tiles;
+        int64_t lines = n + packed < outputs ? packed / LINE_FLOATS : 0, fetched = 0, done = 0;
+        for (int64_t t = 1; t <= tiles; t++) {
+            int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
+            int many = (int)((count - done) / (tiles - t + 1));
 #define FETCHING(known) \
-    multiply(many, 0, known, next, rows + m * inputs, inputs, weights_at, inputs, packed, packed, out + m * stride + n, stride)
-            switch (share) {
+    multiply(many, 0, known, next + fetched * LINE_FLOATS * inputs, rows + done * inputs, inputs, weights_at, inputs, packed, \
+             packed, out + done * stride + n, stride)
+            switch (now) {
                 case ITSELF: FETCHING(ITSELF); break;
                 case NOTHING: FETCHING(NOTHING); break;
                 case 1: FETCHING(1); break;
-                default: FETCHING(2);
+                default: FETCHING(2); /* a few lines of unusually wide panels are left */
             }
-            next += share * LANES * inputs;
-            m += many;
+            fetched += now, done += many;
         }
     }
 }

@@ -31,8 +31,8 @@ class SequenceCache:
     """Keys and values of one session: blocks ``[layers, 2, kv_heads, BLOCK, row]``, each one allocation.
 
     A row is ``head_dim`` numbers of the model's dtype, or as ``swarm.kv`` has it for ``int8``. Keys in float32 on a CPU
-    are ``[head_dim, BLOCK]``, as the kernel of :mod:`peers.attention_kernel` reads them. Blocks of positions that another
-    cache has as well, see :meth:`copy`, are shared until one of the two writes there.
+    are ``[head_dim, BLOCK]``, as :mod:`peers.attention_kernel` reads them. Blocks of positions that another cache has
+    as well, see :meth:`copy`, are shared until one of the two writes there.
     """
 
     __slots__ = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -271,8 +272,8 @@ def _array(rows: Rows) -> Floats:
 
 
 def all_finite(rows: Rows) -> bool:
-    """Whether no value is a NaN or an infinity: 0 times those is a NaN, 0 times any other is 0."""
-    return float((rows * 0).sum()) == 0
+    """Whether no value is a NaN or an infinity: a sum with one is neither, and 0 times one is a NaN."""
+    return math.isfinite(float(rows.sum())) or float((rows * 0).sum()) == 0
 
 
 def _last_rows(span: Span, count: int) -> range:

@@ -15,7 +15,7 @@ enum { LANES = 16, TILE_ROWS = 6 }; /* 32 registers */
 #else
 enum { LANES = 8, TILE_ROWS = 3 };
 #endif
-enum { TILE_VECTORS = 4, LINE = 64 };
+enum { TILE_VECTORS = 4, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -99,7 +99,7 @@ INLINE void tile(int count, int vectors, int add, int fetched, const float *next
         floats column[TILE_VECTORS];
         for (int v = 0; fetched == ITSELF && v < vectors; v++)
             __builtin_prefetch(columns + AHEAD_ROWS * width + v * LANES, 0, 0);
-        for (int v = 0; v < fetched; v++, next += LANES) __builtin_prefetch(next, 0, 2);
+        for (int n = 0; n < fetched; n++, next += LINE_FLOATS) __builtin_prefetch(next, 0, 2);
         for (int v = 0; v < vectors; v++) column[v] = load(columns + v * LANES);
         for (int m = 0; m < count; m++) {
             floats row = all(rows[m * apart + k]);

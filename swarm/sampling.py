@@ -125,8 +125,8 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class SampleResult:
     token_id: int
-    logprob: float
-    """By the model itself: before penalties, temperature and filters."""
+    logprob: float = 0.0
+    """By the model itself: before penalties, temperature and filters. Only if ``logprobs`` were asked for."""
     top: tuple[tuple[int, float], ...] = ()
     """The ``logprobs`` likeliest tokens, likeliest first, with their log-probabilities."""
 
@@ -139,16 +139,20 @@ def sample(
     ``history`` is every token before it, of which the first ``prompt_length`` are the prompt. Raises
     :class:`BadTensor` if the largest logit is not finite.
     """
-    if logits.ndim != 1 or not math.isfinite(highest := float(logits.max())):
+    likeliest = int(logits.argmax()) if logits.ndim == 1 else 0
+    if logits.ndim != 1 or not math.isfinite(highest := float(logits[likeliest])):
         raise BadTensor(f"logits {list(logits.shape)} without a finite maximum")
     wanted = _penalised(logits, params, history[:position], prompt_length)
-    token_id = int(wanted.argmax()) if params.temperature < GREEDY_BELOW else _draw(wanted, params, position)
+    if params.temperature < GREEDY_BELOW:
+        token_id = likeliest if wanted is logits else int(wanted.argmax())
+    else:
+        token_id = _draw(wanted, params, position)
+    if not params.logprobs:
+        return SampleResult(token_id)
     normaliser = highest + math.log(float(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
-    top: tuple[tuple[int, float], ...] = ()
-    if params.logprobs:
-        best = _largest(logits, params.logprobs)
-        best = best[np.lexsort((best, -logits[best]))][: params.logprobs]
-        top = tuple((int(index), float(logits[index]) - normaliser) for index in best)
+    best = _largest(logits, params.logprobs)
+    best = best[np.lexsort((best, -logits[best]))][: params.logprobs]
+    top = tuple((int(index), float(logits[index]) - normaliser) for index in best)
     return SampleResult(token_id, float(logits[token_id]) - normaliser, top)
 
 

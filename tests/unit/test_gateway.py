@@ -396,7 +396,7 @@ async def test_logprobs_of_completions(gateway: Gateway) -> None:
         assert len(top) == 2
         assert top[token] == value == max(top.values()), "greedy takes the likeliest"
     tokens = TOKENIZER.encode("Once")
-    result = next_token(tokens, len(tokens), SamplingParams(), PROFILE.vocab_size)
+    result = next_token(tokens, len(tokens), SamplingParams(logprobs=2), PROFILE.vocab_size)
     assert told["token_logprobs"][0] == pytest.approx(result.logprob, abs=1e-5)
     chunks = await gateway.chunks("/v1/completions", GREEDY | {"prompt": "Once", "logprobs": 2, "max_tokens": 3})
     found = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["logprobs"]]

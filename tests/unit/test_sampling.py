@@ -17,7 +17,7 @@ from transformers import (
 
 from swarm import protocol_pb2
 from swarm.errors import BadRequest, BadTensor
-from swarm.sampling import MAX_BIASES, SamplingParams, sample, surviving
+from swarm.sampling import MAX_BIASES, SampleResult, SamplingParams, sample, surviving
 
 VOCAB = 4096
 
@@ -180,6 +180,7 @@ def test_logprobs_are_the_models_own() -> None:
     best = expected.topk(4)
     assert [token for token, _ in result.top] == best.indices.tolist()
     assert [value for _, value in result.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert sample(logits, SamplingParams(temperature=1.5, top_p=0.5, seed=1), 9, (), 0) == SampleResult(result.token_id)
 
 
 def best_s(call: Callable[[], object]) -> float:
