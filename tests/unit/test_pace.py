@@ -34,6 +34,11 @@ def test_a_time_divides_into_step_layers_and_head() -> None:
     assert speed.prefill_s_per_token_layer == 0.1
 
 
+def test_steps_that_others_disturb_do_not_count_while_a_third_goes_undisturbed() -> None:
+    speed = _speed([0.003] * 9, [0.011] * 4 + [0.03] * 5, [0.016] * 9, layers=5, prefill_s=0.1)
+    assert speed.decode_s_per_layer == pytest.approx(0.002)
+
+
 @pytest.mark.parametrize(("ones", "alls", "layers"), [([0.03], [0.01], 5), ([0.001], [0.01], 5), ([0.01], [0.01], 1)])
 def test_noise_gives_no_nonsense(ones: list[float], alls: list[float], layers: int) -> None:
     speed = _speed(ones, alls, [0.005], layers, 0.1)
