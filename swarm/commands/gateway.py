@@ -69,7 +69,7 @@ async def _serve(
         from swarm.gateway.serve import Server, listen
         from swarm.gateway.state import Access, GatewayState
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; run: pip install 'swarm-inference[gateway]'") from None
+        raise ConfigError(f"{error.name} is not installed: run bin/setup, or pip install '.[gateway]'") from None
     from swarm.client import AsyncClient
 
     with listen(host, port) as sock:
