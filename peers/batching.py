@@ -45,6 +45,7 @@ class Waiting:
     """Hidden states of the pieces that were run."""
     queue_s: float = 0.0
     compute_s: float = 0.0
+    processor_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.piece = self.request
@@ -88,11 +89,18 @@ class Waiting:
             return reply
         self.queue_s += reply.queue_s
         self.compute_s += reply.compute_s
+        self.processor_s += reply.processor_s
         self.parts.append(reply.hidden)
         if self.piece is not self.request:
             self.since = now
             return None
-        return replace(reply, hidden=b"".join(self.parts), queue_s=self.queue_s, compute_s=self.compute_s)
+        return replace(
+            reply,
+            hidden=b"".join(self.parts),
+            queue_s=self.queue_s,
+            compute_s=self.compute_s,
+            processor_s=self.processor_s,
+        )
 
 
 class Batching:

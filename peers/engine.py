@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import queue
 import threading
@@ -43,6 +44,8 @@ SMOOTHING = 0.1
 """Weight of the newest step in the running averages that announcements tell."""
 MOST_SURPRISE = 4.0
 """A single step counts at most as so many times slower than usual: it may have been a hiccup."""
+SLOWDOWN_HALF_S, QUEUE_HALF_S = 60.0, 5.0
+"""In so much time without a step these averages lose half of what they tell."""
 
 
 @dataclass(slots=True)
@@ -55,17 +58,28 @@ class Pace:
     slowdown: float = 1.0
     """Running average over steps of one row: a busy or throttled machine takes this many times longer."""
     queue_s: float = 0.0
+    noted_at: float = 0.0
+    """When the newest step was run."""
     observe: Callable[[Sequence[int], Sequence[float], float], None] | None = None
     """Told of every batch: rows and waiting time of each step, and the time of the computation."""
 
     def calibrate(self, step_s: float, layer_s: float, head_s: float) -> None:
-        """What a step of one row takes on its own, for each layer, and for the head."""
+        """What a step of one row takes on its own, for each layer, and for the head. What was noted so far is forgotten."""
         self.step_s, self.layer_s, self.head_s = step_s, layer_s, head_s
-        self.slowdown = 1.0
+        self.slowdown, self.queue_s = 1.0, 0.0
 
-    def note(self, batch: Sequence[Waiting], waits_s: Sequence[float], compute_s: float) -> None:
+    def slowdown_at(self, now: float) -> float:
+        """What was seen long ago says little of now."""
+        return 1.0 + (self.slowdown - 1.0) * math.exp2(min(0.0, self.noted_at - now) / SLOWDOWN_HALF_S)
+
+    def queue_s_at(self, now: float) -> float:
+        """... and least of all how long steps wait."""
+        return self.queue_s * math.exp2(min(0.0, self.noted_at - now) / QUEUE_HALF_S)
+
+    def note(self, batch: Sequence[Waiting], waits_s: Sequence[float], compute_s: float, now: float) -> None:
         if self.observe is not None:
             self.observe([waiting.piece.rows for waiting in batch], waits_s, compute_s)
+        self.slowdown, self.queue_s, self.noted_at = self.slowdown_at(now), self.queue_s_at(now), now
         for wait_s in waits_s:
             self.queue_s += SMOOTHING * (wait_s - self.queue_s)
         request = batch[0].piece
@@ -147,7 +161,7 @@ class Engine:
             replies = self._run_batch(batch, waits_s, started)
             now = time.perf_counter()
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
-            self.pace.note(batch, waits_s, now - started)
+            self.pace.note(batch, waits_s, now - started, now)
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             self._batching.add(*[waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None])
             del batch, replies, answers  # their sessions may end while this thread waits
@@ -193,9 +207,11 @@ class Engine:
         waits_s: Sequence[float],
         started: float,
     ) -> None:
+        processor_s = time.thread_time()
         outputs = self._shard.run([step for _, step in steps]) if steps else []
         tokens = [_sampled(batch[index].piece, output) for (index, _), output in zip(steps, outputs, strict=True)]
         compute_s = time.perf_counter() - started
+        processor_s = time.thread_time() - processor_s if self._shard.device.type == "cpu" else compute_s
         for (index, step), output, sampled in zip(steps, outputs, tokens, strict=True):
             waiting = batch[index]
             if output.error is not None:
@@ -213,6 +229,7 @@ class Engine:
                 queue_s=waits_s[index],
                 compute_s=compute_s,
                 batch=len(batch),
+                processor_s=processor_s,
             )
 
     def _to_step(self, request: StepRequest) -> Step:

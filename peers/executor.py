@@ -73,6 +73,8 @@ class StepReply:
     queue_s: float
     compute_s: float
     batch: int
+    processor_s: float = 0.0
+    """Of ``compute_s``, without the time in which other processes had the processor; all of it on other devices."""
 
 
 Done = Callable[[StepReply | SwarmError], None]

@@ -41,6 +41,14 @@ class Speed:
     head_s: float = 0.0
     """... and for final norm, head and sampling, where the last layer is held."""
 
+    def one_row_s(self, layers: int) -> float:
+        """Of a step through so many layers, with the head if there is one."""
+        return self.step_s + layers * self.decode_s_per_layer + self.head_s
+
+    def or_quicker(self, other: Speed, layers: int) -> Speed:
+        """The one whose step takes less."""
+        return self if self.one_row_s(layers) <= other.one_row_s(layers) else other
+
 
 def choose_device(wanted: str) -> torch.device:
     if wanted != "auto":
@@ -92,8 +100,11 @@ def load_shard(
         keep_scratch()
 
 
-async def measure(executor: Executor) -> Speed:
-    """Time the layers that are really there, with the sizes that matter: one row, and a long chunk.
+async def measure(executor: Executor, prefill_s: float | None = None) -> Speed:
+    """Time the layers that are really there, with the sizes that matter: one row, and a long chunk, unless
+    ``prefill_s`` is known, for each token and layer.
+
+    It is time of the processor, because others often start on the machine at the same moment.
 
     What a row takes whatever the layers is told apart by steps through one layer only, the head by steps with a token.
     """
@@ -112,24 +123,31 @@ async def measure(executor: Executor) -> Speed:
             hidden=None if first else bytes(rows * profile.hidden_size * DTYPES[profile.dtype].itemsize),
             sample=SampleRequest(SamplingParams(), [0] * end, end) if head else None,
         )
-        return (await run(executor, request)).compute_s
+        return (await run(executor, request)).processor_s
 
-    await step(layers, 0, PREFILL_ROWS)
-    prefills = [await step(layers, 0, PREFILL_ROWS) for _ in range(PREFILLS - 1)]
-    await step(one, 0, PREFILL_ROWS)
+    async def chunk() -> float:
+        return await step(layers, 0, PREFILL_ROWS) / PREFILL_ROWS / len(layers)
+
+    context, chunks = 0, [] if prefill_s is None else [prefill_s]
+    if prefill_s is None:
+        await chunk()
+        chunks += [await chunk() for _ in range(PREFILLS - 1)]
+        context = PREFILL_ROWS
+        await step(one, 0, context)
     ones, alls, heads = [], [], []
-    for position in range(PREFILL_ROWS, PREFILL_ROWS + DECODE_STEPS):
+    for position in range(context, context + DECODE_STEPS):
         ones.append(await step(one, position, 1))
         alls.append(await step(layers, position, 1))
         if layers.end == profile.num_layers:
             heads.append(await step(layers, position, 1, head=True))
-    prefills.append(await step(layers, 0, PREFILL_ROWS))
-    return _speed(ones, alls, heads, len(layers), min(prefills) / PREFILL_ROWS / len(layers))
+    if prefill_s is None:
+        chunks.append(await chunk())
+    return _speed(ones, alls, heads, len(layers), min(chunks))
 
 
 def _speed(ones: list[float], alls: list[float], heads: list[float], layers: int, prefill_s: float) -> Speed:
-    """The quickest steps tell how the time divides, the quicker third how much it is: a machine on which a peer starts
-    is seldom quiet, and what sessions find later is told by :class:`peers.engine.Pace`."""
+    """The quickest steps tell how the time divides, the quicker third how much it is: what makes the others slower passes,
+    and what does not is told by :class:`peers.engine.Pace`."""
     usual = sorted(alls)[len(alls) // 3] / min(alls)
     layer_s = (min(alls) - min(ones)) / (layers - 1) if layers > 1 else min(alls)
     layer_s = min(max(layer_s, LEAST_SHARE * min(alls) / layers), min(alls) / layers)

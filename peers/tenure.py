@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import random
 import resource
+import time
 from dataclasses import dataclass, replace
 
 from peers.admission import Admission
@@ -22,8 +25,15 @@ from peers.shard import Shard
 from peers.speed_cache import store_speed
 from swarm.admission import require
 from swarm.coverage import served
-from swarm.errors import Busy
+from swarm.errors import Busy, SwarmError
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerState, SessionId
+
+logger = logging.getLogger(__name__)
+
+AGAIN_S = 4.0
+"""After so long, more or less, steps are measured once again, if nothing is being computed."""
+LONGEST_MEASURING_S = 3.0
+"""Where it takes longer, it would hold up a session that comes meanwhile."""
 
 
 @dataclass(slots=True)
@@ -43,7 +53,10 @@ async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | No
     plan = peer.room.divide(peer.profile, layers)
     settings = peer.room.settings_for(peer.settings, plan)
     async with Engine(shard, settings) as engine:
-        speed = peer.speed = await measure(engine)
+        began = time.perf_counter()
+        speed = await measure(engine)
+        measuring_s = time.perf_counter() - began
+        peer.speed = speed
         engine.pace.calibrate(speed.step_s, speed.decode_s_per_layer, speed.head_s)
         store_speed(peer.profile, peer.device, settings.peer, speed)
         return_freed_heap()
@@ -59,7 +72,7 @@ async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | No
             if peer.metrics is not None:
                 peer.metrics.serve(service, engine)
             tenure = Tenure(peer, layers, engine, speed, service)
-            await tenure.run(plan, shard.size_bytes)
+            await tenure.run(plan, shard.size_bytes, measuring_s)
             peer.cut_off = len(service.table.runners)
     move = tenure.move
     if move is not None:
@@ -81,8 +94,9 @@ class Tenure:
         self._service = service
         self._admission = Admission(peer, layers)
 
-    async def run(self, plan: MemoryPlan, weights_bytes: int) -> None:
-        """Until the service is drained, or we are told to stop before it began. The arguments: for the report."""
+    async def run(self, plan: MemoryPlan, weights_bytes: int, measuring_s: float) -> None:
+        """Until the service is drained, or we are told to stop before it began. ``plan`` and ``weights_bytes`` are for
+        the report, ``measuring_s`` is how long it took to measure our speed."""
         peer, service = self._peer, self._service
         await self._announce()
         joining = asyncio.create_task(self._admission.obtain())
@@ -97,6 +111,9 @@ class Tenure:
             self._report_ready(plan, weights_bytes, joining.result().verifier)
             telling = asyncio.create_task(self._admission.tell_reachability())
             stack.callback(telling.cancel)
+            if measuring_s < LONGEST_MEASURING_S:
+                measuring = asyncio.create_task(self._measure_again())
+                stack.callback(measuring.cancel)
             while True:
                 self.move = await self._until_it_should_go(renewing)
                 if self.move is None or await self._load_ahead(self.move):
@@ -114,7 +131,8 @@ class Tenure:
 
     def announcement(self) -> Announcement:
         """What is so at this moment."""
-        table, pace, speed = self._service.table, self._engine.pace, self._speed
+        table, pace, speed, now = self._service.table, self._engine.pace, self._speed, time.perf_counter()
+        slowdown = pace.slowdown_at(now)
         said = self._peer.announcement(self._layers, self._service.state)
         if self._admission.voucher is None:
             return replace(said, state=PeerState.JOINING, moving_to=self._layers)
@@ -124,10 +142,10 @@ class Tenure:
             kv_tokens_free=table.kv_tokens_free(),
             sessions=len(table.runners),
             moving_to=self.move.layers if self.move else None,
-            decode_s_per_layer=speed.decode_s_per_layer * pace.slowdown,
-            step_s=speed.step_s * pace.slowdown,
-            head_s=speed.head_s * pace.slowdown,
-            queue_s=pace.queue_s,
+            decode_s_per_layer=speed.decode_s_per_layer * slowdown,
+            step_s=speed.step_s * slowdown,
+            head_s=speed.head_s * slowdown,
+            queue_s=pace.queue_s_at(now),
             links=self._service.link_prober.reports(),
         )
 
@@ -141,6 +159,25 @@ class Tenure:
             if self._admission.alone and self._service.state is PeerState.SERVING:
                 await self._admission.obtain()
             await self._announce()
+
+    async def _measure_again(self) -> None:
+        """A machine on which a peer starts is seldom quiet: what is found to be quicker some seconds later is true.
+
+        Sessions tell by their steps how long one takes, but not what a layer has of it.
+        """
+        peer, engine = self._peer, self._engine
+        await asyncio.sleep(AGAIN_S * random.uniform(0.5, 1.5))  # not together with those that started with us
+        if engine.queue_length or any(runner.computing for runner in self._service.table.runners.values()):
+            return
+        try:
+            found = await measure(engine, self._speed.prefill_s_per_token_layer)
+        except SwarmError as error:
+            logger.info("the speed was not measured again: %s", error)
+            return
+        speed = self._speed = peer.speed = self._speed.or_quicker(found, len(self._layers))
+        engine.pace.calibrate(speed.step_s, speed.decode_s_per_layer, speed.head_s)
+        store_speed(peer.profile, peer.device, peer.settings.peer, speed)
+        await self._announce()
 
     def _report_ready(self, plan: MemoryPlan, weights_bytes: int, verifier: str) -> None:
         peer, local = self._peer, self._peer.transport.local

@@ -128,6 +128,14 @@ def test_steps_of_other_layers_have_a_pass_of_their_own(thread: Thread) -> None:
     assert [thread.rows(0.0), thread.rows(0.0), thread.rows(0.0)] == [[1, 1], [1], []]
 
 
+def test_the_answer_to_a_prompt_in_pieces_tells_of_all_of_them() -> None:
+    waiting = Waiting(StepRequest(ALL, Cache(), 0, 2 * PIECE, [1] * 2 * PIECE, None), lambda reply: None, 0.0)
+    for hidden in (b"one ", b"two"):
+        waiting.cut(PIECE)
+        answer = waiting.take(StepReply(hidden, (), b"", 0.5, 0.25, 1, processor_s=0.125), 0.0)
+    assert answer == StepReply(b"one two", (), b"", 1.0, 0.5, 1, processor_s=0.25)
+
+
 def test_a_piece_that_fails_is_the_answer_to_the_whole_prompt() -> None:
     waiting = Waiting(StepRequest(ALL, Cache(), 0, 50, [1] * 50, None), lambda reply: None, 0.0)
     waiting.cut(PIECE)
