@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ LEAST_SHARE = 0.5
 """Of a step's time that its layers take at least; what was measured otherwise is noise."""
 PREFILL_ROWS = 128
 """As a prefill chunk usually has: the kernels that are compiled for it are used again."""
+PAUSE_S = 0.005
+"""Before each step of one row: as long as other stages have the token, and caches are filled with other things."""
 PREFILLS = 3
 """So many chunks are timed, the last of them at the end: who started beside this peer may be done by then."""
 
@@ -123,6 +126,8 @@ async def measure(executor: Executor, prefill_s: float | None = None) -> Speed:
             hidden=None if first else bytes(rows * profile.hidden_size * DTYPES[profile.dtype].itemsize),
             sample=SampleRequest(SamplingParams(), [0] * end, end) if head else None,
         )
+        if rows == 1:
+            await asyncio.sleep(PAUSE_S)
         return (await run(executor, request)).processor_s
 
     async def chunk() -> float:

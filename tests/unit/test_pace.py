@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from peers.batching import Waiting
-from peers.engine import QUEUE_HALF_S, SLOWDOWN_HALF_S, SMOOTHING, Pace
+from peers.engine import MOST_SURPRISE, QUEUE_HALF_S, SLOWDOWN_HALF_S, SMOOTHING, Pace
 from peers.executor import SampleRequest, StepRequest
 from peers.machine import Speed, _speed
 from swarm.sampling import SamplingParams
@@ -69,7 +69,7 @@ def test_batches_prompts_and_hiccups_say_little_of_the_pace() -> None:
     pace.note([waiting(4, rows=100)], [0.0], 1.0, 0.0)
     assert pace.slowdown == 1.0
     pace.note([waiting(4)], [0.0], 100.0, 0.0)
-    assert pace.slowdown == pytest.approx(1 + 3 * SMOOTHING)
+    assert pace.slowdown == pytest.approx(1 + (MOST_SURPRISE - 1) * SMOOTHING)
 
 
 def test_nothing_is_known_of_an_engine_that_was_not_measured() -> None:
