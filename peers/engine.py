@@ -42,7 +42,7 @@ MANY_ROWS = 32
 
 SMOOTHING = 0.1
 """Weight of the newest step in the running averages that announcements tell."""
-MOST_SURPRISE = 1.5
+MOST_SURPRISE = 1.25
 """A single step counts at most as so many times slower than usual: it may have been a hiccup."""
 SLOWDOWN_HALF_S, QUEUE_HALF_S = 60.0, 5.0
 """In so much time without a step these averages lose half of what they tell."""

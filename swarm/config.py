@@ -148,7 +148,7 @@ class RecoverySettings:
 
 @dataclass(frozen=True, slots=True)
 class PlannerSettings:
-    hop_s: float = 0.0004
+    hop_s: float = 0.0003
     """One hop's share of framing, scheduling and passing on, beside its link and its layers."""
     hop_margin_s: float = 0.001
     """What a hop more has to gain: figures are never exact, and each hop is one more that can fail."""
