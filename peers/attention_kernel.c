@@ -134,12 +134,12 @@ enum { LINES_AHEAD = 4 };
    1: there is no memory. */
 static int attend_rows(const attention *a, const span *of, int64_t h, int64_t from, int64_t to, const char *after) {
     int64_t dim = a->dim, group = a->heads / a->kv_heads, count = (to - from) * group, block = of->block;
-    int64_t numbers = count * 2 * (dim + LANES) + 2 * block * dim + TILE_ROWS * block;
+    int64_t expanded = of->coded ? block * dim : 0, numbers = count * 2 * (dim + LANES) + 2 * expanded + TILE_ROWS * block;
     float *memory = aligned_alloc(LINE, sizeof(float) * (size_t)(numbers + LINE) / LINE * LINE);
     if (!memory) return 1;
-    /* queries, sums of weighted values, a block's keys turned round, its rows as floats, a tile's scores */
-    float *asked = memory, *sums = asked + count * dim, *turned = sums + count * dim, *plain = turned + block * dim;
-    float *scores = plain + block * dim, *most = scores + TILE_ROWS * block, *weights = most + count;
+    /* queries, sums of weighted values, a block of int8's keys turned round, its rows as floats, a tile's scores */
+    float *asked = memory, *sums = asked + count * dim, *turned = sums + count * dim, *plain = turned + expanded;
+    float *scores = plain + expanded, *most = scores + TILE_ROWS * block, *weights = most + count;
     Rows rows = rows_of(of, a->layer, a->kv_heads, h, dim);
     for (int64_t m = 0; m < count; m++) {
         const float *query = a->queries + (h * group + m % group) * a->q_head + (of->offset + from + m / group) * a->q_row;

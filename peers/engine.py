@@ -64,7 +64,7 @@ class Pace:
     """Told of every batch: rows and waiting time of each step, and the time of the computation."""
 
     def calibrate(self, step_s: float, layer_s: float, head_s: float) -> None:
-        """What a step of one row takes on its own, for each layer, and for the head. What was noted so far is forgotten."""
+        """What a step of one row takes on its own, for each layer, and for the head. What was noted is forgotten."""
         self.step_s, self.layer_s, self.head_s = step_s, layer_s, head_s
         self.slowdown, self.queue_s = 1.0, 0.0
 

@@ -62,6 +62,8 @@ class SequenceCache:
         kind: str = MODEL,
     ) -> None:
         """Raises :class:`BadRequest` for heads that can't be kept as ``kind`` says."""
+        import torch
+
         if kind == "int8" and head_dim % SCALE_BYTES:
             raise BadRequest(
                 f"heads of {head_dim} numbers can't be kept in int8, {SCALE_BYTES} would have to divide it"
@@ -74,7 +76,7 @@ class SequenceCache:
         """Positions that hold the keys and values of committed inputs; what lies behind is scratch."""
         self._dtype, self._device = dtype, device
         self._shape = (len(layers), 2, kv_heads, BLOCK, head_dim)
-        self._turned = kind == MODEL and str(dtype) == "torch.float32" and str(device).startswith("cpu")
+        self._turned = kind == MODEL and dtype == torch.float32 and torch.device(device).type == "cpu"
         self._blocks: list[torch.Tensor] = []
         # Indexing a tensor costs microseconds, at every block of every layer of every step: done once, when it comes.
         self._keys: list[tuple[torch.Tensor, ...]] = []

@@ -32,7 +32,7 @@ PREFILL_ROWS = 128
 PAUSE_S = 0.005
 """Before each step of one row: as long as other stages have the token, and caches are filled with other things."""
 PREFILLS = 3
-"""So many chunks are timed, the last of them at the end: who started beside this peer may be done by then."""
+"""So many chunks are timed, after one that warms up; the quickest counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +133,10 @@ async def measure(executor: Executor, prefill_s: float | None = None) -> Speed:
     async def chunk() -> float:
         return await step(layers, 0, PREFILL_ROWS) / PREFILL_ROWS / len(layers)
 
-    context, chunks = 0, [] if prefill_s is None else [prefill_s]
+    context = 0
     if prefill_s is None:
         await chunk()
-        chunks += [await chunk() for _ in range(PREFILLS - 1)]
+        prefill_s = min([await chunk() for _ in range(PREFILLS)])
         context = PREFILL_ROWS
         await step(one, 0, context)
     ones, alls, heads = [], [], []
@@ -145,14 +145,12 @@ async def measure(executor: Executor, prefill_s: float | None = None) -> Speed:
         alls.append(await step(layers, position, 1))
         if layers.end == profile.num_layers:
             heads.append(await step(layers, position, 1, head=True))
-    if prefill_s is None:
-        chunks.append(await chunk())
-    return _speed(ones, alls, heads, len(layers), min(chunks))
+    return _speed(ones, alls, heads, len(layers), prefill_s)
 
 
 def _speed(ones: list[float], alls: list[float], heads: list[float], layers: int, prefill_s: float) -> Speed:
-    """The quickest steps tell how the time divides, the quicker third how much it is: what makes the others slower passes,
-    and what does not is told by :class:`peers.engine.Pace`."""
+    """The quickest steps tell how the time divides, the quicker third how much it is: what makes the others slower
+    passes, and what does not is told by :class:`peers.engine.Pace`."""
     usual = sorted(alls)[len(alls) // 3] / min(alls)
     layer_s = (min(alls) - min(ones)) / (layers - 1) if layers > 1 else min(alls)
     layer_s = min(max(layer_s, LEAST_SHARE * min(alls) / layers), min(alls) / layers)

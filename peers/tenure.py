@@ -56,9 +56,7 @@ async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | No
         began = time.perf_counter()
         speed = await measure(engine)
         measuring_s = time.perf_counter() - began
-        peer.speed = speed
-        engine.pace.calibrate(speed.step_s, speed.decode_s_per_layer, speed.head_s)
-        store_speed(peer.profile, peer.device, settings.peer, speed)
+        _adopt(speed, peer, engine)
         return_freed_heap()
         on_gpu = peer.device.type != "cpu"
         require(settings.policy, peer.room.given_bytes // 10**6, gflops(peer.profile, speed), on_gpu)
@@ -79,6 +77,13 @@ async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | No
         going = peer.announcement(move.layers, PeerState.JOINING)
         await peer.announcer.update(replace(going, moving_to=move.layers))
     return move
+
+
+def _adopt(speed: Speed, peer: Peer, engine: Engine) -> None:
+    """From now on this is how fast we are."""
+    peer.speed = speed
+    engine.pace.calibrate(speed.step_s, speed.decode_s_per_layer, speed.head_s)
+    store_speed(peer.profile, peer.device, peer.settings.peer, speed)
 
 
 class Tenure:
@@ -174,9 +179,8 @@ class Tenure:
         except SwarmError as error:
             logger.info("the speed was not measured again: %s", error)
             return
-        speed = self._speed = peer.speed = self._speed.or_quicker(found, len(self._layers))
-        engine.pace.calibrate(speed.step_s, speed.decode_s_per_layer, speed.head_s)
-        store_speed(peer.profile, peer.device, peer.settings.peer, speed)
+        self._speed = self._speed.or_quicker(found, len(self._layers))
+        _adopt(self._speed, peer, engine)
         await self._announce()
 
     def _report_ready(self, plan: MemoryPlan, weights_bytes: int, verifier: str) -> None:

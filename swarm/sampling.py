@@ -139,8 +139,7 @@ def sample(
     ``history`` is every token before it, of which the first ``prompt_length`` are the prompt. Raises
     :class:`BadTensor` if the largest logit is not finite.
     """
-    likeliest = int(logits.argmax()) if logits.ndim == 1 else 0
-    if logits.ndim != 1 or not math.isfinite(highest := float(logits[likeliest])):
+    if logits.ndim != 1 or not math.isfinite(highest := float(logits[likeliest := int(logits.argmax())])):
         raise BadTensor(f"logits {list(logits.shape)} without a finite maximum")
     wanted = _penalised(logits, params, history[:position], prompt_length)
     if params.temperature < GREEDY_BELOW:
