@@ -52,8 +52,6 @@ def import_transformers() -> None:
     # torch's threads would look for work for milliseconds after each of its own operations, on the processors that the
     # threads of a compiled pass are to run on, and other people's programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Weights in pages of 2 MB, where the system has them for who asks: 4% less time a token.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     before = set(sys.modules)
     try:
         with _without_collections():

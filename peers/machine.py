@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from peers.executor import Executor, SampleRequest, StepRequest, run
-from peers.process_memory import keep_scratch, map_large_blocks
+from peers.process_memory import keep_scratch, map_large_blocks, return_freed_heap, use_large_pages
 from peers.row_codec import DTYPES
 from peers.shard import Shard
 from peers.weights import open_source
@@ -98,7 +98,10 @@ def load_shard(
     try:
         source = open_source(reference, layers)
         device = choose_device(settings.peer.device)
-        return Shard.load(profile, config_dict(reference), source, layers, device, DTYPES[profile.dtype], progress)
+        shard = Shard.load(profile, config_dict(reference), source, layers, device, DTYPES[profile.dtype], progress)
+        return_freed_heap()
+        use_large_pages()
+        return shard
     finally:
         keep_scratch()
 
