@@ -12,6 +12,14 @@
 #include "vectors.h"
 
 typedef int8_t codes __attribute__((vector_size(LANES)));
+typedef float four __attribute__((vector_size(16)));
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t of_four __attribute__((vector_size(16)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (of_four){__VA_ARGS__})
+#endif
 
 /* ---- caches ---- */
 
@@ -125,6 +133,24 @@ typedef struct {
     int64_t q_head, q_row;
     float *out;
 } attention;
+
+/* out[size, width] = rows[count, size] turned round, up to `used` columns; those that have no row are 0. Sizes are
+   multiples of 4. */
+static void turn(const float *rows, int64_t count, int64_t size, int64_t width, int64_t used, float *out) {
+    int64_t whole = count / 4 * 4;
+    for (int64_t k = 0; k < whole; k += 4)
+        for (int64_t d = 0; d < size; d += 4) {
+            four row[4], half[4];
+            for (int i = 0; i < 4; i++) memcpy(row + i, rows + (k + i) * size + d, sizeof(four));
+            half[0] = PICK(row[0], row[1], 0, 4, 1, 5), half[1] = PICK(row[0], row[1], 2, 6, 3, 7);
+            half[2] = PICK(row[2], row[3], 0, 4, 1, 5), half[3] = PICK(row[2], row[3], 2, 6, 3, 7);
+            row[0] = PICK(half[0], half[2], 0, 1, 4, 5), row[1] = PICK(half[0], half[2], 2, 3, 6, 7);
+            row[2] = PICK(half[1], half[3], 0, 1, 4, 5), row[3] = PICK(half[1], half[3], 2, 3, 6, 7);
+            for (int i = 0; i < 4; i++) memcpy(out + (d + i) * width + k, row + i, sizeof(four));
+        }
+    for (int64_t k = whole; k < used; k++)
+        for (int64_t d = 0; d < size; d++) out[d * width + k] = k < count ? rows[k * size + d] : 0.0f;
+}
 
 /* Lines of the next block's keys, and then of its values, that are fetched for each row of this one's: all of them, if
    heads are of 64 numbers. No hardware looks ahead into another block. */

@@ -1,6 +1,6 @@
 /* Decoder layers from products with matrices that stay as they are stored, for rows of many sessions, on several threads.
 
-   A row's result does not depend on the other rows, to the last bit, but for what `run_layers` says of `exact`. */
+   A row's result does not depend on the other rows, to the last bit. */
 
 #include <pthread.h>
 #include <sched.h>
@@ -9,7 +9,6 @@
 #include "block_products.h"
 
 enum { MOST_THREADS = 16, PATIENCE = 2000 };
-enum { MANY_ROWS = 32, PACKED = 64 }; /* from so many rows on it pays to expand a matrix */
 
 int lanes(void) { return LANES; }
 
@@ -19,7 +18,7 @@ int lanes(void) { return LANES; }
 static void norm_rows(const float *rows, int64_t count, int64_t size, const float *weight, float epsilon, float *out) {
     for (int64_t m = 0; m < count; m++, rows += size, out += size) {
         floats squares = {0};
-        for (int64_t i = 0; i < size; i += LANES) squares += load(rows + i) * load(rows + i);
+        for (int64_t i = 0; i < size; i += LANES) squares = fused(load(rows + i), load(rows + i), squares);
         float scale = 1.0f / __builtin_sqrtf(total(squares) / size + epsilon);
         for (int64_t i = 0; i < size; i += LANES) store(out + i, load(rows + i) * scale * load(weight + i));
     }
@@ -93,7 +92,7 @@ typedef struct {
     pass *of;
     int index;
     float *hidden, *rows; /* its own, [count, size] */
-    float *piece;         /* room for two pieces of a matrix, if it is to be expanded */
+    float *scratch;       /* for products */
     pthread_t thread;
 } worker;
 
@@ -102,33 +101,17 @@ INLINE int64_t share(const worker *own, int part, int64_t all, int64_t step) {
     return (all / step * (own->index + part) / own->of->at.threads) * step;
 }
 
-/* Many rows: pieces of the matrix are expanded into `own->piece`. Returns the first output that is not done. */
-static int64_t times_expanded(worker *own, const matrix *of, const uint8_t *data, int64_t first, int64_t stop,
-                              const float *rows, float *out) {
-    int64_t blocks = of->inputs / BLOCK;
-    float *packed = own->piece + PACKED * of->inputs;
-    for (; first + PACKED <= stop; first += PACKED) {
-        if (expand((int)of->kind, data + first * row_bytes((int)of->kind, blocks), PACKED, blocks, own->piece))
-            own->of->failed = 1;
-        turn(own->piece, PACKED, of->inputs, PACKED, PACKED, packed); /* as oneDNN packs a matrix */
-        packed_product(packed, PACKED, PACKED, of->inputs, rows, own->of->count, out + first, of->outputs);
-    }
-    return first;
-}
-
 static void times(worker *own, const matrix *of, const float *rows, float *out) {
-    int64_t step = of->kind == FLOAT32 ? of->packed : OUTPUTS_TOGETHER, count = own->of->count;
-    int64_t first = share(own, 0, of->outputs, step), stop = share(own, 1, of->outputs, step);
+    int64_t count = own->of->count, blocks = of->inputs / BLOCK;
+    int64_t first = share(own, 0, of->outputs, of->packed), stop = share(own, 1, of->outputs, of->packed);
+    if (own->index + 1 == own->of->at.threads) stop = of->outputs; /* with the panel that is not full */
     if (of->kind == FLOAT32) {
         const float *weights_at = (const float *)(intptr_t)of->address + first * of->inputs;
         packed_product(weights_at, of->packed, stop - first, of->inputs, rows, count, out + first, of->outputs);
-        return;
+    } else {
+        const uint8_t *panels = (const uint8_t *)(intptr_t)of->address + first / PANEL * blocks * block_bytes((int)of->kind);
+        blocks_product((int)of->kind, panels, stop - first, blocks, rows, count, own->scratch, out + first, of->outputs);
     }
-    int64_t blocks = of->inputs / BLOCK;
-    const uint8_t *data = (const uint8_t *)(intptr_t)of->address;
-    if (own->piece) first = times_expanded(own, of, data, first, stop, rows, out);
-    data += first * row_bytes((int)of->kind, blocks);
-    if (product((int)of->kind, data, stop - first, blocks, rows, count, out + first, of->outputs)) own->of->failed = 1;
 }
 
 #define FLOATS(address) ((const float *)(intptr_t)(address))
@@ -211,21 +194,25 @@ static int all_finite(const float *values, int64_t count) {
     return total(zeros) == 0.0f;
 }
 
-/* given[count, size] through all layers, into `hidden`. The tables of cosines and sines are [positions, dim]. With
-   `exact` a row gets the same bits whatever `count` is, also from matrices in blocks. Returns 0; 1 if what came out is
-   not finite everywhere; or -1 without memory. */
+INLINE int64_t scratch_for(const matrix *of, int64_t count) {
+    return of->kind == FLOAT32 ? 0 : scratch_floats(of->outputs, of->inputs, count);
+}
+
+/* given[count, size] through all layers, into `hidden`. The tables of cosines and sines are [positions, dim]. Returns 0;
+   1 if what came out is not finite everywhere; or -1 without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
                const int64_t *positions, int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon,
-               putting *put, attention *attend, const void *spans, int64_t sessions, int64_t threads, int64_t exact,
+               putting *put, attention *attend, const void *spans, int64_t sessions, int64_t threads,
                const float *given, float *hidden) {
     threads = larger(1, smaller(threads, MOST_THREADS));
-    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, expanded = 0;
+    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, scratch = 0;
     for (int64_t n = 0; n < number; n++) {
         mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));
         attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
-        if (count >= MANY_ROWS && !exact && layers[n].down.kind != FLOAT32) expanded = 2 * PACKED * larger(size, attended);
+        const matrix *all[] = {&layers[n].query_key_value, &layers[n].output, &layers[n].gate_up, &layers[n].down};
+        for (int i = 0; i < 4; i++) scratch = larger(scratch, scratch_for(all[i], count));
     }
-    int64_t own = 2 * count * size + expanded;
+    int64_t own = 2 * count * size + scratch;
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
     float *memory = aligned_alloc(LINE, (count * (mixed + attended + size) + threads * own) * sizeof *memory);
     if (memory == NULL) return -1;
@@ -235,7 +222,7 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
     float *at = all.sums + count * size;
     int64_t started = 1;
     for (int64_t t = 0; t < threads; t++, at += own) {
-        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, expanded ? at + 2 * count * size : NULL, 0};
+        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, at + 2 * count * size, 0};
         memcpy(workers[t].hidden, given, count * size * sizeof *hidden);
     }
     while (started < threads && !pthread_create(&workers[started].thread, NULL, work, workers + started)) started++;

@@ -2,19 +2,21 @@
 
 PyTorch's kernels for 4 and 8 bit weights (``_weight_int4pack_mm_for_cpu``, ``_weight_int8pack_mm``) are fast with
 bfloat16 rows only, and round each product to bfloat16: a stage that replays a session's rows as one chunk would get
-other numbers than the lost one had. These compute in float32 throughout, as fast, and read GGUF's blocks as they
-are. A machine without a compiler expands blocks with torch: the same numbers to within float32 rounding, but slowly.
+other numbers than the lost one had. These compute in float32 throughout, as fast, from the numbers of GGUF's blocks
+in an order of their own. A machine without a compiler expands blocks with torch: the same results to within float32
+rounding, but slowly.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch.nn import functional
 
 from peers.compiled import load_kernels
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
@@ -25,8 +27,47 @@ SOURCE: Final = Path(__file__).with_name("block_kernels.c")
 FLOAT32: Final = 4
 """What the kernels call a float32 matrix that oneDNN has packed; the others are those of :class:`BlockKind`."""
 Numbers = ctypes.Array[ctypes.c_int64]
-Product = Callable[[torch.Tensor, torch.Tensor, int, int], None]
-"""``(rows, out, first, stop)``: columns ``first`` to ``stop`` of ``out``, both of contiguous float32."""
+PANEL: Final = 64
+"""Outputs that stand side by side."""
+_PACK_BYTES: Final = 2**20
+"""Of codes that are turned round at once; the intermediate values are several times that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A matrix ``[outputs, inputs]`` in the layout of ``block_products.h``: the numbers of :class:`Blocks`."""
+
+    kind: BlockKind
+    outputs: int
+    inputs: int
+    data: torch.Tensor
+    """``[panels, bytes of a panel]`` of uint8."""
+
+    @classmethod
+    def of(cls, matrix: Blocks) -> Panels:
+        step = max(1, _PACK_BYTES // (PANEL * matrix.columns))
+        panel_bytes = PANEL * matrix.data.shape[1]
+        data = torch.empty(-(-matrix.rows // PANEL), panel_bytes, dtype=torch.uint8)
+        for first in range(0, len(data), step):
+            rows = matrix.data[first * PANEL : (first + step) * PANEL]
+            data[first : first + step] = _panels(Blocks(matrix.kind, rows))
+        return cls(matrix.kind, matrix.rows, matrix.columns, data)
+
+
+def _panels(matrix: Blocks) -> torch.Tensor:
+    """``[panels, bytes of a panel]``; what is missing in the last one is filled with zeros."""
+    data = functional.pad(matrix.data, (0, 0, 0, -matrix.rows % PANEL))
+    if matrix.kind is BlockKind.BFLOAT16:
+        return data.view(torch.int16).view(-1, PANEL, matrix.columns).transpose(1, 2).flatten(1).view(torch.uint8)
+    factors, codes = Blocks(matrix.kind, data).parts()
+    blocks = factors.shape[1]
+    if matrix.kind is not BlockKind.Q8_0:
+        codes = torch.cat((codes & 15, codes >> 4), -1)
+    turned = codes.view(-1, PANEL, blocks, BLOCK).permute(0, 2, 3, 1)
+    if matrix.kind is not BlockKind.Q8_0:
+        turned = turned[..., : PANEL // 2] | turned[..., PANEL // 2 :] << 4
+    halves = factors.view(-1, PANEL, blocks, factors.shape[2]).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    return torch.cat((halves.flatten(2), turned.flatten(2)), 2).flatten(1)
 
 
 class BlockKernels:
@@ -42,7 +83,7 @@ class BlockKernels:
         self._run_layers = library.run_layers
         self._run_layers.argtypes = [
             pointer, number, number, pointer, pointer, pointer, number, number, number, ctypes.c_float, ctypes.c_float,
-            pointer, pointer, pointer, number, number, number, pointer, pointer,
+            pointer, pointer, pointer, number, number, pointer, pointer,
         ]  # fmt: skip
         self._run_layers.restype = ctypes.c_int
         library.lanes.restype = ctypes.c_int
@@ -50,42 +91,37 @@ class BlockKernels:
         """Floats of one vector."""
         self._expand = library.expand
         self._expand.argtypes = [ctypes.c_int, pointer, number, number, pointer]
-        self._expand.restype = ctypes.c_int
+        self._expand.restype = None
 
-    def bind(self, matrix: Blocks) -> Product:
-        """The function that multiplies with ``matrix``: what never changes is looked up once."""
-        kind, data, row_bytes = matrix.kind.value, matrix.data.data_ptr(), matrix.data.shape[1]
-        outputs, blocks, run = matrix.rows, matrix.columns // BLOCK, self._product
-
-        def product(rows: torch.Tensor, out: torch.Tensor, first: int, stop: int) -> None:
-            start, place = data + first * row_bytes, out.data_ptr() + 4 * first
-            if run(kind, start, stop - first, blocks, rows.data_ptr(), rows.shape[0], place, outputs):
-                raise Internal("no memory for a product")
-
-        return product
+    def product(self, rows: torch.Tensor, matrix: Panels, first: int, stop: int, out: torch.Tensor) -> None:
+        """Columns of panels ``first`` to ``stop`` of ``out = rows @ matrix.T``; both are contiguous float32."""
+        start, stop_output = first * PANEL, min(stop * PANEL, matrix.outputs)
+        if self._product(
+            matrix.kind.value, matrix.data[first].data_ptr(), stop_output - start, matrix.inputs // BLOCK,
+            rows.data_ptr(), rows.shape[0], out.data_ptr() + 4 * start, matrix.outputs,
+        ):  # fmt: skip
+            raise Internal("no memory for a product")
 
     def run_layers(
         self, layers: Numbers, count: int, cos: int, signed_sin: int, positions: Numbers, heads: int, kv_heads: int,
         dim: int, scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int, threads: int,
-        exact: bool, given: Floats, hidden: Floats,
+        given: Floats, hidden: Floats,
     ) -> bool:  # fmt: skip
         """Fills ``hidden`` from ``given``, see ``block_kernels.c``; both are contiguous. ``cos`` and ``signed_sin`` are
         addresses of such arrays, ``put`` and ``attend`` of the functions in ``attention_kernel.c``; ``spans`` is what
         that makes of the sessions. Returns whether all that came out is finite."""
         found = self._run_layers(
             layers, count, given.shape[0], cos, signed_sin, positions, heads, kv_heads, dim, scale, epsilon, put,
-            attend, spans, sessions, threads, exact, given.ctypes.data, hidden.ctypes.data,
+            attend, spans, sessions, threads, given.ctypes.data, hidden.ctypes.data,
         )  # fmt: skip
         if found < 0:
             raise Internal("no memory for a pass")
         return found == 0  # type: ignore[no-any-return]
 
-    def expand(self, matrix: Blocks, first: int, stop: int, out: torch.Tensor) -> None:
-        """Rows ``first`` to ``stop`` of the matrix, into the contiguous float32 ``out``."""
-        row_bytes = matrix.data.shape[1]
-        start, blocks = matrix.data.data_ptr() + first * row_bytes, matrix.columns // BLOCK
-        if self._expand(matrix.kind.value, start, stop - first, blocks, out.data_ptr()):
-            raise Internal("no memory to expand a matrix")
+    def expand(self, matrix: Panels, first: int, stop: int, out: torch.Tensor) -> None:
+        """Panels ``first`` to ``stop``, into the contiguous float32 ``out``: ``[panels, inputs, PANEL]``."""
+        start, blocks = matrix.data[first].data_ptr(), matrix.inputs // BLOCK
+        self._expand(matrix.kind.value, start, stop - first, blocks, out.data_ptr())
 
 
 @cache
@@ -96,12 +132,14 @@ def block_kernels() -> BlockKernels | None:
 
 def _right(kernels: BlockKernels) -> bool:
     generator = torch.Generator().manual_seed(0)
-    weights, rows = torch.randn(9, 96, generator=generator), torch.randn(5, 96, generator=generator)
+    weights, rows = torch.randn(70, 96, generator=generator), torch.randn(9, 96, generator=generator)
     for kind in BlockKind:
         matrix = to_blocks(weights, kind)
-        product, expanded, wanted = torch.empty(5, 9), torch.empty(9, 96), matrix.expand()
-        kernels.bind(matrix)(rows, product, 0, 9)
-        kernels.expand(matrix, 0, 9, expanded)
-        if not torch.allclose(expanded, wanted, atol=1e-6) or not torch.allclose(product, rows @ wanted.T, atol=1e-4):
+        panels, wanted = Panels.of(matrix), matrix.expand()
+        product, expanded = torch.empty(9, 70), torch.empty(2, 96, PANEL)
+        kernels.product(rows, panels, 0, 2, product)
+        kernels.expand(panels, 0, 2, expanded)
+        found = expanded.transpose(1, 2).reshape(-1, 96)[:70]
+        if not torch.allclose(found, wanted, atol=1e-6) or not torch.allclose(product, rows @ wanted.T, atol=1e-4):
             return False
     return True

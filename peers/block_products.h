@@ -1,105 +1,90 @@
-/* Products of float32 rows with matrices that stay as they are stored.
+/* Products of float32 rows with matrices in panels: so many outputs stand side by side for each input.
 
-   A matrix is in GGUF's Q4_0, Q4_1 or Q8_0, in plain bfloat16, or in float32 as oneDNN packs it. In the first four, rows
-   of outputs follow each other, each with its scales (float16) first, then its minima (Q4_1), then the codes of its
-   blocks of 32 neighbouring weights. In the last, `packed` outputs stand side by side: [outputs / packed, inputs,
-   packed].
+   A panel is read in the order in which it lies, and no sum goes across a vector. Weights are GGUF's Q4_0, Q4_1 or Q8_0,
+   bfloat16, or float32 as oneDNN packs it: [outputs / packed, inputs, packed]. In the first four a panel has PANEL outputs,
+   the last one perhaps fewer, and goes block by block of 32 inputs: PANEL scales (float16), PANEL minima (Q4_1), then for
+   each input PANEL codes. Of 4 bits, byte n holds the codes of outputs n and n + PANEL / 2.
 
-   Weights are expanded in registers. Each result is summed in an order that depends on the matrix's shape alone, so a row
-   of activations gives the same bits whichever other rows share the call. */
+   Every result is summed in the order of the inputs, so a row of activations gives the same bits whichever other rows
+   share the call, and however many. */
 
 #include "vectors.h"
 
-#ifdef __AVX512F__
-enum { ROWS_TOGETHER = 8 };
-#else
-enum { ROWS_TOGETHER = 4 };
-#endif
-
 enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
-enum { BLOCK = 32, PIECES = BLOCK / LANES, OUTPUTS_TOGETHER = 2 };
-enum { AHEAD = 2, CACHED_BYTES = 40 * 1024 }; /* of activations: all outputs read them again and again */
+enum { BLOCK = 32, PANEL = 64, PANEL_VECTORS = PANEL / LANES };
+enum { AHEAD_BLOCKS = 2 };
+
+/* More rows than these find a panel expanded; a register's width decides how much that costs. */
+enum { FEW_ROWS = LANES == 16 ? 10 : TILE_ROWS };
 
 /* As Python fills it: numbers of 64 bits. */
 typedef struct {
     int64_t kind, address, outputs, inputs, packed;
 } matrix;
 
-INLINE int code_bytes(int kind) { return kind < Q8_0 ? 16 : kind == Q8_0 ? 32 : 64; }
+INLINE int code_bytes(int kind) { return kind < Q8_0 ? PANEL / 2 : kind == Q8_0 ? PANEL : 2 * PANEL; }
 
-/* float16 numbers in front of a row's codes, for each block */
-INLINE int halves(int kind) { return kind == Q4_1 ? 2 : kind == BFLOAT16 ? 0 : 1; }
+INLINE int factor_bytes(int kind) { return 2 * PANEL * (kind == Q4_1 ? 2 : kind == BFLOAT16 ? 0 : 1); }
 
-INLINE int64_t row_bytes(int kind, int64_t blocks) { return blocks * (2 * halves(kind) + code_bytes(kind)); }
+INLINE int block_bytes(int kind) { return factor_bytes(kind) + BLOCK * code_bytes(kind); }
 
 /* ---- weights as floats; compilers do not find these instructions by themselves ---- */
 
-/* `weights`: LANES * piece and on of a block, scale * code + shift. */
-
-#ifdef __AVX2__
-
-INLINE void from_halves(const uint8_t *from, int64_t count, float *to) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 2 * i))));
-    for (; i < count; i++) {
-        uint16_t bits;
-        memcpy(&bits, from + 2 * i, 2);
-        to[i] = _cvtsh_ss(bits);
-    }
-}
+/* `halves`: LANES numbers of 16 bits. `codes`: vector `v` of one input's codes. */
 
 #ifdef __AVX512F__
 
-INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, float shift) {
+INLINE floats halves(const uint8_t *at) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
+
+INLINE floats codes(int kind, const uint8_t *at, int v) {
     if (kind < Q8_0) {
-        /* The sixteen numbers that a code may stand for; four bits of each lane choose one, the others do not count. */
+        /* The numbers that a code may stand for; four bits of each lane choose one, the others do not count. */
         const floats count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
-        return (floats)_mm512_permutexvar_ps(piece ? _mm512_srli_epi32(pairs, 4) : pairs, (__m512)(count * scale + shift));
+        __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * (v & 1))));
+        return (floats)_mm512_permutexvar_ps(v < 2 ? pairs : _mm512_srli_epi32(pairs, 4), (__m512)count);
     }
-    if (kind == Q8_0) {
-        __m128i bytes = _mm_loadu_si128((const __m128i *)(codes + 16 * piece));
-        return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)) * scale;
-    }
-    __m256i upper = _mm256_loadu_si256((const __m256i *)(codes + 32 * piece));
+    if (kind == Q8_0)
+        return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * v))));
+    __m256i upper = _mm256_loadu_si256((const __m256i *)(at + 32 * v));
     return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16);
 }
 
-#else
+#elif defined(__AVX2__)
 
-INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, float shift) {
+INLINE floats halves(const uint8_t *at) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)); }
+
+INLINE floats codes(int kind, const uint8_t *at, int v) {
     if (kind < Q8_0) {
-        __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * (piece & 1))));
-        __m256i chosen = piece < 2 ? _mm256_and_si256(pairs, _mm256_set1_epi32(15)) : _mm256_srli_epi32(pairs, 4);
-        return (floats)_mm256_cvtepi32_ps(chosen) * scale + shift;
+        __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(at + 8 * (v & 3))));
+        __m256i chosen = v < 4 ? _mm256_and_si256(pairs, _mm256_set1_epi32(15)) : _mm256_srli_epi32(pairs, 4);
+        return (floats)_mm256_cvtepi32_ps(chosen);
     }
-    if (kind == Q8_0) {
-        __m128i bytes = _mm_loadl_epi64((const __m128i *)(codes + 8 * piece));
-        return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)) * scale;
-    }
-    __m128i upper = _mm_loadu_si128((const __m128i *)(codes + 16 * piece));
+    if (kind == Q8_0)
+        return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + 8 * v))));
+    __m128i upper = _mm_loadu_si128((const __m128i *)(at + 16 * v));
     return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(upper), 16);
 }
 
-#endif
 #else
 
-INLINE void from_halves(const uint8_t *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) {
+INLINE floats halves(const uint8_t *at) {
+    floats out;
+    for (int lane = 0; lane < LANES; lane++) {
         _Float16 value;
-        memcpy(&value, from + 2 * i, sizeof value);
-        to[i] = (float)value;
+        memcpy(&value, at + 2 * lane, sizeof value);
+        out[lane] = (float)value;
     }
+    return out;
 }
 
-INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, float shift) {
-    floats out = {0};
+INLINE floats codes(int kind, const uint8_t *at, int v) {
+    floats out;
     for (int lane = 0; lane < LANES; lane++) {
-        int i = LANES * piece + lane;
-        if (kind < Q8_0) out[lane] = (i < 16 ? codes[i] & 15 : codes[i - 16] >> 4) * scale + shift;
-        if (kind == Q8_0) out[lane] = (int8_t)codes[i] * scale;
+        int n = LANES * v + lane;
+        if (kind < Q8_0) out[lane] = n < PANEL / 2 ? at[n] & 15 : at[n - PANEL / 2] >> 4;
+        if (kind == Q8_0) out[lane] = (int8_t)at[n];
         if (kind == BFLOAT16) {
-            uint32_t bits = ((uint32_t)codes[2 * i] << 16) | ((uint32_t)codes[2 * i + 1] << 24);
+            uint32_t bits = ((uint32_t)at[2 * n] << 16) | ((uint32_t)at[2 * n + 1] << 24);
             float value;
             memcpy(&value, &bits, sizeof value);
             out[lane] = value;
@@ -110,67 +95,107 @@ INLINE floats weights(int kind, const uint8_t *codes, int piece, float scale, fl
 
 #endif
 
-/* Scales and shifts of a whole row, into factors[2 * blocks]. */
-INLINE void read_factors(int kind, const uint8_t *row, int64_t blocks, float *factors) {
-    from_halves(row, halves(kind) * blocks, factors);
-    for (int64_t b = 0; kind == Q4_0 && b < blocks; b++) factors[blocks + b] = -8.0f * factors[b];
+typedef struct {
+    floats scale, shift;
+} factor;
+
+/* Of vector `v` of a block. */
+INLINE factor factors(int kind, const uint8_t *block, int v) {
+    if (kind == BFLOAT16) return (factor){all(1), all(0)};
+    floats scale = halves(block + 2 * LANES * v);
+    return (factor){scale, kind == Q4_1   ? halves(block + 2 * PANEL + 2 * LANES * v)
+                           : kind == Q4_0 ? scale * -8.0f
+                                          : all(0)};
+}
+
+INLINE floats weights(int kind, const uint8_t *at, int v, factor by) {
+    floats found = codes(kind, at, v);
+    return kind == BFLOAT16 ? found : kind == Q8_0 ? found * by.scale : fused(found, by.scale, by.shift);
 }
 
 /* ---- products ---- */
 
-/* `outputs` rows of the matrix times `count` rows of activations; both are constants where this is inlined. */
-INLINE void dots(int kind, int outputs, int count, const uint8_t *matrix_row, int64_t blocks, const float *factors,
-                 const float *rows, float *out, int64_t stride) {
-    floats sums[OUTPUTS_TOGETHER][ROWS_TOGETHER] = {0};
-    for (int64_t b = 0; b < blocks; b++)
-        for (int piece = 0; piece < PIECES; piece++) {
-            floats column[OUTPUTS_TOGETHER];
-            for (int n = 0; n < outputs; n++) {
-                const uint8_t *codes = matrix_row + n * row_bytes(kind, blocks) + 2 * halves(kind) * blocks;
-                const float *own = factors + 2 * n * blocks;
-                float scale = kind == BFLOAT16 ? 1 : own[b], shift = kind < Q8_0 ? own[blocks + b] : 0;
-                column[n] = weights(kind, codes + b * code_bytes(kind), piece, scale, shift);
-            }
+/* out[count, TILE_VECTORS * LANES] = rows[count, inner] @ a panel's outputs from vector `from` on. */
+INLINE void packed_tile(int kind, int count, int from, const uint8_t *panel, int64_t blocks, const float *rows,
+                        int64_t apart, float *out, int64_t stride) {
+    floats sums[TILE_ROWS][TILE_VECTORS] = {0};
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK) {
+        factor by[TILE_VECTORS];
+        for (int at = 0; at < block_bytes(kind); at += LINE) __builtin_prefetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at, 0, 0);
+        for (int v = 0; v < TILE_VECTORS; v++) by[v] = factors(kind, panel, from + v);
+        const uint8_t *at = panel + factor_bytes(kind);
+        for (int k = 0; k < BLOCK; k++, at += code_bytes(kind)) {
+            floats column[TILE_VECTORS];
+            for (int v = 0; v < TILE_VECTORS; v++) column[v] = weights(kind, at, from + v, by[v]);
             for (int m = 0; m < count; m++) {
-                floats row = load(rows + (m * blocks + b) * BLOCK + piece * LANES);
-                for (int n = 0; n < outputs; n++) sums[n][m] += column[n] * row;
+                floats row = all(rows[m * apart + k]);
+                for (int v = 0; v < TILE_VECTORS; v++) sums[m][v] = fused(column[v], row, sums[m][v]);
             }
         }
-    for (int n = 0; n < outputs; n++)
-        for (int m = 0; m < count; m++) out[m * stride + n] = total(sums[n][m]);
+    }
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < TILE_VECTORS; v++) store(out + m * stride + v * LANES, sums[m][v]);
 }
 
-#define FOR_ROWS(call) \
-    switch (many) { \
-        case 1: call(1); break; \
-        case 2: call(2); break; \
-        case 3: call(3); break; \
-        case 4: call(4); break; \
-        case 5: call(5); break; \
-        case 6: call(6); break; \
-        case 7: call(7); break; \
-        default: call(8); \
+/* out[blocks * BLOCK, PANEL], the numbers that `packed_tile` multiplies with. */
+INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
+        factor by[PANEL_VECTORS];
+        for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
+        const uint8_t *at = panel + factor_bytes(kind);
+        for (int k = 0; k < BLOCK; k++, at += code_bytes(kind))
+            for (int v = 0; v < PANEL_VECTORS; v++, out += LANES) store(out, weights(kind, at, v, by[v]));
     }
+}
 
-INLINE void all_dots(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t blocks, const float *rows,
-                     int64_t count, float *factors, float *out, int64_t stride) {
-    int64_t width = row_bytes(kind, blocks);
-    for (int64_t n = 0; n < outputs; n += OUTPUTS_TOGETHER, rows_of_matrix += OUTPUTS_TOGETHER * width) {
-        int two = n + 1 < outputs;
-        for (int64_t at = 0; at < OUTPUTS_TOGETHER * width; at += LINE) /* of what comes next; past the end it does nothing */
-            __builtin_prefetch(rows_of_matrix + AHEAD * OUTPUTS_TOGETHER * width + at);
-        read_factors(kind, rows_of_matrix, blocks, factors);
-        if (two) read_factors(kind, rows_of_matrix + width, blocks, factors + 2 * blocks);
-        for (int64_t m = 0; m < count; m += ROWS_TOGETHER) {
-            int many = (int)smaller(count - m, ROWS_TOGETHER);
-            const float *from = rows + m * blocks * BLOCK;
-            float *to = out + m * stride + n;
-#define DOTS(known) \
-    if (known > ROWS_TOGETHER) break; \
-    if (two) dots(kind, 2, known, rows_of_matrix, blocks, factors, from, to, stride); \
-    else dots(kind, 1, known, rows_of_matrix, blocks, factors, from, to, stride)
-            FOR_ROWS(DOTS)
+/* Rows of one tile, as many as fit into those that are left so that tiles are about equal. */
+INLINE int rows_of_tile(int64_t count, int64_t done) {
+    int64_t left = count - done;
+    return (int)(left / ((left + TILE_ROWS - 1) / TILE_ROWS));
+}
+
+/* As `product` below for one panel and whole tiles of results. */
+INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
+                          float *out, int64_t stride) {
+    int64_t inputs = blocks * BLOCK, expanded = count > FEW_ROWS;
+    const float *next = (const float *)(panel + blocks * block_bytes(kind)), *end = next + blocks * block_bytes(kind) / sizeof *next;
+    if (expanded) expand_panel(kind, panel, blocks, scratch);
+    for (int64_t done = 0; done < count;) {
+        int many = rows_of_tile(count, done);
+        const float *from = rows + done * inputs;
+        float *to = out + done * stride;
+        if (expanded) {
+            /* meanwhile the next panel comes, a line for each input; past the end of all it does nothing */
+            if (next < end) multiply(many, 0, 1, next, from, inputs, scratch, inputs, PANEL, PANEL, to, stride);
+            else multiply(many, 0, NOTHING, next, from, inputs, scratch, inputs, PANEL, PANEL, to, stride);
+            next += inputs * LINE_FLOATS;
+        } else
+            for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
+#define PACKED(known) \
+    if (known <= TILE_ROWS) packed_tile(kind, known, v, panel, blocks, from, inputs, to + v * LANES, stride)
+                switch (many) {
+                    case 1: PACKED(1); break;
+                    case 2: PACKED(2); break;
+                    case 3: PACKED(3); break;
+                    case 4: PACKED(4); break;
+                    case 5: PACKED(5); break;
+                    default: PACKED(6);
+                }
+            }
+        done += many;
+    }
+}
+
+INLINE void all_panels(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
+                       float *scratch, float *edge, float *out, int64_t stride) {
+    for (int64_t n = 0; n < outputs; n += PANEL, panels += blocks * block_bytes(kind)) {
+        int64_t used = smaller(outputs - n, PANEL);
+        if (used == PANEL) {
+            panel_product(kind, panels, blocks, rows, count, scratch, out + n, stride);
+            continue;
         }
+        panel_product(kind, panels, blocks, rows, count, scratch, edge, PANEL);
+        for (int64_t m = 0; m < count; m++) memcpy(out + m * stride + n, edge + m * PANEL, used * sizeof *out);
     }
 }
 
@@ -182,24 +207,31 @@ INLINE void all_dots(int kind, const uint8_t *rows_of_matrix, int64_t outputs, i
         default: call(BFLOAT16); \
     }
 
-/* out[count, outputs] = rows[count, blocks * 32] @ matrix[outputs, blocks].T; rows of `out` are `stride` floats apart.
-   Returns 0, or -1 without memory for factors. */
-int product(int kind, const uint8_t *rows_of_matrix, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
-            float *out, int64_t stride) {
-    float *factors = malloc(2 * OUTPUTS_TOGETHER * blocks * sizeof *factors);
-    if (factors == NULL) return -1;
-    int64_t fitting = CACHED_BYTES / (blocks * BLOCK * sizeof *rows) / ROWS_TOGETHER * ROWS_TOGETHER;
-    int64_t most = larger(fitting, ROWS_TOGETHER);
-    for (int64_t m = 0; m < count; m += most, rows += most * blocks * BLOCK, out += most * stride) {
-        int64_t many = smaller(count - m, most);
-#define PRODUCT(known) all_dots(known, rows_of_matrix, outputs, blocks, rows, many, factors, out, stride)
-        FOR_KIND(PRODUCT)
-    }
-    free(factors);
+/* Floats that `blocks_product` needs at `scratch`, which begins with a line. */
+INLINE int64_t scratch_floats(int64_t outputs, int64_t inputs, int64_t count) {
+    return (count > FEW_ROWS ? PANEL * inputs : 0) + (outputs % PANEL ? PANEL * count : 0);
+}
+
+/* out[count, outputs] = rows[count, blocks * 32] @ matrix.T; rows of `out` are `stride` floats apart. */
+static void blocks_product(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
+                           float *scratch, float *out, int64_t stride) {
+    float *edge = scratch + (count > FEW_ROWS ? PANEL * BLOCK * blocks : 0);
+#define PRODUCT(known) all_panels(known, panels, outputs, blocks, rows, count, scratch, edge, out, stride)
+    FOR_KIND(PRODUCT)
+}
+
+/* As above. Returns 0, or -1 without memory for scratch. */
+int product(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count, float *out,
+            int64_t stride) {
+    int64_t size = scratch_floats(outputs, blocks * BLOCK, count);
+    float *scratch = size ? aligned_alloc(LINE, (size + LINE_FLOATS) / LINE_FLOATS * LINE) : NULL;
+    if (size && scratch == NULL) return -1;
+    blocks_product(kind, panels, outputs, blocks, rows, count, scratch, out, stride);
+    free(scratch);
     return 0;
 }
 
-/* As `product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. A cache holds a
+/* As `blocks_product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. A cache holds a
    panel of weights from one tile of rows to the next, and each tile fetches its share of the next panel: memory and
    arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
 static void packed_product(const float *weights_at, int64_t packed, int64_t outputs, int64_t inputs, const float *rows,
@@ -225,24 +257,9 @@ static void packed_product(const float *weights_at, int64_t packed, int64_t outp
     }
 }
 
-INLINE void expand_rows(int kind, const uint8_t *rows_of_matrix, int64_t count, int64_t blocks, float *factors, float *out) {
-    for (int64_t n = 0; n < count; n++, rows_of_matrix += row_bytes(kind, blocks)) {
-        const uint8_t *codes = rows_of_matrix + 2 * halves(kind) * blocks;
-        read_factors(kind, rows_of_matrix, blocks, factors);
-        for (int64_t b = 0; b < blocks; b++, codes += code_bytes(kind))
-            for (int piece = 0; piece < PIECES; piece++, out += LANES) {
-                float scale = kind == BFLOAT16 ? 1 : factors[b], shift = kind < Q8_0 ? factors[blocks + b] : 0;
-                store(out, weights(kind, codes, piece, scale, shift));
-            }
-    }
-}
-
-/* out[count, blocks * 32]: the weights of `count` rows. Returns 0, or -1 without memory for factors. */
-int expand(int kind, const uint8_t *rows_of_matrix, int64_t count, int64_t blocks, float *out) {
-    float *factors = malloc(2 * blocks * sizeof *factors);
-    if (factors == NULL) return -1;
-#define EXPAND(known) expand_rows(known, rows_of_matrix, count, blocks, factors, out)
-    FOR_KIND(EXPAND)
-    free(factors);
-    return 0;
+/* out[count, blocks * 32, PANEL]: the weights of `count` panels. */
+void expand(int kind, const uint8_t *panels, int64_t count, int64_t blocks, float *out) {
+    for (int64_t n = 0; n < count; n++, out += blocks * BLOCK * PANEL)
+#define EXPAND(known) expand_panel(known, panels + n * blocks * block_bytes(known), blocks, out)
+        FOR_KIND(EXPAND)
 }

@@ -6,9 +6,7 @@ compiled kernels walk through the layers themselves: norms, products, rotation, 
 long prompts they are as fast as oneDNN.
 
 A row's result is the same to the last bit whichever rows share the pass, so that a stage that replays a session's rows
-in other chunks than they came in gets what the lost one had. Matrices in blocks are an exception, unless a cache rounds
-what it keeps: many rows are multiplied faster with pieces that are expanded first, which sums in another order. Without
-rounding that shows in the last bits of float32 only; with it, one bit may become a step of a code.
+in other chunks than they came in gets what the lost one had.
 """
 
 from __future__ import annotations
@@ -23,12 +21,11 @@ from torch import nn
 
 from peers.attention import Spans
 from peers.attention_kernel import AttentionKernel, attention_kernel
-from peers.block_kernels import FLOAT32, BlockKernels, block_kernels
+from peers.block_kernels import FLOAT32, PANEL, BlockKernels, block_kernels
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
 from peers.norm import RootMeanSquareNorm
-from peers.quantized_linear import QuantizedLinear
-from swarm.kv import MODEL
+from peers.quantized_linear import PanelLinear
 from swarm.sampling import Floats
 
 
@@ -75,7 +72,7 @@ class CompiledPass:
             self._numbers, len(self._layers), cos, signed_sin, (ctypes.c_int64 * len(positions))(*positions),
             self._heads, self._kv_heads, self._dim, self._scale, self._epsilon, self._attention.put_address,
             self._attention.attend_address, spans.table, len(spans), torch.get_num_threads(),
-            any(span.cache.kind != MODEL for span in spans), given, result,
+            given, result,
         )  # fmt: skip
         return result, finite
 
@@ -117,9 +114,9 @@ def _fits(layer: DecoderLayer, lanes: int) -> bool:
 
 def _matrix(linear: nn.Module, lanes: int) -> tuple[int, int, int, int, int] | None:
     """As ``block_kernels.c`` has it."""
-    if isinstance(linear, QuantizedLinear):
-        blocks = linear.matrix
-        found = blocks.kind.value, blocks.data.data_ptr(), blocks.rows, blocks.columns, 0
+    if isinstance(linear, PanelLinear):
+        panels = linear.matrix
+        found = panels.kind.value, panels.data.data_ptr(), panels.outputs, panels.inputs, PANEL
     elif isinstance(linear, OneDnnLinear) and linear.packed_size is not None and linear.packed_size % lanes == 0:
         found = FLOAT32, linear.address, linear.out_features, linear.in_features, linear.packed_size
     else:

@@ -16,7 +16,7 @@ from peers.families import build_model
 from peers.file_embedding import FileEmbedding
 from peers.linear import DenseLinear, OneDnnLinear, packing_works
 from peers.process_memory import return_freed_heap, return_library_pages
-from peers.quantized_linear import QuantizedLinear, SideBySide
+from peers.quantized_linear import SideBySide, quantized_linear
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
 from swarm.errors import ModelError
 from swarm.types import LayerRange
@@ -128,7 +128,7 @@ class _Reader:
         name = self._stored[_HEAD]
         found = self._source.blocks(name) if block_kernels() is not None else None
         if found is not None:
-            self._model.lm_head = QuantizedLinear(found, None)
+            self._model.lm_head = quantized_linear(found, None)
             del self._stored[_HEAD]
             self._read(linear.weight.numel(), found.data.nbytes)
             return
@@ -233,9 +233,9 @@ def _beside(parts: Sequence[Blocks], bias: torch.Tensor | None) -> nn.Module:
     """One product where all parts are of one kind; a checkpoint may mix them."""
     if len({part.kind for part in parts}) == 1:
         data = parts[0].data if len(parts) == 1 else torch.cat([part.data for part in parts])
-        return QuantizedLinear(Blocks(parts[0].kind, data), bias)
+        return quantized_linear(Blocks(parts[0].kind, data), bias)
     biases = [None] * len(parts) if bias is None else torch.split(bias, [part.rows for part in parts])
-    return SideBySide([QuantizedLinear(part, own) for part, own in zip(parts, biases, strict=True)])
+    return SideBySide([quantized_linear(part, own) for part, own in zip(parts, biases, strict=True)])
 
 
 def _stored_names(model: Any, source: TensorSource) -> dict[str, str]:

@@ -1,9 +1,7 @@
 """Matrix products from weights that stay in blocks of 4, 8 or 16 bits a weight, computed in float32.
 
-Few rows wait for memory: weights are read in their blocks and expanded in registers. Many rows wait for arithmetic:
-a piece of the matrix is expanded into scratch that a cache holds, and the dense kernel does the rest. Which of the
-two ran shows in the last bits of float32 only, so replayed rows continue a session as the lost ones would have; rows in
-bfloat16 are multiplied in that if there are many. On other devices than CPUs pieces are always expanded.
+On a CPU with a compiler they lie in panels, as the kernels of :mod:`peers.block_kernels` read them. Elsewhere one piece
+of the matrix after the other is expanded for torch's own product.
 """
 
 from __future__ import annotations
@@ -14,69 +12,86 @@ from typing import Final
 import torch
 from torch import nn
 
-from peers.block_kernels import BlockKernels, block_kernels
+from peers.block_kernels import PANEL, BlockKernels, Panels, block_kernels
 from peers.compiled import shared_out
 from peers.linear import packing_works, product
 from peers.weights.blocks import Blocks
 
-DENSE_ROWS: Final = 32
-"""From so many rows on the dense kernel is faster, with the expansion."""
+MANY_ROWS: Final = 32
+"""From so many rows on the machine's own kernel for bfloat16 is faster, with the expansion."""
 SCRATCH_BYTES: Final = 4 * 2**20
 """Of an expanded piece."""
 
 
-class QuantizedLinear(nn.Module):
+def quantized_linear(matrix: Blocks, bias: torch.Tensor | None) -> PanelLinear | BlockLinear:
     """Stands in for ``nn.Linear``, with rows of any float dtype."""
+    kernels = block_kernels() if matrix.data.device.type == "cpu" else None
+    return BlockLinear(matrix, bias) if kernels is None else PanelLinear(kernels, Panels.of(matrix), bias)
+
+
+class PanelLinear(nn.Module):
+    """A row of float32 gets the same bits in any company. Many rows in bfloat16 are multiplied in that, where the
+    machine can: what rounds rows may round weights, too."""
+
+    def __init__(self, kernels: BlockKernels, matrix: Panels, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = matrix.outputs, matrix.inputs
+        self.matrix = matrix
+        self.bias = bias
+        self._kernels = kernels
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        flat = rows.reshape(-1, self.in_features)
+        many = flat.shape[0] >= MANY_ROWS and rows.dtype == torch.bfloat16 and packing_works(rows.dtype)
+        result = self._in_bfloat16(flat) if many else self._in_float32(flat.float().contiguous())
+        if rows.ndim != 2 or rows.dtype != result.dtype:
+            result = result.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+        return result if self.bias is None else result.add_(self.bias)
+
+    def _in_float32(self, rows: torch.Tensor) -> torch.Tensor:
+        result = rows.new_empty(rows.shape[0], self.out_features)
+        multiply, matrix = self._kernels.product, self.matrix
+        shared_out(lambda first, stop: multiply(rows, matrix, first, stop, result), len(matrix.data))
+        return result
+
+    def _in_bfloat16(self, rows: torch.Tensor) -> torch.Tensor:
+        result = rows.new_empty(rows.shape[0], self.out_features)
+        count = len(self.matrix.data)
+        step = max(1, SCRATCH_BYTES // (4 * PANEL * self.in_features))
+        scratch = torch.empty(min(step, count), self.in_features, PANEL)
+        for first in range(0, count, step):
+            stop = min(first + step, count)
+            self._kernels.expand(self.matrix, first, stop, scratch)
+            piece = scratch[: stop - first].transpose(1, 2).to(rows.dtype).reshape(-1, self.in_features)
+            columns = slice(first * PANEL, min(stop * PANEL, self.out_features))
+            result[:, columns] = product(rows, piece[: columns.stop - columns.start])
+        return result
+
+
+class BlockLinear(nn.Module):
+    """For other devices than CPUs, and for machines without a compiler, where it is slow."""
 
     def __init__(self, matrix: Blocks, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.rows, matrix.columns
         self.matrix = matrix
         self.bias = bias
-        self._kernels = block_kernels() if matrix.data.device.type == "cpu" else None
-        # It holds an address within the matrix, which this object keeps.
-        self._product = self._kernels.bind(matrix) if self._kernels is not None else None
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        flat = rows.reshape(-1, self.in_features)
-        if self._product is not None and flat.shape[0] < DENSE_ROWS:
-            flat = flat.float().contiguous()
-            result = flat.new_empty(flat.shape[0], self.out_features)
-            multiply = self._product
-            shared_out(lambda first, stop: multiply(flat, result, first, stop), self.out_features)
-        else:
-            result = _many(self._kernels, self.matrix, flat.contiguous())
-        if rows.ndim != 2 or rows.dtype != torch.float32:
-            result = result.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
+        result = rows.new_empty(*rows.shape[:-1], self.out_features)
+        step = max(1, SCRATCH_BYTES // (4 * self.in_features))
+        for first in range(0, self.out_features, step):
+            piece = Blocks(self.matrix.kind, self.matrix.data[first : first + step]).expand().to(rows.dtype)
+            result[..., first : first + step] = nn.functional.linear(rows, piece)
         return result if self.bias is None else result.add_(self.bias)
 
 
 class SideBySide(nn.Module):
     """Products with matrices of several kinds, their outputs one after the other."""
 
-    def __init__(self, parts: Sequence[QuantizedLinear]) -> None:
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.cat([part(rows) for part in self.parts], -1)
-
-
-def _many(kernels: BlockKernels | None, matrix: Blocks, rows: torch.Tensor) -> torch.Tensor:
-    """In the rows' own dtype where the machine has a kernel for that: what rounds rows may round weights, too."""
-    on_cpu = rows.device.type == "cpu"
-    dtype = rows.dtype if not on_cpu or packing_works(rows.dtype) else torch.float32
-    rows = rows.to(dtype)
-    multiply = product if on_cpu and packing_works(dtype) else nn.functional.linear
-    result = rows.new_empty(rows.shape[0], matrix.rows)
-    step = max(1, SCRATCH_BYTES // (4 * matrix.columns))
-    scratch = rows.new_empty(min(step, matrix.rows), matrix.columns, dtype=torch.float32)
-    for first in range(0, matrix.rows, step):
-        stop = min(first + step, matrix.rows)
-        piece = scratch[: stop - first]
-        if kernels is None:
-            piece.copy_(Blocks(matrix.kind, matrix.data[first:stop]).expand())
-        else:
-            kernels.expand(matrix, first, stop, piece)
-        result[:, first:stop] = multiply(rows, piece.to(dtype))
-    return result

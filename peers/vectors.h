@@ -19,14 +19,6 @@ enum { TILE_VECTORS = 4, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef float four __attribute__((vector_size(16)));
-
-#ifdef __clang__
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t of_four __attribute__((vector_size(16)));
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (of_four){__VA_ARGS__})
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -60,6 +52,21 @@ INLINE float largest(floats v) {
 #endif
 }
 
+/* a * b + c with one rounding, where the machine has that. Never left to the compiler: it would do so in some copies of an
+   inlined function, and not in others, and a row's bits would depend on its company. */
+INLINE floats fused(floats a, floats b, floats c) {
+#if defined __AVX512F__
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined __AVX2__ && defined __FMA__
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined __FP_FAST_FMAF
+    for (int lane = 0; lane < LANES; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -67,16 +74,16 @@ INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 /* e to the power of x, to about 2e-7: 2^n times a polynomial in what is left (Cody and Waite's reduction) */
 INLINE floats exponential(floats x) {
     x = choose(x < all(-87), all(-87), choose(x > all(87), all(87), x));
-    floats shifted = x * 1.44269504f + 12582912.0f; /* its lowest bits are the nearest whole number */
+    floats shifted = fused(x, all(1.44269504f), all(12582912.0f)); /* its lowest bits are the nearest whole number */
     floats n = shifted - 12582912.0f;
-    floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    floats r = fused(n, all(2.12194440e-4f), fused(n, all(-0.693359375f), x));
     floats value = all(1.9875691500e-4f);
-    value = value * r + 1.3981999507e-3f;
-    value = value * r + 8.3334519073e-3f;
-    value = value * r + 4.1665795894e-2f;
-    value = value * r + 1.6666665459e-1f;
-    value = value * r + 5.0000001201e-1f;
-    value = value * r * r + r + 1.0f;
+    value = fused(value, r, all(1.3981999507e-3f));
+    value = fused(value, r, all(8.3334519073e-3f));
+    value = fused(value, r, all(4.1665795894e-2f));
+    value = fused(value, r, all(1.6666665459e-1f));
+    value = fused(value, r, all(5.0000001201e-1f));
+    value = fused(value, r * r, r + 1.0f);
     return (floats)((ints)value + ((ints)shifted << 23));
 }
 
@@ -103,7 +110,7 @@ INLINE void tile(int count, int vectors, int add, int fetched, const float *next
         for (int v = 0; v < vectors; v++) column[v] = load(columns + v * LANES);
         for (int m = 0; m < count; m++) {
             floats row = all(rows[m * apart + k]);
-            for (int v = 0; v < vectors; v++) sums[m][v] += column[v] * row;
+            for (int v = 0; v < vectors; v++) sums[m][v] = fused(column[v], row, sums[m][v]);
         }
     }
     for (int m = 0; m < count; m++)
@@ -138,22 +145,4 @@ INLINE void multiply(int count, int add, int fetched, const float *next, const f
         case 5: ROWS(5); break;
         default: ROWS(6);
     }
-}
-
-/* out[size, width] = rows[count, size] turned round, up to `used` columns; those that have no row are 0. Sizes are
-   multiples of 4. */
-static void turn(const float *rows, int64_t count, int64_t size, int64_t width, int64_t used, float *out) {
-    int64_t whole = count / 4 * 4;
-    for (int64_t k = 0; k < whole; k += 4)
-        for (int64_t d = 0; d < size; d += 4) {
-            four row[4], half[4];
-            for (int i = 0; i < 4; i++) memcpy(row + i, rows + (k + i) * size + d, sizeof(four));
-            half[0] = PICK(row[0], row[1], 0, 4, 1, 5), half[1] = PICK(row[0], row[1], 2, 6, 3, 7);
-            half[2] = PICK(row[2], row[3], 0, 4, 1, 5), half[3] = PICK(row[2], row[3], 2, 6, 3, 7);
-            row[0] = PICK(half[0], half[2], 0, 1, 4, 5), row[1] = PICK(half[0], half[2], 2, 3, 6, 7);
-            row[2] = PICK(half[1], half[3], 0, 1, 4, 5), row[3] = PICK(half[1], half[3], 2, 3, 6, 7);
-            for (int i = 0; i < 4; i++) memcpy(out + (d + i) * width + k, row + i, sizeof(four));
-        }
-    for (int64_t k = whole; k < used; k++)
-        for (int64_t d = 0; d < size; d++) out[d * width + k] = k < count ? rows[k * size + d] : 0.0f;
 }

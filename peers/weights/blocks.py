@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -45,18 +44,7 @@ class Blocks:
 
     kind: BlockKind
     data: torch.Tensor
-    """``[rows, bytes of a row]`` of uint8: the scales of a row's blocks, then their minima, then their codes."""
-
-    @classmethod
-    def from_gguf(cls, kind: BlockKind, data: torch.Tensor) -> Blocks:
-        """``data`` is ``[rows, bytes of a row]`` block after block, as files have it. The same bytes, in another order:
-        one instruction reads the scales of eight blocks that way."""
-        if kind is BlockKind.BFLOAT16:
-            return cls(kind, data)
-        blocks = data.view(data.shape[0], -1, kind.block_bytes)
-        ends = (0, 2, 4, kind.block_bytes) if kind is BlockKind.Q4_1 else (0, 2, kind.block_bytes)
-        parts = [blocks[..., start:end].flatten(1) for start, end in itertools.pairwise(ends)]
-        return cls(kind, torch.cat(parts, 1))
+    """``[rows, bytes of a row]`` of uint8, block after block as in files: its scale, its minimum, its codes."""
 
     def to(self, device: torch.device) -> Blocks:
         return Blocks(self.kind, self.data.to(device))
@@ -73,15 +61,21 @@ class Blocks:
         """``[rows, columns]`` float32."""
         if self.kind is BlockKind.BFLOAT16:
             return self.data.view(torch.bfloat16).float()
-        count = self.columns // BLOCK
-        halves = 2 if self.kind is BlockKind.Q4_1 else 1
-        factors = self.data[:, : 2 * halves * count].contiguous().view(torch.float16).float()
-        codes = self.data[:, 2 * halves * count :].reshape(self.rows, count, -1)
-        scale = factors[:, :count, None]
+        factors, codes = self.parts()
+        scale = factors[..., :1].float()
         if self.kind is BlockKind.Q8_0:
             return (codes.view(torch.int8) * scale).flatten(1)
-        shift = factors[:, count:, None] if halves == 2 else -8 * scale
+        shift = factors[..., 1:].float() if self.kind is BlockKind.Q4_1 else -8 * scale
         return (torch.cat((codes & 15, codes >> 4), -1) * scale + shift).flatten(1)
+
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[rows, blocks, ...]``: scale and minimum, if there is one, as float16; and the bytes of the codes.
+
+        Of 4 bits, byte n holds those of columns n and n + 16.
+        """
+        blocks = self.data.view(self.rows, -1, self.kind.block_bytes)
+        halves = 2 if self.kind is BlockKind.Q4_1 else 1
+        return blocks[..., : 2 * halves].contiguous().view(torch.float16), blocks[..., 2 * halves :]
 
 
 def to_blocks(weights: torch.Tensor, kind: BlockKind) -> Blocks:
@@ -89,4 +83,4 @@ def to_blocks(weights: torch.Tensor, kind: BlockKind) -> Blocks:
     if kind is BlockKind.BFLOAT16:
         return Blocks(kind, weights.to(torch.bfloat16).contiguous().view(torch.uint8))
     packed: np.ndarray = quantize(weights.contiguous().numpy(), GGMLQuantizationType[kind.name])
-    return Blocks.from_gguf(kind, torch.from_numpy(packed))
+    return Blocks(kind, torch.from_numpy(packed))

@@ -141,7 +141,7 @@ class GgufSource:
         if kind is None or tensor.shape[-1] % BLOCK:
             return None
         packed, order = self._packed(tensor), self._order(name, tensor)
-        blocks = Blocks.from_gguf(kind, torch.from_numpy(packed.copy() if order is None else packed[order]))
+        blocks = Blocks(kind, torch.from_numpy(packed.copy() if order is None else packed[order]))
         self._forget(tensor)
         return blocks
 

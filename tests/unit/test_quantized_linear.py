@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from gguf.quants import dequantize, quantize
 
 from peers import block_kernels as kernels_module
 from peers import compiled as compiled_module
+from peers.attention_kernel import attention_kernel
 from peers.block_kernels import block_kernels
 from peers.loading import HEAD_KINDS, LAYER_KINDS
-from peers.quantized_linear import DENSE_ROWS, QuantizedLinear, SideBySide
+from peers.quantized_linear import MANY_ROWS, BlockLinear, PanelLinear, SideBySide, quantized_linear
 from peers.shard import Shard, Step
 from peers.weights import open_source
 from peers.weights.blocks import BlockKind, Blocks, to_blocks
@@ -59,26 +61,25 @@ def test_quantising_costs_as_much_as_its_bits(kind: BlockKind, error: float) -> 
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("kind", BlockKind)
-@pytest.mark.parametrize("rows", [1, 3, 4, 9, DENSE_ROWS, 70])
+@pytest.mark.parametrize("rows", [1, 3, 6, 7, 9, MANY_ROWS, 70])
 def test_a_product_is_that_of_the_expanded_matrix(kind: BlockKind, rows: int, compiled: bool) -> None:
     if compiled and block_kernels() is None:
         pytest.skip("no C compiler here")
-    matrix, bias, inputs = to_blocks(random(50, 160), kind), random(50), random(1, rows, 160, seed=1)
-    linear = QuantizedLinear(matrix, bias)
-    if not compiled:
-        linear._kernels = linear._product = None
+    matrix, bias, inputs = to_blocks(random(150, 160), kind), random(150), random(1, rows, 160, seed=1)
+    linear = quantized_linear(matrix, bias) if compiled else BlockLinear(matrix, bias)
     wanted = torch.nn.functional.linear(inputs, matrix.expand(), bias)
     torch.testing.assert_close(linear(inputs), wanted, atol=5e-5, rtol=0)
     torch.testing.assert_close(linear(inputs.bfloat16()).float(), wanted, atol=0.3, rtol=0.02)
 
 
+@pytest.mark.parametrize("outputs", [33, 64, 200])
 @pytest.mark.parametrize("kind", BlockKind)
-def test_few_rows_give_the_same_bits_alone_and_together(kind: BlockKind) -> None:
+def test_rows_give_the_same_bits_alone_and_together(kind: BlockKind, outputs: int) -> None:
     if block_kernels() is None:
         pytest.skip("no C compiler here")
-    linear, inputs = QuantizedLinear(to_blocks(random(33, 96), kind), None), random(11, 96, seed=1)
+    linear, inputs = quantized_linear(to_blocks(random(outputs, 96), kind), None), random(40, 96, seed=1)
     together = linear(inputs)
-    assert all(torch.equal(linear(inputs[i : i + 1]), together[i : i + 1]) for i in range(11))
+    assert all(torch.equal(linear(inputs[:count]), together[:count]) for count in range(1, 40))
     torch.set_num_threads(3)
     assert torch.equal(linear(inputs), together)
 
@@ -87,8 +88,15 @@ def test_matrices_of_several_kinds_stand_side_by_side() -> None:
     parts = [to_blocks(random(8, 64, seed=seed), kind) for seed, kind in enumerate(QUANTISED)]
     inputs = random(2, 64, seed=9)
     wanted = inputs @ torch.cat([part.expand() for part in parts]).T
-    got = SideBySide([QuantizedLinear(part, None) for part in parts])(inputs)
+    got = SideBySide([quantized_linear(part, None) for part in parts])(inputs)
     torch.testing.assert_close(got, wanted, atol=5e-5, rtol=0)
+
+
+def test_a_machine_with_a_compiler_has_kernels() -> None:
+    if not any(shutil.which(name) for name in compiled_module.COMPILERS):
+        pytest.skip("no C compiler here")
+    assert block_kernels() is not None
+    assert attention_kernel() is not None
 
 
 def test_a_machine_without_a_compiler_is_told_so(
@@ -173,8 +181,8 @@ def test_a_files_own_blocks_are_kept_as_they_are(quantisation: str, tied: bool, 
     small, plain = shard_of(path, weights), shard_of(path, "auto")
     torch.testing.assert_close(logits_of([small], [len(TEXT)]), logits_of([plain], [len(TEXT)]), atol=2e-5, rtol=0)
     assert small.size_bytes < 0.5 * plain.size_bytes
-    own = {linear.matrix.kind.name for linear in small._model.modules() if isinstance(linear, QuantizedLinear)}
-    assert own == {quantisation}
+    modules = [module for module in small._model.modules() if isinstance(module, PanelLinear | BlockLinear)]
+    assert {module.matrix.kind.name for module in modules} == {quantisation}
 
 
 def test_every_choice_is_a_model_of_its_own(tmp_path: Path) -> None:
