@@ -20,6 +20,10 @@ enum { TILE_VECTORS = 4, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE floats load(const float *at) {
@@ -59,6 +63,8 @@ INLINE floats fused(floats a, floats b, floats c) {
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined __AVX2__ && defined __FMA__
     return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif __has_builtin(__builtin_elementwise_fma)
+    return __builtin_elementwise_fma(a, b, c);
 #elif defined __FP_FAST_FMAF
     for (int lane = 0; lane < LANES; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
     return c;
