@@ -10,21 +10,32 @@ time only; for the rest it is at other stages. So between two passes of decode s
 next step is waited for, for not much longer than it usually takes: it finds the thread idle, and the processor, which
 other stages may share. Where decode steps are always waiting, every other pass is theirs alone. Each prompt has its
 piece: sessions that wait for their first token count as much as those that wait for their next.
+
+Sessions that once were in one pass stay together: they leave a stage at the same moment and so reach the next, and
+while one stage works for all of them the others have nothing to do. So where tokens are sampled a pass takes so many
+sessions as leave some for the other stages, like the micro-batches of a pipeline (GPipe, Huang et al., NeurIPS 2019):
+with three equal stages a third of them. The rest follow in the next pass, and from then on the groups go round one
+behind the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from peers.drafting import MAX_DRAFT
 from peers.executor import Done, StepReply, StepRequest
 from swarm.errors import SwarmError
+from swarm.protocol import timings_from_wire
 
 DECODING_S = 0.5
 """So long after a decode step another one is expected."""
 PATIENCE = 1.5
 """A piece waits so many times as long as it usually is from one pass with decode steps to the next."""
+LEAST_TOGETHER = 4
+"""So few sessions wait for memory, not for arithmetic: apart they would take longer and leave no one free earlier."""
 MOST_PIECES = 8
 """Of as many prompts in one pass, while sessions decode."""
 SMOOTHING = 0.2
@@ -118,6 +129,8 @@ class Batching:
         """A prompt had its turn since then."""
         self._gave_way = False
         """The last batch left a prompt waiting, so that decode steps had a pass for themselves; the next one won't."""
+        self._decoding: dict[int, float] = {}
+        """When each session, by its cache, had its last decode step here."""
         self._turns: dict[str, int] = {}
         """When each owner of a waiting prompt had its last turn, in turns."""
         self._turn = 0
@@ -142,6 +155,7 @@ class Batching:
         steps = [waiting for waiting in fitting if not waiting.is_prefill]
         prompts = self._in_turn([waiting for waiting in fitting if waiting.is_prefill])
         if steps:
+            steps = self._cohort(steps, now)
             self._note_decode(now)
         most = self._piece_tokens if now - self._decoded_at < DECODING_S else self._max_tokens
         self._gave_way = bool(steps and prompts) and not self._gave_way
@@ -172,8 +186,25 @@ class Batching:
         self._turns = {owner: turn for owner, turn in self._turns.items() if owner in owners}
         return sorted(prompts, key=lambda waiting: self._turns.get(waiting.request.owner, 0))
 
+    def _cohort(self, steps: list[Waiting], now: float) -> list[Waiting]:
+        """The oldest of the steps: as many as are run now."""
+        self._decoding |= {id(waiting.request.cache): now for waiting in steps}
+        self._decoding = {key: at for key, at in self._decoding.items() if now - at < DECODING_S}
+        most = len(steps) // LEAST_TOGETHER
+        if most < 2:
+            return steps
+        passes = round(len(steps) * _at_once(steps[0].request.round) / len(self._decoding))
+        return steps[: math.ceil(len(steps) / max(1, min(passes, most)))]
+
     def _note_decode(self, now: float) -> None:
         since_s = now - self._decoded_at
         if since_s < DECODING_S:
             self._period_s += SMOOTHING * (since_s - self._period_s)
         self._decoded_at, self._had_piece = now, False
+
+
+def _at_once(ring: Sequence[bytes]) -> int:
+    """How many passes are under way round a ring when its slowest stage is always at work; 1 if that is not known."""
+    timings = timings_from_wire(ring)
+    slowest_s = max((timing.compute_s for timing in timings), default=0.0)
+    return int(sum(timing.compute_s + timing.link_s for timing in timings) / slowest_s) if slowest_s > 0 else 1

@@ -99,8 +99,12 @@ class Engine:
         self._prefill_threads = settings.peer.prefill_threads or max(self._threads, cores())
         self._dtype = DTYPES[shard.profile.dtype]
         self.pace = Pace()
-        self._arrived: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
-        """From the loop; None: stop."""
+        self._submitted: list[Waiting] = []
+        """In this turn of the loop."""
+        self._arrived: queue.SimpleQueue[list[Waiting]] = queue.SimpleQueue()
+        """From the loop; an empty list: stop."""
+        self._given = self._taken = 0
+        """Steps that the loop has submitted, and those of them that the thread knows of."""
         self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
 
     async def __aenter__(self) -> Engine:
@@ -111,7 +115,7 @@ class Engine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._arrived.put(None)
+        self._arrived.put([])
         await self._loop.run_in_executor(None, self._thread.join, 30.0)
 
     @property
@@ -141,10 +145,18 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        return len(self._batching) + self._arrived.qsize()
+        return len(self._batching) + self._given - self._taken
 
     def submit(self, step: StepRequest, done: Done) -> None:
-        self._arrived.put(Waiting(step, done, time.perf_counter()))
+        if not self._submitted:
+            self._loop.call_soon(self._hand_over)
+        self._submitted.append(Waiting(step, done, time.perf_counter()))
+        self._given += 1
+
+    def _hand_over(self) -> None:
+        """All that one turn of the loop submits: sessions that arrive together are run together."""
+        submitted, self._submitted = self._submitted, []
+        self._arrived.put(submitted)
 
     # ---- the thread -------------------------------------------------------------------------------------
 
@@ -173,12 +185,14 @@ class Engine:
             if self._arrived.empty() and (batch := self._batching.take(now)):
                 return batch
             try:
-                waiting = self._arrived.get(timeout=self._batching.hold_s(now))
+                arrived = self._arrived.get(timeout=self._batching.hold_s(now))
             except queue.Empty:
                 continue
-            if waiting is None:
+            if not arrived:
                 return []
-            self._batching.add(waiting)
+            self._batching.add(*arrived)
+            self._taken += len(arrived)
+            del arrived
 
     def _run_batch(
         self, batch: Sequence[Waiting], waits_s: Sequence[float], started: float

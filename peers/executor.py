@@ -60,6 +60,8 @@ class StepRequest:
     """How hidden states come in and go out, see ``swarm.wire``."""
     owner: str = ""
     """Of the session: prompts of different owners take turns."""
+    round: Sequence[bytes] = ()
+    """Where tokens are sampled: what the stages said of their time when the session's last one went round the ring."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from peers.batching import DECODING_S, MOST_PIECES, PATIENCE, Batching, Waiting
 from peers.executor import StepReply, StepRequest
 from swarm.errors import Internal
-from swarm.types import LayerRange
+from swarm.protocol import timing_to_wire
+from swarm.types import HopTiming, LayerRange, PeerId
 
 ALL, BACK = LayerRange(0, 2), LayerRange(1, 2)
 PIECE, MOST = 20, 64
@@ -26,8 +29,17 @@ class Thread:
     def __init__(self) -> None:
         self.batching = Batching(MOST, PIECE)
 
-    def add(self, rows: int, now: float = 0.0, layers: LayerRange = ALL, owner: str = "") -> None:
-        step = StepRequest(layers, Cache(), 0, rows, [1] * rows if layers.start == 0 else None, None, owner=owner)
+    def add(
+        self,
+        rows: int,
+        now: float = 0.0,
+        layers: LayerRange = ALL,
+        owner: str = "",
+        round_: Sequence[bytes] = (),
+        cache: Cache | None = None,
+    ) -> None:
+        ids = [1] * rows if layers.start == 0 else None
+        step = StepRequest(layers, cache or Cache(), 0, rows, ids, None, owner=owner, round=round_)
         self.batching.add(Waiting(step, lambda reply: None, now))
 
     def rows(self, now: float) -> list[int]:
@@ -50,6 +62,12 @@ class Thread:
         return times[-1]
 
 
+def ring(*compute_s: float, link_s: float = 0.0) -> list[bytes]:
+    """What stages with these times say."""
+    timings = [HopTiming(PeerId(str(place)), BACK, 0.0, time_s, 1, link_s) for place, time_s in enumerate(compute_s)]
+    return [timing_to_wire(timing) for timing in timings]
+
+
 @pytest.fixture
 def thread() -> Thread:
     return Thread()
@@ -69,6 +87,39 @@ def test_where_decode_steps_always_wait_every_other_pass_is_theirs(thread: Threa
         thread.add(1, 0.01 * i)
         passes.append(thread.rows(0.01 * i))
     assert passes == [[1, 1], [1, 1, PIECE], [1, 1], [1, 1, PIECE], [1, 1], [1, 1, 10]]
+
+
+EQUAL, ONE_IS_SLOW, ALONE = ring(0.01, 0.01, 0.01), ring(0.001, 0.001, 0.01), ring(0.03)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "round_", "passes"),
+    [
+        (16, EQUAL, [6, 5, 5]),
+        (9, EQUAL, [5, 4]),
+        (7, EQUAL, [7]),
+        (16, ONE_IS_SLOW, [16]),
+        (16, ALONE, [16]),
+        (16, ring(0.01, link_s=0.1), [4, 4, 4, 4]),
+        (16, [], [16]),
+        (16, [b"nonsense"], [16]),
+    ],
+)
+def test_sessions_that_come_together_leave_some_for_the_other_stages(
+    thread: Thread, sessions: int, round_: list[bytes], passes: list[int]
+) -> None:
+    for _ in range(sessions):
+        thread.add(1, round_=round_)
+    assert [len(thread.rows(0.001 * i)) for i in range(len(passes))] == passes
+
+
+def test_a_group_that_goes_round_is_left_as_it_is(thread: Thread) -> None:
+    caches = [Cache() for _ in range(18)]
+    groups = [caches[:6], caches[6:12], caches[12:]]
+    for turn in range(30):
+        for cache in groups[turn % 3]:
+            thread.add(1, 0.01 * turn, round_=EQUAL, cache=cache)
+        assert thread.rows(0.01 * turn) == [1] * 6
 
 
 def test_each_prompt_has_its_piece_but_no_more_than_some(thread: Thread) -> None:

@@ -78,6 +78,13 @@ async def test_a_prompt_runs_whole_when_nobody_decodes_and_in_pieces_when_somebo
     assert mixed.tokens[0].token_id == alone.tokens[0].token_id
 
 
+async def test_what_is_submitted_in_one_turn_of_the_loop_is_run_together(engine: Engine) -> None:
+    for _ in range(20):
+        replies = await asyncio.gather(*[run(engine, step(engine, [number])) for number in range(1, 7)])
+        assert [reply.batch for reply in replies] == [6] * 6
+    assert engine.queue_length == 0
+
+
 async def test_hidden_states_of_pieces_are_those_of_the_whole(shard: Shard) -> None:
     first = LayerRange(0, 1)
     answers: list[StepReply] = []
