@@ -15,7 +15,7 @@ Sessions that once were in one pass stay together: they leave a stage at the sam
 while one stage works for all of them the others have nothing to do. So where tokens are sampled a pass takes so many
 sessions as leave some for the other stages, like the micro-batches of a pipeline (GPipe, Huang et al., NeurIPS 2019):
 with three equal stages a third of them. The rest follow in the next pass, and from then on the groups go round one
-behind the other.
+behind the other. Where there is one stage only, two groups become one: each waits for the other to come back.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ PATIENCE = 1.5
 """A piece waits so many times as long as it usually is from one pass with decode steps to the next."""
 LEAST_TOGETHER = 4
 """So few sessions wait for memory, not for arithmetic: apart they would take longer and leave no one free earlier."""
+RETURN_S = 0.005
+"""So soon the sessions of a pass have their next steps here, if there is no other stage."""
 MOST_PIECES = 8
 """Of as many prompts in one pass, while sessions decode."""
 SMOOTHING = 0.2
@@ -131,6 +133,10 @@ class Batching:
         """The last batch left a prompt waiting, so that decode steps had a pass for themselves; the next one won't."""
         self._decoding: dict[int, float] = {}
         """When each session, by its cache, had its last decode step here."""
+        self._returning: set[int] = set()
+        """Sessions of the last pass whose next steps will be here at once."""
+        self._returned_at: float | None = None
+        """When they are no longer waited for; None: the pass is not over."""
         self._turns: dict[str, int] = {}
         """When each owner of a waiting prompt had its last turn, in turns."""
         self._turn = 0
@@ -140,13 +146,19 @@ class Batching:
 
     def add(self, *waiting: Waiting) -> None:
         self._waiting.extend(waiting)
+        self._returning -= {id(one.request.cache) for one in waiting}
 
     def hold_s(self, now: float) -> float | None:
-        """When to ask again, if nothing is added: prompts are held back so long. None: nothing waits."""
-        return max(0.0, self._held_until - now) if self._waiting else None
+        """When to ask again, if nothing is added: so long is something held back. None: nothing waits."""
+        if not self._waiting:
+            return None
+        until = self._held_until if self._returned_at is None else self._returned_at
+        return max(0.0, until - now)
 
     def take(self, now: float) -> list[Waiting]:
         """The next batch; empty if there is none, or none yet. The rest keeps its order."""
+        if self._awaits_return(now):
+            return []
         held = now < self._held_until
         oldest = next((waiting for waiting in self._waiting if not (held and waiting.is_prefill)), None)
         if oldest is None:
@@ -173,6 +185,7 @@ class Batching:
                 self._had_piece = True
                 self._turn += 1
                 self._turns[waiting.request.owner] = self._turn
+        self._returning = {id(waiting.request.cache) for waiting in batch if len(waiting.request.round) == 1}
         chosen = {id(waiting) for waiting in batch}
         self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in chosen)
         return batch
@@ -195,6 +208,18 @@ class Batching:
             return steps
         passes = round(len(steps) * _at_once(steps[0].request.round) / len(self._decoding))
         return steps[: math.ceil(len(steps) / max(1, min(passes, most)))]
+
+    def _awaits_return(self, now: float) -> bool:
+        """Of two groups of sessions at the only stage, one waits for the other."""
+        if not self._returning or all(waiting.is_prefill for waiting in self._waiting):
+            self._returned_at = None
+            return False
+        if self._returned_at is None:
+            self._returned_at = now + RETURN_S
+        if now < self._returned_at:
+            return True
+        self._returning, self._returned_at = set(), None
+        return False
 
     def _note_decode(self, now: float) -> None:
         since_s = now - self._decoded_at

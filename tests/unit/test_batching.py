@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from peers.batching import DECODING_S, MOST_PIECES, PATIENCE, Batching, Waiting
+from peers.batching import DECODING_S, MOST_PIECES, PATIENCE, RETURN_S, Batching, Waiting
 from peers.executor import StepReply, StepRequest
 from swarm.errors import Internal
 from swarm.protocol import timing_to_wire
@@ -100,7 +100,7 @@ EQUAL, ONE_IS_SLOW, ALONE = ring(0.01, 0.01, 0.01), ring(0.001, 0.001, 0.01), ri
         (7, EQUAL, [7]),
         (16, ONE_IS_SLOW, [16]),
         (16, ALONE, [16]),
-        (16, ring(0.01, link_s=0.1), [4, 4, 4, 4]),
+        (16, ring(0.01, 0.01, link_s=0.1), [4, 4, 4, 4]),
         (16, [], [16]),
         (16, [b"nonsense"], [16]),
     ],
@@ -120,6 +120,40 @@ def test_a_group_that_goes_round_is_left_as_it_is(thread: Thread) -> None:
         for cache in groups[turn % 3]:
             thread.add(1, 0.01 * turn, round_=EQUAL, cache=cache)
         assert thread.rows(0.01 * turn) == [1] * 6
+
+
+def add_all(thread: Thread, caches: list[Cache], now: float) -> None:
+    for cache in caches:
+        thread.add(1, now, round_=ALONE, cache=cache)
+
+
+def test_two_groups_at_the_only_stage_become_one(thread: Thread) -> None:
+    caches = [Cache() for _ in range(16)]
+    add_all(thread, caches[:5], 0.0)
+    assert thread.rows(0.0) == [1] * 5
+    add_all(thread, caches[5:], 0.02)
+    assert thread.rows(0.03) == []
+    assert thread.batching.hold_s(0.03) == pytest.approx(RETURN_S)
+    add_all(thread, caches[:5], 0.031)
+    assert thread.rows(0.031) == [1] * 16
+
+
+def test_a_group_that_does_not_come_back_is_not_waited_for_long(thread: Thread) -> None:
+    caches = [Cache() for _ in range(16)]
+    add_all(thread, caches[:5], 0.0)
+    assert thread.rows(0.0) == [1] * 5
+    add_all(thread, caches[5:], 0.02)
+    add_all(thread, caches[:4], 0.03)
+    assert [thread.rows(0.03), thread.rows(0.03 + RETURN_S / 2)] == [[], []]
+    assert thread.rows(0.03 + RETURN_S) == [1] * 15
+
+
+def test_prompts_do_not_wait_for_a_group_to_come_back(thread: Thread) -> None:
+    thread.decode(0.0)
+    thread.add(1, 0.1, round_=ALONE)
+    assert thread.rows(0.1) == [1]
+    thread.add(30, 0.1)
+    assert thread.rows(0.12) == [PIECE]
 
 
 def test_each_prompt_has_its_piece_but_no_more_than_some(thread: Thread) -> None:
