@@ -148,12 +148,6 @@ INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *
     }
 }
 
-/* Rows of one tile, as many as fit into those that are left so that tiles are about equal. */
-INLINE int rows_of_tile(int64_t count, int64_t done) {
-    int64_t left = count - done;
-    return (int)(left / ((left + TILE_ROWS - 1) / TILE_ROWS));
-}
-
 /* As `product` below for one panel and whole tiles of results. */
 INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
                           float *out, int64_t stride) {
@@ -161,7 +155,7 @@ INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const 
     const float *next = (const float *)(panel + blocks * block_bytes(kind)), *end = next + blocks * block_bytes(kind) / sizeof *next;
     if (expanded) expand_panel(kind, panel, blocks, scratch);
     for (int64_t done = 0; done < count;) {
-        int many = rows_of_tile(count, done);
+        int many = rows_of_tile(count - done);
         const float *from = rows + done * inputs;
         float *to = out + done * stride;
         if (expanded) {
@@ -173,14 +167,7 @@ INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const 
             for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
 #define PACKED(known) \
     if (known <= TILE_ROWS) packed_tile(kind, known, v, panel, blocks, from, inputs, to + v * LANES, stride)
-                switch (many) {
-                    case 1: PACKED(1); break;
-                    case 2: PACKED(2); break;
-                    case 3: PACKED(3); break;
-                    case 4: PACKED(4); break;
-                    case 5: PACKED(5); break;
-                    default: PACKED(6);
-                }
+                FOR_ROWS(many, PACKED)
             }
         done += many;
     }
@@ -207,15 +194,17 @@ INLINE void all_panels(int kind, const uint8_t *panels, int64_t outputs, int64_t
         default: call(BFLOAT16); \
     }
 
+INLINE int64_t expanded_floats(int64_t inputs, int64_t count) { return count > FEW_ROWS ? PANEL * inputs : 0; }
+
 /* Floats that `blocks_product` needs at `scratch`, which begins with a line. */
 INLINE int64_t scratch_floats(int64_t outputs, int64_t inputs, int64_t count) {
-    return (count > FEW_ROWS ? PANEL * inputs : 0) + (outputs % PANEL ? PANEL * count : 0);
+    return expanded_floats(inputs, count) + (outputs % PANEL ? PANEL * count : 0);
 }
 
 /* out[count, outputs] = rows[count, blocks * 32] @ matrix.T; rows of `out` are `stride` floats apart. */
 static void blocks_product(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
                            float *scratch, float *out, int64_t stride) {
-    float *edge = scratch + (count > FEW_ROWS ? PANEL * BLOCK * blocks : 0);
+    float *edge = scratch + expanded_floats(blocks * BLOCK, count);
 #define PRODUCT(known) all_panels(known, panels, outputs, blocks, rows, count, scratch, edge, out, stride)
     FOR_KIND(PRODUCT)
 }
@@ -231,9 +220,9 @@ int product(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, co
     return 0;
 }
 
-/* As `blocks_product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. A cache holds a
-   panel of weights from one tile of rows to the next, and each tile fetches its share of the next panel: memory and
-   arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
+/* As `blocks_product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. A cache
+   holds a panel of weights from one tile of rows to the next, and each tile fetches its share of the next panel: memory
+   and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
 static void packed_product(const float *weights_at, int64_t packed, int64_t outputs, int64_t inputs, const float *rows,
                            int64_t count, float *out, int64_t stride) {
     int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
@@ -242,7 +231,7 @@ static void packed_product(const float *weights_at, int64_t packed, int64_t outp
         int64_t lines = n + packed < outputs ? packed / LINE_FLOATS : 0, fetched = 0, done = 0;
         for (int64_t t = 1; t <= tiles; t++) {
             int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
-            int many = (int)((count - done) / (tiles - t + 1));
+            int many = rows_of_tile(count - done);
 #define FETCHING(known) \
     multiply(many, 0, known, next + fetched * LINE_FLOATS * inputs, rows + done * inputs, inputs, weights_at, inputs, packed, \
              packed, out + done * stride + n, stride)

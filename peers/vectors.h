@@ -137,18 +137,25 @@ INLINE void wide_tile(int count, int add, int fetched, const float *next, const 
         }
 }
 
+/* `call` with `count`, at most TILE_ROWS, as a number that the compiler knows. */
+#define FOR_ROWS(count, call) \
+    switch (count) { \
+        case 1: call(1); break; \
+        case 2: call(2); break; \
+        case 3: call(3); break; \
+        case 4: call(4); break; \
+        case 5: call(5); break; \
+        default: call(6); \
+    }
+
+/* Rows of the next tile of those that are left: as few tiles as possible, about equal. */
+INLINE int rows_of_tile(int64_t left) { return (int)(left / ((left + TILE_ROWS - 1) / TILE_ROWS)); }
+
 /* As above, for at most TILE_ROWS rows. */
 INLINE void multiply(int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
                      const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
 #define ROWS(known) \
     if (known <= TILE_ROWS) \
     wide_tile(known, add, fetched, next, rows, apart, columns, inner, width, used, out, stride)
-    switch (count) {
-        case 1: ROWS(1); break;
-        case 2: ROWS(2); break;
-        case 3: ROWS(3); break;
-        case 4: ROWS(4); break;
-        case 5: ROWS(5); break;
-        default: ROWS(6);
-    }
+    FOR_ROWS(count, ROWS)
 }
