@@ -121,7 +121,7 @@ INLINE void packed_tile(int kind, int count, int from, const uint8_t *panel, int
     floats sums[TILE_ROWS][TILE_VECTORS] = {0};
     for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK) {
         factor by[TILE_VECTORS];
-        for (int at = 0; at < block_bytes(kind); at += LINE) __builtin_prefetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at, 0, 0);
+        for (int at = 0; at < block_bytes(kind); at += LINE) fetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at);
         for (int v = 0; v < TILE_VECTORS; v++) by[v] = factors(kind, panel, from + v);
         const uint8_t *at = panel + factor_bytes(kind);
         for (int k = 0; k < BLOCK; k++, at += code_bytes(kind)) {
