@@ -12,6 +12,30 @@ enum { MOST_THREADS = 16, PATIENCE = 2000 };
 
 int lanes(void) { return LANES; }
 
+/* ---- single products ---- */
+
+/* Panels first .. stop - 1 of out[count, outputs] = rows[count, inputs] @ matrix.T. Returns 0, or -1 without memory. */
+int product(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *out) {
+    int64_t size = scratch_floats(of, count);
+    float *scratch = size ? aligned_alloc(LINE, (size + LINE_FLOATS) / LINE_FLOATS * LINE) : NULL;
+    if (size && scratch == NULL) return -1;
+    multiply_by(of, first * of->packed, smaller(stop * of->packed, of->outputs), rows, count, scratch, out, of->outputs);
+    free(scratch);
+    return 0;
+}
+
+/* Panels first .. stop - 1 of a matrix in blocks as bfloat16, in oneDNN's order with `packed` outputs side by side. */
+void round_panels(const matrix *of, int64_t first, int64_t stop, int64_t packed, uint8_t *out) {
+    for (int64_t n = first; n < stop; n++, out += 2 * PANEL * of->inputs) {
+        const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + n * panel_bytes(of);
+        switch (of->kind) {
+            case Q4_0: round_panel(Q4_0, panel, of->inputs / BLOCK, packed, out); break;
+            case Q4_1: round_panel(Q4_1, panel, of->inputs / BLOCK, packed, out); break;
+            default: round_panel(Q8_0, panel, of->inputs / BLOCK, packed, out);
+        }
+    }
+}
+
 /* ---- decoder layers ---- */
 
 /* Sizes of rows are multiples of 32 here, those of heads of 2 * LANES. */
@@ -102,16 +126,9 @@ INLINE int64_t share(const worker *own, int part, int64_t all, int64_t step) {
 }
 
 static void times(worker *own, const matrix *of, const float *rows, float *out) {
-    int64_t count = own->of->count, blocks = of->inputs / BLOCK;
     int64_t first = share(own, 0, of->outputs, of->packed), stop = share(own, 1, of->outputs, of->packed);
     if (own->index + 1 == own->of->at.threads) stop = of->outputs; /* with the panel that is not full */
-    if (of->kind == FLOAT32) {
-        const float *weights_at = (const float *)(intptr_t)of->address + first * of->inputs;
-        packed_product(weights_at, of->packed, stop - first, of->inputs, rows, count, out + first, of->outputs);
-    } else {
-        const uint8_t *panels = (const uint8_t *)(intptr_t)of->address + first / PANEL * blocks * block_bytes((int)of->kind);
-        blocks_product((int)of->kind, panels, stop - first, blocks, rows, count, own->scratch, out + first, of->outputs);
-    }
+    multiply_by(of, first, stop, rows, own->of->count, own->scratch, out, of->outputs);
 }
 
 #define FLOATS(address) ((const float *)(intptr_t)(address))
@@ -194,10 +211,6 @@ static int all_finite(const float *values, int64_t count) {
     return total(zeros) == 0.0f;
 }
 
-INLINE int64_t scratch_for(const matrix *of, int64_t count) {
-    return of->kind == FLOAT32 ? 0 : scratch_floats(of->outputs, of->inputs, count);
-}
-
 /* given[count, size] through all layers, into `hidden`. The tables of cosines and sines are [positions, dim]. Returns 0;
    1 if what came out is not finite everywhere; or -1 without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
@@ -210,7 +223,7 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
         mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));
         attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
         const matrix *all[] = {&layers[n].query_key_value, &layers[n].output, &layers[n].gate_up, &layers[n].down};
-        for (int i = 0; i < 4; i++) scratch = larger(scratch, scratch_for(all[i], count));
+        for (int i = 0; i < 4; i++) scratch = larger(scratch, scratch_floats(all[i], count));
     }
     int64_t own = 2 * count * size + scratch;
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */

@@ -27,6 +27,8 @@ SOURCE: Final = Path(__file__).with_name("block_kernels.c")
 FLOAT32: Final = 4
 """What the kernels call a float32 matrix that oneDNN has packed; the others are those of :class:`BlockKind`."""
 Numbers = ctypes.Array[ctypes.c_int64]
+Matrix = tuple[int, int, int, int, int]
+"""A ``matrix`` of the C file: kind, address, outputs, inputs, outputs that stand side by side."""
 PANEL: Final = 64
 """Outputs that stand side by side."""
 _PACK_BYTES: Final = 2**20
@@ -53,12 +55,17 @@ class Panels:
             data[first : first + step] = _panels(Blocks(matrix.kind, rows))
         return cls(matrix.kind, matrix.rows, matrix.columns, data)
 
+    @property
+    def described(self) -> Matrix:
+        return self.kind.value, self.data.data_ptr(), self.outputs, self.inputs, PANEL
+
 
 def _panels(matrix: Blocks) -> torch.Tensor:
     """``[panels, bytes of a panel]``; what is missing in the last one is filled with zeros."""
     data = functional.pad(matrix.data, (0, 0, 0, -matrix.rows % PANEL))
     if matrix.kind is BlockKind.BFLOAT16:
-        return data.view(torch.int16).view(-1, PANEL, matrix.columns).transpose(1, 2).flatten(1).view(torch.uint8)
+        pairs = data.view(torch.int32).view(-1, PANEL, matrix.columns // 2)
+        return pairs.transpose(1, 2).flatten(1).view(torch.uint8)
     factors, codes = Blocks(matrix.kind, data).parts()
     blocks = factors.shape[1]
     if matrix.kind is not BlockKind.Q8_0:
@@ -78,7 +85,7 @@ class BlockKernels:
         library = ctypes.CDLL(str(path))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._product = library.product
-        self._product.argtypes = [ctypes.c_int, pointer, number, number, pointer, number, pointer, number]
+        self._product.argtypes = [pointer, number, number, pointer, number, pointer]
         self._product.restype = ctypes.c_int
         self._run_layers = library.run_layers
         self._run_layers.argtypes = [
@@ -89,18 +96,21 @@ class BlockKernels:
         library.lanes.restype = ctypes.c_int
         self.lanes: int = library.lanes()
         """Floats of one vector."""
-        self._expand = library.expand
-        self._expand.argtypes = [ctypes.c_int, pointer, number, number, pointer]
-        self._expand.restype = None
+        self._round_panels = library.round_panels
+        self._round_panels.argtypes = [pointer, number, number, number, pointer]
+        self._round_panels.restype = None
 
     def product(self, rows: torch.Tensor, matrix: Panels, first: int, stop: int, out: torch.Tensor) -> None:
         """Columns of panels ``first`` to ``stop`` of ``out = rows @ matrix.T``; both are contiguous float32."""
-        start, stop_output = first * PANEL, min(stop * PANEL, matrix.outputs)
         if self._product(
-            matrix.kind.value, matrix.data[first].data_ptr(), stop_output - start, matrix.inputs // BLOCK,
-            rows.data_ptr(), rows.shape[0], out.data_ptr() + 4 * start, matrix.outputs,
+            _numbers(matrix.described), first, stop, rows.data_ptr(), rows.shape[0], out.data_ptr()
         ):  # fmt: skip
             raise Internal("no memory for a product")
+
+    def round_panels(self, matrix: Panels, first: int, stop: int, packed: int, address: int) -> None:
+        """Panels ``first`` to ``stop`` of a matrix of 4 or 8 bits a weight, to ``address``, in bfloat16 and in the order
+        of :func:`peers.linear.packed_size`; ``packed`` divides ``PANEL``."""
+        self._round_panels(_numbers(matrix.described), first, stop, packed, address)
 
     def run_layers(
         self, layers: Numbers, count: int, cos: int, signed_sin: int, positions: Numbers, heads: int, kv_heads: int,
@@ -118,10 +128,9 @@ class BlockKernels:
             raise Internal("no memory for a pass")
         return found == 0  # type: ignore[no-any-return]
 
-    def expand(self, matrix: Panels, first: int, stop: int, out: torch.Tensor) -> None:
-        """Panels ``first`` to ``stop``, into the contiguous float32 ``out``: ``[panels, inputs, PANEL]``."""
-        start, blocks = matrix.data[first].data_ptr(), matrix.inputs // BLOCK
-        self._expand(matrix.kind.value, start, stop - first, blocks, out.data_ptr())
+
+def _numbers(matrix: Matrix) -> Numbers:
+    return (ctypes.c_int64 * len(matrix))(*matrix)
 
 
 @cache
@@ -135,11 +144,8 @@ def _right(kernels: BlockKernels) -> bool:
     weights, rows = torch.randn(70, 96, generator=generator), torch.randn(9, 96, generator=generator)
     for kind in BlockKind:
         matrix = to_blocks(weights, kind)
-        panels, wanted = Panels.of(matrix), matrix.expand()
-        product, expanded = torch.empty(9, 70), torch.empty(2, 96, PANEL)
+        panels, product = Panels.of(matrix), torch.empty(9, 70)
         kernels.product(rows, panels, 0, 2, product)
-        kernels.expand(panels, 0, 2, expanded)
-        found = expanded.transpose(1, 2).reshape(-1, 96)[:70]
-        if not torch.allclose(found, wanted, atol=1e-6) or not torch.allclose(product, rows @ wanted.T, atol=1e-4):
+        if not torch.allclose(product, rows @ matrix.expand().T, atol=1e-4):
             return False
     return True

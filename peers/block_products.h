@@ -1,9 +1,10 @@
 /* Products of float32 rows with matrices in panels: so many outputs stand side by side for each input.
 
-   A panel is read in the order in which it lies, and no sum goes across a vector. Weights are GGUF's Q4_0, Q4_1 or Q8_0,
-   bfloat16, or float32 as oneDNN packs it: [outputs / packed, inputs, packed]. In the first four a panel has PANEL outputs,
-   the last one perhaps fewer, and goes block by block of 32 inputs: PANEL scales (float16), PANEL minima (Q4_1), then for
-   each input PANEL codes. Of 4 bits, byte n holds the codes of outputs n and n + PANEL / 2.
+   A panel is read in the order in which it lies, and no sum goes across a vector. Weights are float32 or bfloat16 as oneDNN
+   packs them, [outputs / packed, inputs, packed] and [outputs / packed, inputs / 2, packed, 2], or GGUF's Q4_0, Q4_1 or
+   Q8_0. In those a panel has PANEL outputs and goes block by block of 32 inputs: PANEL scales (float16), PANEL minima
+   (Q4_1), then for each input PANEL codes. Of 4 bits, byte n holds the codes of outputs n and n + PANEL / 2. A last panel
+   may have outputs that the matrix doesn't.
 
    Every result is summed in the order of the inputs, so a row of activations gives the same bits whichever other rows
    share the call, and however many. */
@@ -22,9 +23,9 @@ typedef struct {
     int64_t kind, address, outputs, inputs, packed;
 } matrix;
 
-INLINE int code_bytes(int kind) { return kind < Q8_0 ? PANEL / 2 : kind == Q8_0 ? PANEL : 2 * PANEL; }
+INLINE int code_bytes(int kind) { return kind < Q8_0 ? PANEL / 2 : PANEL; }
 
-INLINE int factor_bytes(int kind) { return 2 * PANEL * (kind == Q4_1 ? 2 : kind == BFLOAT16 ? 0 : 1); }
+INLINE int factor_bytes(int kind) { return 2 * PANEL * (kind == Q4_1 ? 2 : 1); }
 
 INLINE int block_bytes(int kind) { return factor_bytes(kind) + BLOCK * code_bytes(kind); }
 
@@ -43,10 +44,7 @@ INLINE floats codes(int kind, const uint8_t *at, int v) {
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * (v & 1))));
         return (floats)_mm512_permutexvar_ps(v < 2 ? pairs : _mm512_srli_epi32(pairs, 4), (__m512)count);
     }
-    if (kind == Q8_0)
-        return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * v))));
-    __m256i upper = _mm256_loadu_si256((const __m256i *)(at + 32 * v));
-    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16);
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * v))));
 }
 
 #elif defined(__AVX2__)
@@ -59,10 +57,7 @@ INLINE floats codes(int kind, const uint8_t *at, int v) {
         __m256i chosen = v < 4 ? _mm256_and_si256(pairs, _mm256_set1_epi32(15)) : _mm256_srli_epi32(pairs, 4);
         return (floats)_mm256_cvtepi32_ps(chosen);
     }
-    if (kind == Q8_0)
-        return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + 8 * v))));
-    __m128i upper = _mm_loadu_si128((const __m128i *)(at + 16 * v));
-    return (floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(upper), 16);
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at + 8 * v))));
 }
 
 #else
@@ -82,13 +77,7 @@ INLINE floats codes(int kind, const uint8_t *at, int v) {
     for (int lane = 0; lane < LANES; lane++) {
         int n = LANES * v + lane;
         if (kind < Q8_0) out[lane] = n < PANEL / 2 ? at[n] & 15 : at[n - PANEL / 2] >> 4;
-        if (kind == Q8_0) out[lane] = (int8_t)at[n];
-        if (kind == BFLOAT16) {
-            uint32_t bits = ((uint32_t)at[2 * n] << 16) | ((uint32_t)at[2 * n + 1] << 24);
-            float value;
-            memcpy(&value, &bits, sizeof value);
-            out[lane] = value;
-        }
+        else out[lane] = (int8_t)at[n];
     }
     return out;
 }
@@ -101,7 +90,6 @@ typedef struct {
 
 /* Of vector `v` of a block. */
 INLINE factor factors(int kind, const uint8_t *block, int v) {
-    if (kind == BFLOAT16) return (factor){all(1), all(0)};
     floats scale = halves(block + 2 * LANES * v);
     return (factor){scale, kind == Q4_1   ? halves(block + 2 * PANEL + 2 * LANES * v)
                            : kind == Q4_0 ? scale * -8.0f
@@ -110,7 +98,7 @@ INLINE factor factors(int kind, const uint8_t *block, int v) {
 
 INLINE floats weights(int kind, const uint8_t *at, int v, factor by) {
     floats found = codes(kind, at, v);
-    return kind == BFLOAT16 ? found : kind == Q8_0 ? found * by.scale : fused(found, by.scale, by.shift);
+    return kind == Q8_0 ? found * by.scale : fused(found, by.scale, by.shift);
 }
 
 /* ---- products ---- */
@@ -148,9 +136,8 @@ INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *
     }
 }
 
-/* As `product` below for one panel and whole tiles of results. */
-INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
-                          float *out, int64_t stride) {
+INLINE void block_panel(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
+                        float *out, int64_t stride) {
     int64_t inputs = blocks * BLOCK, expanded = count > FEW_ROWS;
     const float *next = (const float *)(panel + blocks * block_bytes(kind)), *end = next + blocks * block_bytes(kind) / sizeof *next;
     if (expanded) expand_panel(kind, panel, blocks, scratch);
@@ -160,8 +147,9 @@ INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const 
         float *to = out + done * stride;
         if (expanded) {
             /* meanwhile the next panel comes, a line for each input; past the end of all it does nothing */
-            if (next < end) multiply(many, 0, 1, next, from, inputs, scratch, inputs, PANEL, PANEL, to, stride);
-            else multiply(many, 0, NOTHING, next, from, inputs, scratch, inputs, PANEL, PANEL, to, stride);
+#define EXPANDED(fetched) multiply(SINGLE, many, 0, fetched, next, from, inputs, scratch, inputs, PANEL, PANEL, to, stride)
+            if (next < end) EXPANDED(1);
+            else EXPANDED(NOTHING);
             next += inputs * LINE_FLOATS;
         } else
             for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
@@ -173,82 +161,89 @@ INLINE void panel_product(int kind, const uint8_t *panel, int64_t blocks, const 
     }
 }
 
-INLINE void all_panels(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
-                       float *scratch, float *edge, float *out, int64_t stride) {
-    for (int64_t n = 0; n < outputs; n += PANEL, panels += blocks * block_bytes(kind)) {
-        int64_t used = smaller(outputs - n, PANEL);
-        if (used == PANEL) {
-            panel_product(kind, panels, blocks, rows, count, scratch, out + n, stride);
-            continue;
-        }
-        panel_product(kind, panels, blocks, rows, count, scratch, edge, PANEL);
-        for (int64_t m = 0; m < count; m++) memcpy(out + m * stride + n, edge + m * PANEL, used * sizeof *out);
-    }
-}
-
-#define FOR_KIND(call) \
-    switch (kind) { \
-        case Q4_0: call(Q4_0); break; \
-        case Q4_1: call(Q4_1); break; \
-        case Q8_0: call(Q8_0); break; \
-        default: call(BFLOAT16); \
-    }
-
-INLINE int64_t expanded_floats(int64_t inputs, int64_t count) { return count > FEW_ROWS ? PANEL * inputs : 0; }
-
-/* Floats that `blocks_product` needs at `scratch`, which begins with a line. */
-INLINE int64_t scratch_floats(int64_t outputs, int64_t inputs, int64_t count) {
-    return expanded_floats(inputs, count) + (outputs % PANEL ? PANEL * count : 0);
-}
-
-/* out[count, outputs] = rows[count, blocks * 32] @ matrix.T; rows of `out` are `stride` floats apart. */
-static void blocks_product(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count,
-                           float *scratch, float *out, int64_t stride) {
-    float *edge = scratch + expanded_floats(blocks * BLOCK, count);
-#define PRODUCT(known) all_panels(known, panels, outputs, blocks, rows, count, scratch, edge, out, stride)
-    FOR_KIND(PRODUCT)
-}
-
-/* As above. Returns 0, or -1 without memory for scratch. */
-int product(int kind, const uint8_t *panels, int64_t outputs, int64_t blocks, const float *rows, int64_t count, float *out,
-            int64_t stride) {
-    int64_t size = scratch_floats(outputs, blocks * BLOCK, count);
-    float *scratch = size ? aligned_alloc(LINE, (size + LINE_FLOATS) / LINE_FLOATS * LINE) : NULL;
-    if (size && scratch == NULL) return -1;
-    blocks_product(kind, panels, outputs, blocks, rows, count, scratch, out, stride);
-    free(scratch);
-    return 0;
-}
-
-/* As `blocks_product`, for float32 in oneDNN's layout; `packed` is a multiple of LANES and divides the outputs. A cache
-   holds a panel of weights from one tile of rows to the next, and each tile fetches its share of the next panel: memory
-   and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
-static void packed_product(const float *weights_at, int64_t packed, int64_t outputs, int64_t inputs, const float *rows,
-                           int64_t count, float *out, int64_t stride) {
-    int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-    for (int64_t n = 0; n < outputs; n += packed, weights_at += packed * inputs) {
-        const float *next = weights_at + packed * inputs;
-        int64_t lines = n + packed < outputs ? packed / LINE_FLOATS : 0, fetched = 0, done = 0;
-        for (int64_t t = 1; t <= tiles; t++) {
-            int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
-            int many = rows_of_tile(count - done);
+/* A cache holds the panel from one tile of rows to the next, and each tile fetches its share of the next panel, if there
+   is one: memory and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
+INLINE void float_panel(int each, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
+                        int64_t count, float *out, int64_t stride) {
+    int64_t steps = inputs / each, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t lines = last ? 0 : packed / LINE_FLOATS, fetched = 0, done = 0;
+    const float *next = panel + packed * steps;
+    for (int64_t t = 1; t <= tiles; t++) {
+        int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
+        int many = rows_of_tile(count - done);
 #define FETCHING(known) \
-    multiply(many, 0, known, next + fetched * LINE_FLOATS * inputs, rows + done * inputs, inputs, weights_at, inputs, packed, \
-             packed, out + done * stride + n, stride)
-            switch (now) {
-                case ITSELF: FETCHING(ITSELF); break;
-                case NOTHING: FETCHING(NOTHING); break;
-                case 1: FETCHING(1); break;
-                default: FETCHING(2); /* a few lines of unusually wide panels are left */
-            }
-            fetched += now, done += many;
+    multiply(each, many, 0, known, next + fetched * LINE_FLOATS * steps, rows + done * inputs, inputs, panel, inputs, packed, \
+             packed, out + done * stride, stride)
+        switch (now) {
+            case ITSELF: FETCHING(ITSELF); break;
+            case NOTHING: FETCHING(NOTHING); break;
+            case 1: FETCHING(1); break;
+            default: FETCHING(2); /* a few lines of unusually wide panels are left */
         }
+        fetched += now, done += many;
     }
 }
 
-/* out[count, blocks * 32, PANEL]: the weights of `count` panels. */
-void expand(int kind, const uint8_t *panels, int64_t count, int64_t blocks, float *out) {
-    for (int64_t n = 0; n < count; n++, out += blocks * BLOCK * PANEL)
-#define EXPAND(known) expand_panel(known, panels + n * blocks * block_bytes(known), blocks, out)
-        FOR_KIND(EXPAND)
+INLINE int64_t panel_bytes(const matrix *of) {
+    if (of->kind == FLOAT32) return of->packed * of->inputs * (int64_t)sizeof(float);
+    if (of->kind == BFLOAT16) return of->packed * of->inputs * 2;
+    return of->inputs / BLOCK * block_bytes((int)of->kind);
+}
+
+INLINE int64_t expanded_floats(const matrix *of, int64_t count) {
+    return of->kind < BFLOAT16 && count > FEW_ROWS ? PANEL * of->inputs : 0;
+}
+
+/* Floats that `multiply_by` needs at `scratch`, which begins with a line. */
+INLINE int64_t scratch_floats(const matrix *of, int64_t count) {
+    return expanded_floats(of, count) + (of->outputs % of->packed ? of->packed * count : 0);
+}
+
+/* out[count, outputs] = rows[count, inputs] @ matrix.T, outputs first .. stop - 1 of it, from a panel's first one to a
+   panel's last one or the matrix's; rows of `out` are `stride` floats apart. */
+static void multiply_by(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *scratch,
+                        float *out, int64_t stride) {
+    const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + first / of->packed * panel_bytes(of);
+    float *edge = scratch + expanded_floats(of, count);
+    int64_t blocks = of->inputs / BLOCK;
+    for (int64_t n = first; n < stop; n += of->packed, panel += panel_bytes(of)) {
+        int64_t used = smaller(stop - n, of->packed), whole = used == of->packed, apart = whole ? stride : of->packed;
+        int last = n + of->packed >= stop;
+        float *to = whole ? out + n : edge;
+        switch (of->kind) {
+            case Q4_0: block_panel(Q4_0, panel, blocks, rows, count, scratch, to, apart); break;
+            case Q4_1: block_panel(Q4_1, panel, blocks, rows, count, scratch, to, apart); break;
+            case Q8_0: block_panel(Q8_0, panel, blocks, rows, count, scratch, to, apart); break;
+            case BFLOAT16:
+                float_panel(PAIRED, (const float *)panel, of->packed, of->inputs, last, rows, count, to, apart);
+                break;
+            default: float_panel(SINGLE, (const float *)panel, of->packed, of->inputs, last, rows, count, to, apart);
+        }
+        for (int64_t m = 0; !whole && m < count; m++) memcpy(out + m * stride + n, edge + m * of->packed, used * sizeof *out);
+    }
+}
+
+/* ---- for the machine's own kernels ---- */
+
+/* The upper halves of numbers, rounded to the nearest, in the lower halves' place */
+INLINE ints halved(floats number) {
+    ints bits = (ints)number;
+    return (ints)((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff);
+}
+
+/* The weights of a panel as bfloat16 in oneDNN's order; `packed` is a multiple of LANES and divides PANEL. */
+INLINE void round_panel(int kind, const uint8_t *panel, int64_t blocks, int64_t packed, uint8_t *out) {
+    int64_t inputs = blocks * BLOCK;
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
+        factor by[PANEL_VECTORS];
+        for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
+        const uint8_t *at = panel + factor_bytes(kind);
+        for (int64_t k = b * BLOCK; k < (b + 1) * BLOCK; k += 2, at += 2 * code_bytes(kind))
+            for (int v = 0; v < PANEL_VECTORS; v++) {
+                ints first = halved(weights(kind, at, v, by[v])), second = halved(weights(kind, at + code_bytes(kind), v, by[v]));
+                int64_t n = v * LANES, place = n / packed * packed * inputs + k * packed + n % packed * 2;
+                first |= second << 16;
+                memcpy(out + 2 * place, &first, sizeof first);
+            }
+    }
 }

@@ -21,11 +21,12 @@ from torch import nn
 
 from peers.attention import Spans
 from peers.attention_kernel import AttentionKernel, attention_kernel
-from peers.block_kernels import FLOAT32, PANEL, BlockKernels, block_kernels
+from peers.block_kernels import FLOAT32, BlockKernels, Matrix, block_kernels
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
 from peers.norm import RootMeanSquareNorm
 from peers.quantized_linear import PanelLinear
+from peers.weights.blocks import BlockKind
 from swarm.sampling import Floats
 
 
@@ -112,13 +113,12 @@ def _fits(layer: DecoderLayer, lanes: int) -> bool:
     )
 
 
-def _matrix(linear: nn.Module, lanes: int) -> tuple[int, int, int, int, int] | None:
-    """As ``block_kernels.c`` has it."""
+def _matrix(linear: nn.Module, lanes: int) -> Matrix | None:
     if isinstance(linear, PanelLinear):
-        panels = linear.matrix
-        found = panels.kind.value, panels.data.data_ptr(), panels.outputs, panels.inputs, PANEL
+        found = linear.matrix.described
     elif isinstance(linear, OneDnnLinear) and linear.packed_size is not None and linear.packed_size % lanes == 0:
-        found = FLOAT32, linear.address, linear.out_features, linear.in_features, linear.packed_size
+        kind = FLOAT32 if linear.weight.dtype == torch.float32 else BlockKind.BFLOAT16.value
+        found = kind, linear.address, linear.out_features, linear.in_features, linear.packed_size
     else:
         return None
     return found if found[2] % 32 == 0 and found[3] % 32 == 0 else None

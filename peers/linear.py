@@ -47,22 +47,27 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 def memory_of(packed: torch.Tensor) -> torch.Tensor:
-    """The float32 numbers of a packed matrix in the order in which they lie. Valid as long as ``packed`` is."""
+    """The numbers of a packed matrix in the order in which they lie. Valid as long as ``packed`` is."""
     size = _ops._nbytes(packed)
-    return torch.frombuffer((ctypes.c_char * size).from_address(_ops.data_ptr(packed)), dtype=torch.float32)
+    return torch.frombuffer((ctypes.c_char * size).from_address(_ops.data_ptr(packed)), dtype=packed.dtype)
 
 
 def packed_size(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
-    """How many outputs of ``weight`` ``[out, in]``, in float32, stand side by side in ``packed``: it then lies as
-    ``[out / size, in, size]``. None for any other layout."""
+    """How many outputs of ``weight`` ``[out, in]`` stand side by side in ``packed``: it then lies as
+    ``[out / size, in, size]`` in float32, and as ``[out / size, in / 2, size, 2]`` in bfloat16. None for any other
+    layout."""
     outputs, inputs = weight.shape
-    if weight.dtype != torch.float32 or _ops._nbytes(packed) != weight.nbytes:
+    each = {torch.float32: 1, torch.bfloat16: 2}.get(weight.dtype)
+    if each is None or inputs % each or _ops._nbytes(packed) != weight.nbytes:
         return None
     memory = memory_of(packed)
     for size in PACKED_SIZES:
         if outputs % size == 0:
             ends = (memory[: size * inputs], weight[:size]), (memory[-size * inputs :], weight[-size:])
-            if all(torch.equal(found.view(inputs, size), wanted.T) for found, wanted in ends):
+            if all(
+                torch.equal(found.view(inputs // each, size, each), wanted.view(size, -1, each).transpose(0, 1))
+                for found, wanted in ends
+            ):
                 return size
     return None
 

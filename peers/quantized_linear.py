@@ -7,15 +7,18 @@ of the matrix after the other is expanded for torch's own product.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Final
 
 import torch
 from torch import nn
 
+from peers.attention_kernel import LANES
 from peers.block_kernels import PANEL, BlockKernels, Panels, block_kernels
 from peers.compiled import shared_out
-from peers.linear import packing_works, product
-from peers.weights.blocks import Blocks
+from peers.linear import OneDnnLinear, packing_works, product
+from peers.weights.blocks import BlockKind, Blocks
 
 MANY_ROWS: Final = 32
 """From so many rows on the machine's own kernel for bfloat16 is faster, with the expansion."""
@@ -31,7 +34,8 @@ def quantized_linear(matrix: Blocks, bias: torch.Tensor | None) -> PanelLinear |
 
 class PanelLinear(nn.Module):
     """A row of float32 gets the same bits in any company. Many rows in bfloat16 are multiplied in that, where the
-    machine can: what rounds rows may round weights, too."""
+    machine can: what rounds rows may round weights, too. Not for two threads at once: they would share a scratch
+    matrix."""
 
     def __init__(self, kernels: BlockKernels, matrix: Panels, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -42,8 +46,9 @@ class PanelLinear(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         flat = rows.reshape(-1, self.in_features)
-        many = flat.shape[0] >= MANY_ROWS and rows.dtype == torch.bfloat16 and packing_works(rows.dtype)
-        result = self._in_bfloat16(flat) if many else self._in_float32(flat.float().contiguous())
+        result = self._in_bfloat16(flat) if flat.shape[0] >= MANY_ROWS and rows.dtype == torch.bfloat16 else None
+        if result is None:
+            result = self._in_float32(flat.float().contiguous())
         if rows.ndim != 2 or rows.dtype != result.dtype:
             result = result.view(*rows.shape[:-1], self.out_features).to(rows.dtype)
         return result if self.bias is None else result.add_(self.bias)
@@ -54,18 +59,46 @@ class PanelLinear(nn.Module):
         shared_out(lambda first, stop: multiply(rows, matrix, first, stop, result), len(matrix.data))
         return result
 
-    def _in_bfloat16(self, rows: torch.Tensor) -> torch.Tensor:
+    def _in_bfloat16(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """None where the kernel or its layout is not known."""
+        if self.matrix.kind is BlockKind.BFLOAT16:
+            return None
+        count, size = len(self.matrix.data), 2 * PANEL * self.in_features
+        step = -(-count // -(-count * size // SCRATCH_BYTES))
         result = rows.new_empty(rows.shape[0], self.out_features)
-        count = len(self.matrix.data)
-        step = max(1, SCRATCH_BYTES // (4 * PANEL * self.in_features))
-        scratch = torch.empty(min(step, count), self.in_features, PANEL)
         for first in range(0, count, step):
             stop = min(first + step, count)
-            self._kernels.expand(self.matrix, first, stop, scratch)
-            piece = scratch[: stop - first].transpose(1, 2).to(rows.dtype).reshape(-1, self.in_features)
+            scratch = _scratch(stop - first, self.in_features)
+            if scratch is None:
+                return None
+            shared_out(partial(self._round, scratch, first), stop - first)
             columns = slice(first * PANEL, min(stop * PANEL, self.out_features))
-            result[:, columns] = product(rows, piece[: columns.stop - columns.start])
+            result[:, columns] = product(rows, scratch.matrix)[:, : columns.stop - columns.start]
         return result
+
+    def _round(self, scratch: _Scratch, offset: int, first: int, stop: int) -> None:
+        address = scratch.address + first * 2 * PANEL * self.in_features
+        self._kernels.round_panels(self.matrix, offset + first, offset + stop, scratch.packed, address)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    matrix: torch.Tensor
+    """Of bfloat16, packed by oneDNN."""
+    packed: int
+    address: int
+
+
+@lru_cache(maxsize=16)
+def _scratch(panels: int, inputs: int) -> _Scratch | None:
+    """None where the machine has no kernel, or packs for it in another way than ``round_panels``."""
+    if not packing_works(torch.bfloat16):
+        return None
+    numbers = torch.arange(panels * PANEL * inputs).remainder(251).to(torch.bfloat16).view(-1, inputs)
+    linear = OneDnnLinear(numbers, None, packed=True)
+    packed = linear.packed_size
+    known = packed is not None and PANEL % packed == 0 and packed % LANES == 0
+    return _Scratch(linear.weight, packed, linear.address) if known and packed is not None else None
 
 
 class BlockLinear(nn.Module):
