@@ -1,8 +1,8 @@
-/* Attention of new rows, of many sessions, against the sessions' own caches, all in float32.
+/* Attention of new rows, of many sessions, against the sessions' own caches, all computed in float32.
 
-   A cache is blocks of positions, [layers, 2 (keys, values), kv_heads, block, row]; a row is head_dim floats, or head_dim
-   signed bytes and the float that they are multiples of. Keys in floats are [head_dim, block], as the products with
-   queries want them. `put` writes the new rows' keys and values there, and then `attend` reads what was written: blocks
+   A cache is blocks of positions, [layers, 2 (keys, values), kv_heads, block, row]; a row is head_dim numbers of float32 or
+   bfloat16, or head_dim signed bytes and the float that they are multiples of. Keys in numbers are [head_dim, block], as
+   the products with queries want them. `put` writes the new rows' keys and values there, and then `attend` reads what was written: blocks
    of keys against tiles of queries, as in FlashAttention (Dao et al., 2022).
    What a row gives depends on nothing but its session, to the last bit: neither on which rows share the call, nor on
    those with which it came. */
@@ -12,6 +12,7 @@
 #include "vectors.h"
 
 typedef int8_t codes __attribute__((vector_size(LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef float four __attribute__((vector_size(16)));
 
 #ifdef __clang__
@@ -23,11 +24,14 @@ typedef int32_t of_four __attribute__((vector_size(16)));
 
 /* ---- caches ---- */
 
+/* How rows are kept */
+enum { FLOAT32, INT8, BFLOAT16 };
+
 /* A session's new rows; numbers as Python fills them. */
 typedef struct {
     int64_t blocks; /* where the addresses of its cache's blocks are */
     int64_t block;  /* positions in one */
-    int64_t coded;  /* whether rows are in int8 */
+    int64_t kind;
     int64_t layer;  /* the first that the cache has */
     int64_t start, count; /* positions of the new rows */
     int64_t offset; /* which row of the batch is the first of them */
@@ -36,14 +40,13 @@ typedef struct {
 /* Where a layer and kv head have their rows: keys `at` this offset of each block, values `values` further on. */
 typedef struct {
     const int64_t *blocks;
-    int64_t block, at, values, row;
-    int coded;
+    int64_t block, at, values, row, kind;
 } Rows;
 
 INLINE Rows rows_of(const span *of, int64_t layer, int64_t kv_heads, int64_t h, int64_t dim) {
-    int64_t row = of->coded ? dim + (int64_t)sizeof(float) : dim * (int64_t)sizeof(float), head = of->block * row;
+    int64_t row = of->kind == INT8 ? dim + 4 : dim * (of->kind == BFLOAT16 ? 2 : 4), head = of->block * row;
     int64_t at = ((layer - of->layer) * 2 * kv_heads + h) * head;
-    return (Rows){(const int64_t *)(uintptr_t)of->blocks, of->block, at, kv_heads * head, row, of->coded != 0};
+    return (Rows){(const int64_t *)(uintptr_t)of->blocks, of->block, at, kv_heads * head, row, of->kind};
 }
 
 INLINE char *block_of(const Rows *rows, int64_t index) { return (char *)(uintptr_t)rows->blocks[index] + rows->at; }
@@ -54,6 +57,31 @@ static void put_codes(char *row, const float *numbers, int64_t dim) {
     float scale = most / 127.0f, divisor = scale > 0.0f ? scale : 1.0f;
     for (int64_t d = 0; d < dim; d++) ((int8_t *)row)[d] = (int8_t)rintf(numbers[d] / divisor);
     memcpy(row + dim, &scale, sizeof scale);
+}
+
+/* To the nearest, as torch rounds */
+INLINE uint16_t upper_half(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* `count` rows of `used` numbers in bfloat16, `size` of them apart, as floats */
+static void widen(const char *row, int64_t count, int64_t size, int64_t used, float *out) {
+    for (int64_t k = 0; k < count; k++, row += 2 * size, out += size)
+        for (int64_t i = 0; i < used; i += LANES) {
+#if defined __AVX512F__
+            __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + 2 * i)));
+            store(out + i, (floats)_mm512_slli_epi32(wide, 16));
+#elif defined __AVX2__
+            __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(row + 2 * i)));
+            store(out + i, (floats)_mm256_slli_epi32(wide, 16));
+#else
+            halves narrow;
+            memcpy(&narrow, row + 2 * i, sizeof narrow);
+            store(out + i, (floats)(__builtin_convertvector(narrow, ints) << 16));
+#endif
+        }
 }
 
 /* `count` rows in int8 as floats */
@@ -88,9 +116,12 @@ void put(const span *spans, int64_t sessions, int64_t layer, int64_t kv_heads, i
                 int64_t position = of->start + r, from = of->offset + r;
                 char *block = block_of(&rows, position / rows.block), *row = block + position % rows.block * rows.row;
                 const float *key = keys + h * k_head + from * k_row, *value = values + h * v_head + from * v_row;
-                if (rows.coded) {
+                if (rows.kind == INT8) {
                     put_codes(row, key, dim);
                     put_codes(row + rows.values, value, dim);
+                } else if (rows.kind == BFLOAT16) {
+                    uint16_t *column = (uint16_t *)block + position % rows.block, *to = (uint16_t *)(row + rows.values);
+                    for (int64_t d = 0; d < dim; d++) column[d * rows.block] = upper_half(key[d]), to[d] = upper_half(value[d]);
                 } else {
                     float *column = (float *)block + position % rows.block;
                     for (int64_t d = 0; d < dim; d++) column[d * rows.block] = key[d];
@@ -160,10 +191,10 @@ enum { LINES_AHEAD = 4 };
    1: there is no memory. */
 static int attend_rows(const attention *a, const span *of, int64_t h, int64_t from, int64_t to, const char *after) {
     int64_t dim = a->dim, group = a->heads / a->kv_heads, count = (to - from) * group, block = of->block;
-    int64_t expanded = of->coded ? block * dim : 0, numbers = count * 2 * (dim + LANES) + 2 * expanded + TILE_ROWS * block;
+    int64_t expanded = of->kind != FLOAT32 ? block * dim : 0, numbers = count * 2 * (dim + LANES) + 2 * expanded + TILE_ROWS * block;
     float *memory = aligned_alloc(LINE, sizeof(float) * (size_t)(numbers + LINE) / LINE * LINE);
     if (!memory) return 1;
-    /* queries, sums of weighted values, a block of int8's keys turned round, its rows as floats, a tile's scores */
+    /* queries, sums of weighted values, a block's keys and values as floats where they are not, a tile's scores */
     float *asked = memory, *sums = asked + count * dim, *turned = sums + count * dim, *plain = turned + expanded;
     float *scores = plain + expanded, *most = scores + TILE_ROWS * block, *weights = most + count;
     Rows rows = rows_of(of, a->layer, a->kv_heads, h, dim);
@@ -177,13 +208,17 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
         int64_t base = index * block, filled = smaller(end - base, block), used = (filled + LANES - 1) / LANES * LANES;
         const char *keys = block_of(&rows, index), *values = keys + rows.values;
         const char *next = base + block < end ? block_of(&rows, index + 1) : after;
-        if (rows.coded) {
+        if (rows.kind == BFLOAT16) {
+            widen(keys, dim, block, used, turned);
+            widen(values, filled, dim, dim, plain);
+        }
+        if (rows.kind == INT8) {
             decode(&rows, keys, filled, dim, plain);
             turn(plain, filled, dim, block, used, turned);
             decode(&rows, values, filled, dim, plain);
         }
-        const float *key_columns = rows.coded ? turned : (const float *)keys;
-        const float *value_columns = rows.coded ? plain : (const float *)values;
+        const float *key_columns = expanded ? turned : (const float *)keys;
+        const float *value_columns = expanded ? plain : (const float *)values;
         for (int64_t m = 0; m < count; m += TILE_ROWS) {
             int many = (int)smaller(count - m, TILE_ROWS);
             if (start + (m + many - 1) / group < base) continue;

@@ -1,4 +1,4 @@
-"""Attention on a CPU in float32: ``attention_kernel.c``, and the table of sessions that it takes.
+"""Attention on a CPU, computed in float32: ``attention_kernel.c``, and the table of sessions that it takes.
 
 A session's decode step attends from one row. With a call of torch for each session and layer, calling takes several
 times as long as computing, and sixteen sessions in a pass spend more time there than in all matrix products. For a
@@ -90,7 +90,7 @@ class AttentionKernel:
 def table(spans: Sequence[Span]) -> Rows:
     """Valid as long as the caches are, and what it says of blocks until one of them is truncated."""
     rows = [
-        (c.blocks_address, BLOCK, c.kind != MODEL, c.layers.start, span.start, span.count, span.offset)
+        (c.blocks_address, BLOCK, c.row_kind, c.layers.start, span.start, span.count, span.offset)
         for span in spans
         for c in (span.cache,)
     ]
@@ -111,11 +111,12 @@ def _right(kernel: AttentionKernel) -> bool:
     key, value = past[:, :, seen - count :]
     mask = torch.ones(count, seen, dtype=torch.bool).tril(seen - count)
     wanted = scaled_dot_product_attention(query[None], past[:1], past[1:], mask, scale=0.2, enable_gqa=True)
-    for kind, close in ((MODEL, 1e-5), ("int8", 0.1)):
-        cache = SequenceCache(LayerRange(0, 1), kv_heads, dim, seen, torch.float32, kind=kind)
+    numbers, rounded = (torch.float32, 1e-5), (torch.bfloat16, 0.1)
+    for kind, (dtype, close) in ((MODEL, numbers), (MODEL, rounded), ("int8", (torch.float32, 0.1))):
+        cache = SequenceCache(LayerRange(0, 1), kv_heads, dim, seen, dtype, kind=kind)
         cache.grow(0, seen)
         cache.write(0, 0, past[0, :, :-count], past[1, :, :-count])
-        span = (ctypes.c_int64 * RECORD)(cache.blocks_address, BLOCK, kind != MODEL, 0, seen - count, count, 0)
+        span = (ctypes.c_int64 * RECORD)(cache.blocks_address, BLOCK, cache.row_kind, 0, seen - count, count, 0)
         out = torch.empty(count, heads, dim)
         kernel.attend(span, 0, None, 0.2, query, key, value, out)
         if not torch.allclose(out, wanted[0].transpose(0, 1), atol=close):

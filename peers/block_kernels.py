@@ -102,14 +102,13 @@ class BlockKernels:
 
     def product(self, rows: torch.Tensor, matrix: Panels, first: int, stop: int, out: torch.Tensor) -> None:
         """Columns of panels ``first`` to ``stop`` of ``out = rows @ matrix.T``; both are contiguous float32."""
-        if self._product(
-            _numbers(matrix.described), first, stop, rows.data_ptr(), rows.shape[0], out.data_ptr()
-        ):  # fmt: skip
+        described = _numbers(matrix.described)
+        if self._product(described, first, stop, rows.data_ptr(), rows.shape[0], out.data_ptr()):
             raise Internal("no memory for a product")
 
     def round_panels(self, matrix: Panels, first: int, stop: int, packed: int, address: int) -> None:
-        """Panels ``first`` to ``stop`` of a matrix of 4 or 8 bits a weight, to ``address``, in bfloat16 and in the order
-        of :func:`peers.linear.packed_size`; ``packed`` divides ``PANEL``."""
+        """Panels ``first`` to ``stop`` of a matrix of 4 or 8 bits a weight, to ``address``: bfloat16 in the order that
+        :func:`peers.linear.packed_size` tells of. ``packed`` divides ``PANEL``."""
         self._round_panels(_numbers(matrix.described), first, stop, packed, address)
 
     def run_layers(

@@ -65,7 +65,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def _compiled(source: Path) -> Path:
     """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
     read = [file.read_bytes() for file in (source, *sorted(HERE.glob("*.h")))]
-    facts = [*read, " ".join(FLAGS).encode(), platform.machine().encode(), _cpu()]
+    facts = [*read, " ".join(FLAGS).encode(), platform.machine().encode(), *cpu_features()]
     place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
     if place.is_file():
         return place
@@ -84,13 +84,14 @@ def _compiled(source: Path) -> Path:
     return place
 
 
-def _cpu() -> bytes:
-    """What the CPU can do: homes are shared between machines, and code for one may not run on another."""
+def cpu_features() -> list[bytes]:
+    """What the CPU can do, as the kernel calls it: homes are shared between machines, and code for one may not run on
+    another."""
     try:
-        found = re.search(rb"^(flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
+        found = re.search(rb"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
     except OSError:
-        return platform.processor().encode()
-    return found[2] if found else b""
+        return platform.processor().encode().split()
+    return found[1].split() if found else []
 
 
 def _why(error: Exception) -> str:

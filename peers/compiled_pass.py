@@ -24,7 +24,7 @@ from peers.attention_kernel import AttentionKernel, attention_kernel
 from peers.block_kernels import FLOAT32, BlockKernels, Matrix, block_kernels
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.linear import OneDnnLinear
-from peers.norm import RootMeanSquareNorm
+from peers.norm import weight_of
 from peers.quantized_linear import PanelLinear
 from peers.weights.blocks import BlockKind
 from swarm.sampling import Floats
@@ -37,25 +37,30 @@ class CompiledPass:
         self, layers: Sequence[DecoderLayer], rotation: Rotation, kernels: BlockKernels, attention: AttentionKernel
     ) -> None:
         """Takes what :meth:`of` has found fit."""
-        numbers = [_described(layer) for layer in layers]
-        self._layers = layers  # their memory is what the addresses mean
+        self._kept: list[torch.Tensor] = []
+        numbers = [_described(layer, self._kept) for layer in layers]
+        self._layers = layers  # with the tensors above, their memory is what the addresses mean
         self._numbers = (ctypes.c_int64 * sum(map(len, numbers)))(*(n for layer in numbers for n in layer))
         self._kernels, self._attention = kernels, attention
         self._rotary = _RotaryTables(rotation)
         first = layers[0]
         self._heads, self._kv_heads, self._dim, self._scale = first.heads, first.kv_heads, first.head_dim, first.scaling
-        self._epsilon = _epsilon(first)
+        self._epsilon = weight_of(first.input_norm)[1]
 
     @classmethod
-    def of(cls, layers: Sequence[nn.Module], rotation: nn.Module) -> Self | None:
-        """None where there is no compiler, or a layer has something that the kernels don't know."""
+    def of(cls, layers: Sequence[nn.Module], rotation: nn.Module, dtype: torch.dtype) -> Self | None:
+        """None where there is no compiler, or a layer has something that the kernels don't know. ``dtype`` is that of
+        what the caches hold."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            return None
         kernels, attention = block_kernels(), attention_kernel()
         known = [layer for layer in layers if isinstance(layer, DecoderLayer)]
         if kernels is None or attention is None or not known or len(known) != len(layers):
             return None
         if not isinstance(rotation, Rotation) or not all(_fits(layer, kernels.lanes) for layer in known):
             return None
-        if len({(layer.heads, layer.kv_heads, layer.head_dim, layer.scaling, _epsilon(layer)) for layer in known}) > 1:
+        shapes = {(a.heads, a.kv_heads, a.head_dim, a.scaling, weight_of(a.input_norm)[1]) for a in known}
+        if len(shapes) > 1:
             return None
         return cls(known, rotation, kernels, attention)
 
@@ -100,17 +105,22 @@ class _RotaryTables:
 
 
 def _fits(layer: DecoderLayer, lanes: int) -> bool:
-    norms = [layer.input_norm, layer.output_norm]
-    if not all(isinstance(norm, RootMeanSquareNorm) for norm in norms) or layer.head_dim % (2 * lanes):
+    if layer.head_dim % (2 * lanes) or AttentionKernel.misfit(layer.heads, layer.kv_heads, layer.head_dim):
         return False
-    if layer.query_norm is not None and (layer.key_norm is None or layer.query_norm.weight.dtype != torch.float32):
-        return False
-    if AttentionKernel.misfit(layer.heads, layer.kv_heads, layer.head_dim):
+    norms = [norm for norm in _norms(layer) if norm is not None]
+    if len(norms) == 3 or len({weight_of(norm)[1] for norm in norms}) > 1:
         return False
     matrices = (layer.query_key_value, layer.output, layer.gate_up, layer.down)
-    return all(_matrix(matrix, lanes) is not None for matrix in matrices) and all(
-        getattr(matrix, "bias", None) is None for matrix in matrices[1:]
+    on_cpu = all(weight_of(norm)[0].device.type == "cpu" for norm in norms)
+    return (
+        on_cpu
+        and all(_matrix(matrix, lanes) is not None for matrix in matrices)
+        and all(getattr(matrix, "bias", None) is None for matrix in matrices[1:])
     )
+
+
+def _norms(layer: DecoderLayer) -> tuple[nn.Module, nn.Module, nn.Module | None, nn.Module | None]:
+    return layer.input_norm, layer.output_norm, layer.query_norm, layer.key_norm
 
 
 def _matrix(linear: nn.Module, lanes: int) -> Matrix | None:
@@ -124,19 +134,17 @@ def _matrix(linear: nn.Module, lanes: int) -> Matrix | None:
     return found if found[2] % 32 == 0 and found[3] % 32 == 0 else None
 
 
-def _described(layer: DecoderLayer) -> list[int]:
-    """A ``layer`` of ``block_kernels.c``."""
+def _described(layer: DecoderLayer, kept: list[torch.Tensor]) -> list[int]:
+    """A ``layer`` of ``block_kernels.c``; what it points to and the layer doesn't have comes into ``kept``."""
     numbers: list[int] = []
     for linear in (layer.query_key_value, layer.output, layer.gate_up, layer.down):
         matrix = _matrix(linear, 1)
         assert matrix is not None  # `_fits` has seen to it
         numbers += matrix
-    owners = (layer.input_norm, layer.output_norm, layer.query_key_value, layer.query_norm, layer.key_norm)
-    for owner, name in zip(owners, ("weight", "weight", "bias", "weight", "weight"), strict=True):
-        held = getattr(owner, name, None)
-        numbers.append(held.data_ptr() if isinstance(held, torch.Tensor) else 0)
+    bias = getattr(layer.query_key_value, "bias", None)
+    norms = [None if norm is None else weight_of(norm)[0] for norm in _norms(layer)]
+    for held in (*norms[:2], None if bias is None else bias.float(), *norms[2:]):
+        if held is not None:
+            kept.append(held.contiguous())
+        numbers.append(0 if held is None else kept[-1].data_ptr())
     return [*numbers, layer.layer_idx, layer.window or 0]
-
-
-def _epsilon(layer: DecoderLayer) -> float:
-    return layer.input_norm.epsilon  # type: ignore[return-value]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 64
 """Positions in a block."""
+FLOAT32, INT8, BFLOAT16, UNKNOWN = 0, 1, 2, -1
+"""How rows are kept, as ``attention_kernel.c`` calls it."""
 
 
 def blocks_for(positions: int, block: int = BLOCK) -> int:
@@ -30,9 +32,9 @@ def blocks_for(positions: int, block: int = BLOCK) -> int:
 class SequenceCache:
     """Keys and values of one session: blocks ``[layers, 2, kv_heads, BLOCK, row]``, each one allocation.
 
-    A row is ``head_dim`` numbers of the model's dtype, or as ``swarm.kv`` has it for ``int8``. Keys in float32 on a CPU
-    are ``[head_dim, BLOCK]``, as :mod:`peers.attention_kernel` reads them. Blocks of positions that another cache has
-    as well, see :meth:`copy`, are shared until one of the two writes there.
+    A row is ``head_dim`` numbers of the model's dtype, or as ``swarm.kv`` has it for ``int8``. Keys in float32 and in
+    bfloat16 on a CPU are ``[head_dim, BLOCK]``, as :mod:`peers.attention_kernel` reads them. Blocks of positions that
+    another cache has as well, see :meth:`copy`, are shared until one of the two writes there.
     """
 
     __slots__ = (
@@ -49,6 +51,7 @@ class SequenceCache:
         "kind",
         "layers",
         "length",
+        "row_kind",
     )
 
     def __init__(
@@ -76,7 +79,9 @@ class SequenceCache:
         """Positions that hold the keys and values of committed inputs; what lies behind is scratch."""
         self._dtype, self._device = dtype, device
         self._shape = (len(layers), 2, kv_heads, BLOCK, head_dim)
-        self._turned = kind == MODEL and dtype == torch.float32 and torch.device(device).type == "cpu"
+        kinds = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16} if torch.device(device).type == "cpu" else {}
+        self.row_kind = kinds.get(dtype, UNKNOWN) if kind == MODEL else INT8
+        self._turned = self.row_kind in kinds.values()
         self._blocks: list[torch.Tensor] = []
         # Indexing a tensor costs microseconds, at every block of every layer of every step: done once, when it comes.
         self._keys: list[tuple[torch.Tensor, ...]] = []

@@ -15,6 +15,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from peers.compiled import cpu_features
+
 _ops: Any = torch.ops.mkldnn
 
 PACKED_SIZES: Final = (64, 48, 32, 16, 8)
@@ -100,3 +102,9 @@ def packing_works(dtype: torch.dtype) -> bool:
         return False
     tolerance = 1e-4 if dtype == torch.float32 else 0.2
     return torch.allclose(got.float(), rows.float() @ weight.float().T, atol=tolerance)
+
+
+@cache
+def bfloat16_is_fast() -> bool:
+    """Whether the kernel for bfloat16 has instructions of the CPU for it; elsewhere it takes longer than float32."""
+    return packing_works(torch.bfloat16) and not {b"avx512_bf16", b"amx_bf16", b"bf16"}.isdisjoint(cpu_features())

@@ -118,12 +118,7 @@ class _Reader:
         if self._weights is not None and linear.in_features % BLOCK == 0:
             self._model.lm_head = self._linear(["lm_head"], HEAD_KINDS)
             return
-        if (
-            self._device.type != "cpu"
-            or self._dtype != torch.float32
-            or getattr(linear, "bias", None) is not None
-            or not self._pack
-        ):
+        if self._device.type != "cpu" or getattr(linear, "bias", None) is not None or not self._pack:
             return
         name = self._stored[_HEAD]
         found = self._source.blocks(name) if block_kernels() is not None else None
@@ -131,6 +126,8 @@ class _Reader:
             self._model.lm_head = quantized_linear(found, None)
             del self._stored[_HEAD]
             self._read(linear.weight.numel(), found.data.nbytes)
+            return
+        if self._dtype != torch.float32:
             return
         head = CompactLinear.read(
             linear.out_features, linear.in_features, lambda start, stop: self._source.compact(name, start, stop)

@@ -31,3 +31,10 @@ def fast_norm(norm: Any) -> nn.Module:
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return norm  # type: ignore[no-any-return]
     return RootMeanSquareNorm(weight, norm.variance_epsilon)
+
+
+def weight_of(norm: Any) -> tuple[torch.Tensor, float]:
+    """Of a norm of this kind, ours or transformers': float32 ``[size]``, and epsilon."""
+    if isinstance(norm, RootMeanSquareNorm):
+        return norm.weight[: len(norm.weight) // 2], norm.epsilon
+    return norm.weight.detach().float(), norm.variance_epsilon

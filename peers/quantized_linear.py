@@ -17,7 +17,7 @@ from torch import nn
 from peers.attention_kernel import LANES
 from peers.block_kernels import PANEL, BlockKernels, Panels, block_kernels
 from peers.compiled import shared_out
-from peers.linear import OneDnnLinear, packing_works, product
+from peers.linear import OneDnnLinear, bfloat16_is_fast, product
 from peers.weights.blocks import BlockKind, Blocks
 
 MANY_ROWS: Final = 32
@@ -91,8 +91,8 @@ class _Scratch:
 
 @lru_cache(maxsize=16)
 def _scratch(panels: int, inputs: int) -> _Scratch | None:
-    """None where the machine has no kernel, or packs for it in another way than ``round_panels``."""
-    if not packing_works(torch.bfloat16):
+    """None where the machine has no fast kernel, or packs for it in another way than ``round_panels``."""
+    if not bfloat16_is_fast():
         return None
     numbers = torch.arange(panels * PANEL * inputs).remainder(251).to(torch.bfloat16).view(-1, inputs)
     linear = OneDnnLinear(numbers, None, packed=True)

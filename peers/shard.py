@@ -21,8 +21,10 @@ from torch import nn
 from peers.attention import Span, Spans, spans_of
 from peers.compiled_pass import CompiledPass
 from peers.kv_cache import SequenceCache
+from peers.linear import bfloat16_is_fast
 from peers.loading import Progress, load_model
 from peers.norm import fast_norm
+from peers.quantized_linear import MANY_ROWS, PanelLinear
 from peers.row_codec import Rows
 from swarm import kv
 from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
@@ -210,10 +212,12 @@ class _View:
         if layers.start > 0 and hasattr(view, "embedding_multiplier"):
             view.embedding_multiplier = 1.0
         self._base = view
-        self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb)
+        self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb, dtype)
         last = layers.end == model.config.num_hidden_layers
         self._norm = fast_norm(base.norm) if self._pass is not None and last else None
         self._dtype, self._device = dtype, device
+        self._many = MANY_ROWS if dtype == torch.bfloat16 and bfloat16_is_fast() else None
+        """From so many rows on the modules are faster than the compiled pass."""
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)
         self._head = copy.copy(model)
@@ -222,7 +226,7 @@ class _View:
 
     def decode(self, steps: Sequence[Step], spans: Spans) -> tuple[Rows, bool]:
         """Hidden states ``[rows, hidden]``, and whether all of them are finite."""
-        if self._pass is None:
+        if self._pass is None or (self._many is not None and sum(span.count for span in spans) >= self._many):
             return self._decode_by_modules(steps, spans)
         arrays = [_array(step.hidden) for step in steps if step.hidden is not None] or [self._embedded(steps)]
         given = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
@@ -231,7 +235,7 @@ class _View:
 
     @torch.inference_mode()
     def _embedded(self, steps: Sequence[Step]) -> Floats:
-        return self._base.embed_tokens(_ids(steps))[0].numpy()  # type: ignore[no-any-return]
+        return self._base.embed_tokens(_ids(steps))[0].float().numpy()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _decode_by_modules(self, steps: Sequence[Step], spans: Spans) -> tuple[torch.Tensor, bool]:
@@ -251,6 +255,8 @@ class _View:
     def head(self, hidden: Rows) -> torch.Tensor:
         """Logits ``[rows, vocabulary]`` in float32, by the family's own code (it may scale or cap them)."""
         rows = torch.as_tensor(hidden)[None]
+        if not isinstance(self._head.lm_head, PanelLinear):
+            rows = rows.to(self._dtype)
         return self._run_head(self._head, inputs_embeds=rows).logits[0].float()  # type: ignore[no-any-return]
 
 

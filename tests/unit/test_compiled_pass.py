@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peers import compiled as compiled_module
+from peers import shard as shard_module
 from peers.attention_kernel import attention_kernel
 from peers.block_kernels import block_kernels
 from peers.kv_cache import SequenceCache
@@ -47,7 +48,7 @@ def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         kernels.cache_clear()
 
 
-def shard_of(path: Path, family: str, weights: str = "auto", **changes: object) -> Shard:
+def shard_of(path: Path, family: str, weights: str = "auto", dtype: str = "float32", **changes: object) -> Shard:
     write_checkpoint(
         path,
         {
@@ -56,9 +57,10 @@ def shard_of(path: Path, family: str, weights: str = "auto", **changes: object) 
             **changes,
         },
     )
-    reference = resolve(str(path), weights=weights)
+    reference = resolve(str(path), dtype, weights=weights)
     profile, layers = load_profile(reference), LayerRange(0, 4)
-    return Shard.load(profile, config_dict(reference), open_source(reference, layers), layers)
+    kind = getattr(torch, dtype)
+    return Shard.load(profile, config_dict(reference), open_source(reference, layers), layers, dtype=kind)
 
 
 def logits_of(shard: Shard, texts: list[list[int]], chunk: int) -> list[torch.Tensor]:
@@ -95,10 +97,42 @@ def test_a_pass_gives_what_the_modules_give(family: str, weights: str, tmp_path:
     assert not torch.equal(found, wanted), "the same code ran twice"
 
 
-@pytest.mark.usefixtures("_processor")
 @pytest.mark.parametrize("weights", ["auto", "int4"])
-def test_a_session_gets_the_same_bits_alone_and_among_others(weights: str, tmp_path: Path) -> None:
-    shard = shard_of(tmp_path, "llama", weights)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_computed_in_float32_from_what_it_keeps(family: str, weights: str, tmp_path: Path) -> None:
+    """The modules round in between: those of the same weights in float32 come nearer to the pass."""
+    shard, exact = shard_of(tmp_path, family, weights, "bfloat16"), shard_of(tmp_path, family, weights)
+    wanted = logits_of(exact, [TEXT], 3)[0]
+    found = logits_of(shard, [TEXT], 3)[0]
+    assert passes(shard) == 1, "the kernels do not take this model"
+    for view in shard._views.values():
+        view._pass = None
+    by_modules = logits_of(shard, [TEXT], 3)[0]
+    error = (found - wanted).abs().mean()
+    assert 0 < error < (by_modules - wanted).abs().mean()
+    assert error < 0.02 * wanted.abs().mean()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_rows_of_bfloat16_go_through_the_modules_where_the_machine_is_fast_at_that(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: fast)
+    shard = shard_of(tmp_path, "llama", dtype="bfloat16")
+    few, many = hidden_of(shard, 1, "model"), hidden_of(shard, len(LONG), "model")
+    assert torch.equal(few, many) == (not fast)
+    assert (few - many.float()).abs().max() < 0.2
+
+
+@pytest.mark.usefixtures("_processor")
+@pytest.mark.parametrize(
+    ("weights", "dtype"), [("auto", "float32"), ("int4", "float32"), ("auto", "bfloat16"), ("int4", "bfloat16")]
+)
+def test_a_session_gets_the_same_bits_alone_and_among_others(
+    weights: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: False)
+    shard = shard_of(tmp_path, "llama", weights, dtype)
     texts = [TEXT, TEXT[3:], TEXT[:5], *([TEXT[1:9]] * 8)]
     for chunk in (1, 2, 16):
         together = logits_of(shard, texts, chunk)
@@ -116,7 +150,7 @@ def hidden_of(shard: Shard, chunk: int, kv: str) -> torch.Tensor:
         step = Step(shard.layers, cache, start, token_ids=LONG[start : start + chunk], want_hidden=True)
         (output,) = shard.run([step])
         assert output.hidden is not None
-        found.append(output.hidden)
+        found.append(torch.as_tensor(output.hidden))
     return torch.cat(found)
 
 

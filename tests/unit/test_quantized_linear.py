@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from gguf.quants import dequantize, quantize
 
 from peers import block_kernels as kernels_module
 from peers import compiled as compiled_module
+from peers import quantized_linear as linear_module
 from peers.attention_kernel import attention_kernel
-from peers.block_kernels import block_kernels
+from peers.block_kernels import PANEL, Panels, block_kernels
+from peers.linear import packing_works
 from peers.loading import HEAD_KINDS, LAYER_KINDS
 from peers.quantized_linear import MANY_ROWS, BlockLinear, PanelLinear, SideBySide, quantized_linear
 from peers.shard import Shard, Step
@@ -82,6 +85,39 @@ def test_rows_give_the_same_bits_alone_and_together(kind: BlockKind, outputs: in
     assert all(torch.equal(linear(inputs[:count]), together[:count]) for count in range(1, 40))
     torch.set_num_threads(3)
     assert torch.equal(linear(inputs), together)
+
+
+@pytest.mark.parametrize("packed", [16, 32, 64])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_panels_are_rounded_into_the_order_of_the_machines_kernel(kind: BlockKind, packed: int) -> None:
+    kernels = block_kernels()
+    if kernels is None:
+        pytest.skip("no C compiler here")
+    matrix = to_blocks(random(200, 96), kind)
+    rounded = torch.empty(3 * PANEL // packed, 96 // 2, packed, 2, dtype=torch.bfloat16)
+    kernels.round_panels(Panels.of(matrix), 1, 4, packed, rounded.data_ptr())
+    found = rounded.permute(0, 2, 1, 3).reshape(3 * PANEL, 96)[: 200 - PANEL]
+    assert torch.equal(found, matrix.expand()[PANEL:].bfloat16())
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("outputs", [64, 150, 2000])
+def test_many_rows_of_bfloat16_are_multiplied_by_the_machines_kernel(
+    kind: BlockKind, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if block_kernels() is None or not packing_works(torch.bfloat16):
+        pytest.skip("no C compiler, or no kernel here")
+    monkeypatch.setattr(linear_module, "bfloat16_is_fast", lambda: True)
+    monkeypatch.setattr(linear_module, "SCRATCH_BYTES", 2**18)  # the largest takes several pieces
+    monkeypatch.setattr(linear_module, "_scratch", lru_cache(linear_module._scratch.__wrapped__))
+    matrix, rows = to_blocks(random(outputs, 160), kind), random(MANY_ROWS, 160, seed=1).bfloat16()
+    linear = quantized_linear(matrix, None)
+    assert isinstance(linear, PanelLinear)
+    if linear_module._scratch(1, 160) is None:
+        pytest.skip("its layout is not known")
+    monkeypatch.setattr(PanelLinear, "_in_float32", None)
+    wanted = rows.float() @ matrix.expand().bfloat16().float().T
+    torch.testing.assert_close(linear(rows).float(), wanted, atol=0.05, rtol=0.01)
 
 
 def test_matrices_of_several_kinds_stand_side_by_side() -> None:
