@@ -31,7 +31,7 @@ from swarm.errors import SwarmError
 from swarm.protocol import timings_from_wire
 
 DECODING_S = 0.5
-"""So long after a decode step another one is expected."""
+"""So long after a session's decode step another one is expected, unless it has ended."""
 PATIENCE = 1.5
 """A piece waits so many times as long as it usually is from one pass with decode steps to the next."""
 LEAST_TOGETHER = 4
@@ -132,7 +132,7 @@ class Batching:
         self._gave_way = False
         """The last batch left a prompt waiting, so that decode steps had a pass for themselves; the next one won't."""
         self._decoding: dict[int, float] = {}
-        """When each session, by its cache, had its last decode step here."""
+        """When each session, by its cache's ``id``, had its last decode step here."""
         self._returning: set[int] = set()
         """Sessions of the last pass whose next steps will be here at once."""
         self._returned_at: float | None = None
@@ -148,18 +148,23 @@ class Batching:
         self._waiting.extend(waiting)
         self._returning -= {id(one.request.cache) for one in waiting}
 
+    def forget(self, cache: int) -> None:
+        """The session with the cache of this ``id`` has no more steps."""
+        self._decoding.pop(cache, None)
+        self._returning.discard(cache)
+
     def hold_s(self, now: float) -> float | None:
         """When to ask again, if nothing is added: so long is something held back. None: nothing waits."""
         if not self._waiting:
             return None
-        until = self._held_until if self._returned_at is None else self._returned_at
+        until = self._held_until(now) if self._returned_at is None else self._returned_at
         return max(0.0, until - now)
 
     def take(self, now: float) -> list[Waiting]:
         """The next batch; empty if there is none, or none yet. The rest keeps its order."""
         if self._awaits_return(now):
             return []
-        held = now < self._held_until
+        held = now < self._held_until(now)
         oldest = next((waiting for waiting in self._waiting if not (held and waiting.is_prefill)), None)
         if oldest is None:
             return []
@@ -169,7 +174,7 @@ class Batching:
         if steps:
             steps = self._cohort(steps, now)
             self._note_decode(now)
-        most = self._piece_tokens if now - self._decoded_at < DECODING_S else self._max_tokens
+        most = self._piece_tokens if self._others_decode(now) else self._max_tokens
         self._gave_way = bool(steps and prompts) and not self._gave_way
         batch: list[Waiting] = []
         rows = 0
@@ -190,9 +195,14 @@ class Batching:
         self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in chosen)
         return batch
 
-    @property
-    def _held_until(self) -> float:
-        return self._decoded_at + PATIENCE * self._period_s if self._had_piece else float("-inf")
+    def _others_decode(self, now: float) -> bool:
+        """Sessions other than those whose prompts, or replays, wait."""
+        waiting = {id(one.request.cache) for one in self._waiting if one.is_prefill}
+        return any(now - at < DECODING_S and cache not in waiting for cache, at in self._decoding.items())
+
+    def _held_until(self, now: float) -> float:
+        held = self._had_piece and self._others_decode(now)
+        return self._decoded_at + PATIENCE * self._period_s if held else float("-inf")
 
     def _in_turn(self, prompts: list[Waiting]) -> list[Waiting]:
         owners = {waiting.request.owner for waiting in self._waiting if waiting.is_prefill}

@@ -225,25 +225,26 @@ static void multiply_by(const matrix *of, int64_t first, int64_t stop, const flo
 
 /* ---- for the machine's own kernels ---- */
 
-/* The upper halves of numbers, rounded to the nearest, in the lower halves' place */
-INLINE ints halved(floats number) {
-    ints bits = (ints)number;
-    return (ints)((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & 0xffff);
+/* Two inputs' numbers as bfloat16 side by side, rounded to the nearest */
+INLINE ints pairs(floats first, floats second) {
+    ints low = (ints)first, high = (ints)second;
+    low += 0x7fff + (low >> 16 & 1), high += 0x7fff + (high >> 16 & 1);
+    return (low >> 16 & 0xffff) | (high & -65536);
 }
 
 /* The weights of a panel as bfloat16 in oneDNN's order; `packed` is a multiple of LANES and divides PANEL. */
 INLINE void round_panel(int kind, const uint8_t *panel, int64_t blocks, int64_t packed, uint8_t *out) {
-    int64_t inputs = blocks * BLOCK;
+    uint8_t *to[PANEL_VECTORS];
+    for (int v = 0, n = 0; v < PANEL_VECTORS; v++, n += LANES)
+        to[v] = out + n / packed * packed * blocks * BLOCK * 2 + n % packed * 4;
     for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
         factor by[PANEL_VECTORS];
         for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
         const uint8_t *at = panel + factor_bytes(kind);
-        for (int64_t k = b * BLOCK; k < (b + 1) * BLOCK; k += 2, at += 2 * code_bytes(kind))
-            for (int v = 0; v < PANEL_VECTORS; v++) {
-                ints first = halved(weights(kind, at, v, by[v])), second = halved(weights(kind, at + code_bytes(kind), v, by[v]));
-                int64_t n = v * LANES, place = n / packed * packed * inputs + k * packed + n % packed * 2;
-                first |= second << 16;
-                memcpy(out + 2 * place, &first, sizeof first);
+        for (int k = 0; k < BLOCK; k += 2, at += 2 * code_bytes(kind))
+            for (int v = 0; v < PANEL_VECTORS; v++, to[v - 1] += 4 * packed) {
+                ints both = pairs(weights(kind, at, v, by[v]), weights(kind, at + code_bytes(kind), v, by[v]));
+                memcpy(to[v], &both, sizeof both);
             }
     }
 }

@@ -101,8 +101,8 @@ class Engine:
         self.pace = Pace()
         self._submitted: list[Waiting] = []
         """In this turn of the loop."""
-        self._arrived: queue.SimpleQueue[list[Waiting]] = queue.SimpleQueue()
-        """From the loop; an empty list: stop."""
+        self._arrived: queue.SimpleQueue[list[Waiting] | int] = queue.SimpleQueue()
+        """From the loop; a number: the ``id`` of an ended session's cache; an empty list: stop."""
         self._given = self._taken = 0
         """Steps that the loop has submitted, and those of them that the thread knows of."""
         self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
@@ -147,6 +147,9 @@ class Engine:
     def queue_length(self) -> int:
         return len(self._batching) + self._given - self._taken
 
+    def forget(self, cache: Cache) -> None:
+        self._arrived.put(id(cache))
+
     def submit(self, step: StepRequest, done: Done) -> None:
         if not self._submitted:
             self._loop.call_soon(self._hand_over)
@@ -187,6 +190,9 @@ class Engine:
             try:
                 arrived = self._arrived.get(timeout=self._batching.hold_s(now))
             except queue.Empty:
+                continue
+            if isinstance(arrived, int):
+                self._batching.forget(arrived)
                 continue
             if not arrived:
                 return []

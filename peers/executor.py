@@ -104,6 +104,9 @@ class Executor(Protocol):
     def cache_bytes(self, layers: LayerRange, positions: int, kind: str = kv.MODEL) -> int:
         """What so many positions take, in whole blocks."""
 
+    def forget(self, cache: Cache) -> None:
+        """Its session has ended: there are no more steps with it."""
+
     def submit(self, step: StepRequest, done: Done) -> None:
         """Truncate the cache to ``step.start``, run the rows, extend the cache; then ``done``, once, on the loop.
 

@@ -65,16 +65,16 @@ class PanelLinear(nn.Module):
             return None
         count, size = len(self.matrix.data), 2 * PANEL * self.in_features
         step = -(-count // -(-count * size // SCRATCH_BYTES))
-        result = rows.new_empty(rows.shape[0], self.out_features)
+        parts = []
         for first in range(0, count, step):
-            stop = min(first + step, count)
-            scratch = _scratch(stop - first, self.in_features)
+            pieces = min(step, count - first)
+            scratch = _scratch(pieces, self.in_features)
             if scratch is None:
                 return None
-            shared_out(partial(self._round, scratch, first), stop - first)
-            columns = slice(first * PANEL, min(stop * PANEL, self.out_features))
-            result[:, columns] = product(rows, scratch.matrix)[:, : columns.stop - columns.start]
-        return result
+            shared_out(partial(self._round, scratch, first), pieces)
+            parts.append(product(rows, scratch.matrix))
+        result = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return result[:, : self.out_features]
 
     def _round(self, scratch: _Scratch, offset: int, first: int, stop: int) -> None:
         address = scratch.address + first * 2 * PANEL * self.in_features

@@ -225,6 +225,7 @@ class StageTable:
             stage = runner.stage
             now = asyncio.get_running_loop().time()
             self.prefixes.keep(stage, prefix, lambda positions: self._size(stage, positions), now)
+            self.executor.forget(stage.cache)
             stage.release()
         timer = self._lingering.pop(key, None)
         if timer is not None:

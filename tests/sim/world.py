@@ -95,6 +95,9 @@ class ToyExecutor:
     def cache_bytes(self, layers: LayerRange, positions: int, kind: str = kv.MODEL) -> int:
         return 16 * len(layers) * -(-positions // self.kv_block) * self.kv_block
 
+    def forget(self, cache: Cache) -> None:
+        pass
+
     def submit(self, step: StepRequest, done: Done) -> None:
         task = asyncio.ensure_future(self._answer(step, done))
         self.node.tasks.add(task)

@@ -28,6 +28,7 @@ class Thread:
 
     def __init__(self) -> None:
         self.batching = Batching(MOST, PIECE)
+        self.caches: list[Cache] = []  # as long as they live, no two have the same id
 
     def add(
         self,
@@ -39,7 +40,8 @@ class Thread:
         cache: Cache | None = None,
     ) -> None:
         ids = [1] * rows if layers.start == 0 else None
-        step = StepRequest(layers, cache or Cache(), 0, rows, ids, None, owner=owner, round=round_)
+        self.caches.append(cache or Cache())
+        step = StepRequest(layers, self.caches[-1], 0, rows, ids, None, owner=owner, round=round_)
         self.batching.add(Waiting(step, lambda reply: None, now))
 
     def rows(self, now: float) -> list[int]:
@@ -183,6 +185,28 @@ def test_a_decode_step_that_does_not_come_is_not_waited_for(thread: Thread) -> N
     assert thread.rows(late) == [PIECE]
     assert thread.rows(late + 0.01) == [PIECE]
     assert thread.rows(last + DECODING_S + 0.01) == [MOST], "by then nobody decodes any more"
+
+
+def test_sessions_that_have_ended_hold_no_prompt_up(thread: Thread) -> None:
+    ended, live = Cache(), Cache()
+    thread.add(1, 0.0, cache=ended)
+    thread.add(1, 0.0, cache=live)
+    assert thread.rows(0.0) == [1, 1]
+    thread.add(150, 0.1)
+    thread.batching.forget(id(ended))
+    assert thread.rows(0.1) == [PIECE], "the other one decodes"
+    thread.batching.forget(id(live))
+    assert thread.batching.hold_s(0.1) == 0
+    assert thread.rows(0.1) == [MOST]
+    thread.batching.forget(id(live))
+
+
+def test_a_session_does_not_hold_up_its_own_replay(thread: Thread) -> None:
+    cache = Cache()
+    thread.add(1, 0.0, cache=cache)
+    thread.rows(0.0)
+    thread.add(150, 0.1, cache=cache)
+    assert thread.rows(0.1) == [MOST]
 
 
 def test_a_prompt_that_is_held_back_holds_nobody_else_back(thread: Thread) -> None:
