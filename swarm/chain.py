@@ -32,6 +32,7 @@ from swarm.models import ModelProfile
 from swarm.opener import Opener
 from swarm.prefix import SessionPrefix
 from swarm.rebuilds import RETRY_FIRST_S, RETRY_MOST_S, Rebuild
+from swarm.rivals import Rivals
 from swarm.transcript import Tokens
 from swarm.transport import Transport
 from swarm.types import Hop, LayerRange, PeerId, Route, SessionId
@@ -149,6 +150,7 @@ class Chain:
                 if full is not None:
                     # Sessions that wait for room hold none: else two might wait for each other.
                     await self.release()
+                logger.info("session %s waits for a route: %s", self._name, error)
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, RETRY_MOST_S)
                 self._refused.clear()
@@ -161,29 +163,39 @@ class Chain:
             self._record(reason, keep, survivors)
 
     async def _assemble(self) -> None:
-        """Dial new hops wherever layers have none; ``controls`` then cover the model in order."""
-        hops, self._returning = self._returning, []
-        reached = 0
-        ends = sorted([c.hop.layers for c in self.controls] + [hop.layers for hop in hops])
-        for layers in [*ends, None]:
-            start = layers.start if layers else self._num_layers
-            if start > reached:
-                hops += self.planner.plan(LayerRange(reached, start), self._refused, self.hops)
-            reached = layers.end if layers else reached
-        dialled = await asyncio.gather(*(self.dial(hop) for hop in hops), return_exceptions=True)
-        failed = False
-        for hop, result in zip(hops, dialled, strict=True):
+        """Dial new hops wherever layers have none; ``controls`` then cover the model in order. Raises ``NoRoute``."""
+        returning, self._returning = self._returning, []
+        returned = await asyncio.gather(*(self.dial(hop) for hop in returning), return_exceptions=True)
+        for hop, result in zip(returning, returned, strict=True):
             if isinstance(result, HopControl):
                 self.controls.append(result)
             elif isinstance(result, SwarmError):
-                self.planner.blame(hop, result)
-                self._refused[hop.peer.peer_id] = result
-                failed = True
+                self._refuse(hop, result)
             else:
                 raise result
-        self.controls.sort(key=lambda control: control.hop.layers)
-        if failed:
-            await self._assemble()
+        reached = await asyncio.gather(*(self._reach(layers) for layers in self._gaps()), return_exceptions=True)
+        self.controls += [control for result in reached if isinstance(result, list) for control in result]
+        self.controls.sort(key=_layers)
+        for problem in reached:
+            if isinstance(problem, BaseException):
+                raise problem
+
+    def _gaps(self) -> list[LayerRange]:
+        """Layers that no hop has."""
+        ends = [0, *(control.hop.layers.end for control in self.controls)]
+        starts = [*(control.hop.layers.start for control in self.controls), self._num_layers]
+        return [LayerRange(end, start) for end, start in zip(sorted(ends), sorted(starts), strict=True) if end < start]
+
+    async def _reach(self, layers: LayerRange) -> list[HopControl]:
+        def plan(silent: set[PeerId]) -> tuple[Hop, ...]:
+            return self.planner.plan(layers, self._refused.keys() | silent, self.hops)
+
+        return await Rivals(plan, self.dial, self._refuse).reach()
+
+    def _refuse(self, hop: Hop, error: SwarmError) -> None:
+        self.planner.blame(hop, error)
+        self._refused[hop.peer.peer_id] = error
+        logger.info("session %s can't reach %s [%s]: %s", self._name, hop.peer.peer_id[-6:], hop.layers, error)
 
     async def dial(self, hop: Hop) -> HopControl:
         return await HopControl.dial(hop, self._transport, self.settings, self._hear, self._tasks)
@@ -314,6 +326,10 @@ class Chain:
                 handover, task = self._handovers.pop(hop)
                 task.cancel()
                 handover.abort()
+
+
+def _layers(control: HopControl) -> LayerRange:
+    return control.hop.layers
 
 
 def _now() -> float:

@@ -46,7 +46,7 @@ def known(
     """For every planner. ``now``: by the clock of ``health``; the rest as in :class:`Knowledge`."""
     return Knowledge(
         links=view.links(),
-        penalties=health.costs_s(now),
+        penalties=health.costs_s(now, view.age),
         check=view.check,
         paces=health.paces.measured_s(now),
         age_s=view.age,

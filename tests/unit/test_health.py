@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from swarm.health import FULL_S, PENALTY_COST_S, Health
+import math
+
+from swarm.health import FIRST_PENALTY_S, FULL_S, PENALTY_COST_S, READ_LATE_S, Health
 from swarm.types import PeerId
 
 PEER = PeerId("peer")
@@ -21,3 +23,25 @@ def test_a_failure_counts_for_more_than_a_lack_of_room() -> None:
         health.failed(PEER, "stream_lost", 10.0)
     health.full(PEER, 10.0)
     assert health.costs_s(10.0) == {PEER: 2 * PENALTY_COST_S}
+
+
+def test_a_peer_that_failed_is_avoided_until_it_is_heard_of_again() -> None:
+    health = Health(60.0)
+    health.failed(PEER, "stream_lost", 100.0)
+    later = 100.0 + FIRST_PENALTY_S + 20.0
+    newest = {"from before": later - 95.0, "perhaps from before": later - 100.0 - READ_LATE_S / 2, "new": 1.0}
+    assert {name: bool(health.costs_s(later, lambda peer, age=age: age)) for name, age in newest.items()} == {
+        "from before": True,
+        "perhaps from before": True,
+        "new": False,
+    }
+    health.succeeded(PEER, later)
+    assert health.costs_s(later, lambda peer: math.inf) == {}
+
+
+def test_success_ends_the_penalty_of_one_that_failed_often() -> None:
+    health = Health(60.0)
+    for _ in range(3):
+        health.failed(PEER, "stream_lost", 100.0)
+    health.succeeded(PEER, 101.0)
+    assert health.costs_s(101.0, lambda peer: math.inf) == {}
