@@ -6,11 +6,14 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-#include "block_products.h"
+#include "matrix_unit.h"
 
 enum { MOST_THREADS = 16, PATIENCE = 2000 };
 
 int lanes(void) { return LANES; }
+
+/* Whether `run_layers` can compute in bfloat16. */
+int matrix_unit(void) { return has_matrix_unit(); }
 
 /* ---- single products ---- */
 
@@ -102,6 +105,7 @@ typedef struct {
     const float *cosines, *sines; /* by position */
     const int64_t *positions;
     int64_t heads, kv_heads, dim;
+    int rounded; /* products by the matrix unit, in bfloat16 */
     float scale, epsilon;
     putting *put;
     attention *attend;
@@ -117,6 +121,7 @@ typedef struct {
     int index;
     float *hidden, *rows; /* its own, [count, size] */
     float *scratch;       /* for products */
+    uint16_t *halves;     /* rows in bfloat16 */
     pthread_t thread;
 } worker;
 
@@ -128,7 +133,11 @@ INLINE int64_t share(const worker *own, int part, int64_t all, int64_t step) {
 static void times(worker *own, const matrix *of, const float *rows, float *out) {
     int64_t first = share(own, 0, of->outputs, of->packed), stop = share(own, 1, of->outputs, of->packed);
     if (own->index + 1 == own->of->at.threads) stop = of->outputs; /* with the panel that is not full */
-    multiply_by(of, first, stop, rows, own->of->count, own->scratch, out, of->outputs);
+    if (own->of->rounded) {
+        round_rows(rows, own->of->count * of->inputs, own->halves);
+        multiply_rounded(of, first, stop, own->halves, own->of->count, (uint8_t *)own->scratch, out);
+    } else
+        multiply_by(of, first, stop, rows, own->of->count, own->scratch, out, of->outputs);
 }
 
 #define FLOATS(address) ((const float *)(intptr_t)(address))
@@ -214,28 +223,33 @@ static int all_finite(const float *values, int64_t count) {
 /* given[count, size] through all layers, into `hidden`. The tables of cosines and sines are [positions, dim]. Returns 0;
    1 if what came out is not finite everywhere; or -1 without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
-               const int64_t *positions, int64_t heads, int64_t kv_heads, int64_t dim, float scale, float epsilon,
-               putting *put, attention *attend, const void *spans, int64_t sessions, int64_t threads,
+               const int64_t *positions, int64_t heads, int64_t kv_heads, int64_t dim, int64_t rounded, float scale,
+               float epsilon, putting *put, attention *attend, const void *spans, int64_t sessions, int64_t threads,
                const float *given, float *hidden) {
     threads = larger(1, smaller(threads, MOST_THREADS));
-    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, scratch = 0;
+    int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, scratch = 0, halves = 0;
     for (int64_t n = 0; n < number; n++) {
         mixed = larger(mixed, larger(layers[n].query_key_value.outputs, layers[n].gate_up.outputs));
         attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
         const matrix *all[] = {&layers[n].query_key_value, &layers[n].output, &layers[n].gate_up, &layers[n].down};
-        for (int i = 0; i < 4; i++) scratch = larger(scratch, scratch_floats(all[i], count));
+        for (int i = 0; i < 4; i++) {
+            scratch = larger(scratch, rounded ? PANEL * all[i]->inputs / 2 : scratch_floats(all[i], count));
+            halves = larger(halves, rounded ? count * all[i]->inputs / 2 : 0);
+        }
     }
-    int64_t own = 2 * count * size + scratch;
+    int64_t own = 2 * count * size + scratch + halves;
     /* A vector that lies across two cache lines is read in twice the time; all sizes are multiples of a line. */
     float *memory = aligned_alloc(LINE, (count * (mixed + attended + size) + threads * own) * sizeof *memory);
     if (memory == NULL) return -1;
-    pass all = {layers, number, count, cosines, sines, positions, heads, kv_heads, dim, scale, epsilon, put, attend, spans,
-                sessions, size, memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0, {0, 0, 0}};
+    pass all = {layers, number, count, cosines, sines, positions, heads, kv_heads, dim, rounded != 0, scale, epsilon, put,
+                attend, spans, sessions, size, memory, memory + count * mixed, memory + count * (mixed + attended), 0, 0,
+                {0, 0, 0}};
     worker workers[MOST_THREADS];
     float *at = all.sums + count * size;
     int64_t started = 1;
     for (int64_t t = 0; t < threads; t++, at += own) {
-        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, at + 2 * count * size, 0};
+        float *rest = at + 2 * count * size;
+        workers[t] = (worker){&all, (int)t, t ? at + count * size : hidden, at, rest, (uint16_t *)(rest + scratch), 0};
         memcpy(workers[t].hidden, given, count * size * sizeof *hidden);
     }
     while (started < threads && !pthread_create(&workers[started].thread, NULL, work, workers + started)) started++;

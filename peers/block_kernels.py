@@ -89,13 +89,15 @@ class BlockKernels:
         self._product.restype = ctypes.c_int
         self._run_layers = library.run_layers
         self._run_layers.argtypes = [
-            pointer, number, number, pointer, pointer, pointer, number, number, number, ctypes.c_float, ctypes.c_float,
-            pointer, pointer, pointer, number, number, pointer, pointer,
+            pointer, number, number, pointer, pointer, pointer, number, number, number, number, ctypes.c_float,
+            ctypes.c_float, pointer, pointer, pointer, number, number, pointer, pointer,
         ]  # fmt: skip
         self._run_layers.restype = ctypes.c_int
         library.lanes.restype = ctypes.c_int
         self.lanes: int = library.lanes()
         """Floats of one vector."""
+        self.matrix_unit: bool = library.matrix_unit() != 0
+        """Whether the CPU multiplies bfloat16 in a unit of its own, and this process may use it."""
         self._round_panels = library.round_panels
         self._round_panels.argtypes = [pointer, number, number, number, pointer]
         self._round_panels.restype = None
@@ -113,15 +115,15 @@ class BlockKernels:
 
     def run_layers(
         self, layers: Numbers, count: int, cos: int, signed_sin: int, positions: Numbers, heads: int, kv_heads: int,
-        dim: int, scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int, threads: int,
-        given: Floats, hidden: Floats,
+        dim: int, rounded: bool, scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int,
+        threads: int, given: Floats, hidden: Floats,
     ) -> bool:  # fmt: skip
         """Fills ``hidden`` from ``given``, see ``block_kernels.c``; both are contiguous. ``cos`` and ``signed_sin`` are
         addresses of such arrays, ``put`` and ``attend`` of the functions in ``attention_kernel.c``; ``spans`` is what
         that makes of the sessions. Returns whether all that came out is finite."""
         found = self._run_layers(
-            layers, count, given.shape[0], cos, signed_sin, positions, heads, kv_heads, dim, scale, epsilon, put,
-            attend, spans, sessions, threads, given.ctypes.data, hidden.ctypes.data,
+            layers, count, given.shape[0], cos, signed_sin, positions, heads, kv_heads, dim, rounded, scale, epsilon,
+            put, attend, spans, sessions, threads, given.ctypes.data, hidden.ctypes.data,
         )  # fmt: skip
         if found < 0:
             raise Internal("no memory for a pass")

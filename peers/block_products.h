@@ -227,9 +227,26 @@ static void multiply_by(const matrix *of, int64_t first, int64_t stop, const flo
 
 /* Two inputs' numbers as bfloat16 side by side, rounded to the nearest */
 INLINE ints pairs(floats first, floats second) {
+#ifdef __AVX512BF16__
+    const __m512i turns = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(_mm512_set1_epi32(0x10001),
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+    return (ints)_mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#endif
     ints low = (ints)first, high = (ints)second;
     low += 0x7fff + (low >> 16 & 1), high += 0x7fff + (high >> 16 & 1);
     return (low >> 16 & 0xffff) | (high & -65536);
+}
+
+/* The weights of a block as bfloat16: vector `v` of inputs 2k and 2k + 1 to `to[v]` + k * `line`. */
+INLINE void round_block(int kind, const uint8_t *block, int first, int stop, uint8_t *const *to, int64_t line) {
+    factor by[PANEL_VECTORS];
+    for (int v = first; v < stop; v++) by[v] = factors(kind, block, v);
+    const uint8_t *at = block + factor_bytes(kind);
+    for (int k = 0; k < BLOCK / 2; k++, at += 2 * code_bytes(kind))
+        for (int v = first; v < stop; v++) {
+            ints both = pairs(weights(kind, at, v, by[v]), weights(kind, at + code_bytes(kind), v, by[v]));
+            memcpy(to[v] + k * line, &both, sizeof both);
+        }
 }
 
 /* The weights of a panel as bfloat16 in oneDNN's order; `packed` is a multiple of LANES and divides PANEL. */
@@ -238,13 +255,7 @@ INLINE void round_panel(int kind, const uint8_t *panel, int64_t blocks, int64_t 
     for (int v = 0, n = 0; v < PANEL_VECTORS; v++, n += LANES)
         to[v] = out + n / packed * packed * blocks * BLOCK * 2 + n % packed * 4;
     for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
-        factor by[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
-        const uint8_t *at = panel + factor_bytes(kind);
-        for (int k = 0; k < BLOCK; k += 2, at += 2 * code_bytes(kind))
-            for (int v = 0; v < PANEL_VECTORS; v++, to[v - 1] += 4 * packed) {
-                ints both = pairs(weights(kind, at, v, by[v]), weights(kind, at + code_bytes(kind), v, by[v]));
-                memcpy(to[v], &both, sizeof both);
-            }
+        round_block(kind, panel, 0, PANEL_VECTORS, to, 4 * packed);
+        for (int v = 0; v < PANEL_VECTORS; v++) to[v] += BLOCK / 2 * 4 * packed;
     }
 }

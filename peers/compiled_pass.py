@@ -6,7 +6,8 @@ compiled kernels walk through the layers themselves: norms, products, rotation, 
 long prompts they are as fast as oneDNN.
 
 A row's result is the same to the last bit whichever rows share the pass, so that a stage that replays a session's rows
-in other chunks than they came in gets what the lost one had.
+in other chunks than they came in gets what the lost one had. That goes for bfloat16, too, where the CPU's matrix unit
+multiplies it: rows are rounded before each product, and only there.
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ from swarm.sampling import Floats
 
 
 class CompiledPass:
-    """Gives what the layers' own modules give, to within float32 rounding, by as many threads as torch uses."""
+    """Gives what the layers' own modules give, to within the dtype's rounding, by as many threads as torch uses."""
 
     def __init__(
-        self, layers: Sequence[DecoderLayer], rotation: Rotation, kernels: BlockKernels, attention: AttentionKernel
+        self,
+        layers: Sequence[DecoderLayer],
+        rotation: Rotation,
+        dtype: torch.dtype,
+        kernels: BlockKernels,
+        attention: AttentionKernel,
     ) -> None:
         """Takes what :meth:`of` has found fit."""
         self._kept: list[torch.Tensor] = []
@@ -46,6 +52,8 @@ class CompiledPass:
         first = layers[0]
         self._heads, self._kv_heads, self._dim, self._scale = first.heads, first.kv_heads, first.head_dim, first.scaling
         self._epsilon = weight_of(first.input_norm)[1]
+        self.rounded = dtype == torch.bfloat16 and kernels.matrix_unit and all(map(_may_be_rounded, layers))
+        """Products are bfloat16's, by the CPU's matrix unit: as fast for one row, and much faster for many."""
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module], rotation: nn.Module, dtype: torch.dtype) -> Self | None:
@@ -62,7 +70,7 @@ class CompiledPass:
         shapes = {(a.heads, a.kv_heads, a.head_dim, a.scaling, weight_of(a.input_norm)[1]) for a in known}
         if len(shapes) > 1:
             return None
-        return cls(known, rotation, kernels, attention)
+        return cls(known, rotation, dtype, kernels, attention)
 
     def run(self, given: Floats, spans: Spans) -> tuple[Floats, bool]:
         """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer, and whether all of it is finite; the
@@ -76,9 +84,9 @@ class CompiledPass:
         cos, signed_sin = self._rotary.reaching(max(positions))
         finite = self._kernels.run_layers(
             self._numbers, len(self._layers), cos, signed_sin, (ctypes.c_int64 * len(positions))(*positions),
-            self._heads, self._kv_heads, self._dim, self._scale, self._epsilon, self._attention.put_address,
-            self._attention.attend_address, spans.table, len(spans), torch.get_num_threads(),
-            given, result,
+            self._heads, self._kv_heads, self._dim, self.rounded, self._scale, self._epsilon,
+            self._attention.put_address, self._attention.attend_address, spans.table, len(spans),
+            torch.get_num_threads(), given, result,
         )  # fmt: skip
         return result, finite
 
@@ -132,6 +140,11 @@ def _matrix(linear: nn.Module, lanes: int) -> Matrix | None:
     else:
         return None
     return found if found[2] % 32 == 0 and found[3] % 32 == 0 else None
+
+
+def _may_be_rounded(layer: DecoderLayer) -> bool:
+    matrices = (_matrix(linear, 1) for linear in (layer.query_key_value, layer.output, layer.gate_up, layer.down))
+    return all(found is not None and found[0] != FLOAT32 and found[4] % 32 == 0 for found in matrices)
 
 
 def _described(layer: DecoderLayer, kept: list[torch.Tensor]) -> list[int]:

@@ -216,7 +216,8 @@ class _View:
         last = layers.end == model.config.num_hidden_layers
         self._norm = fast_norm(base.norm) if self._pass is not None and last else None
         self._dtype, self._device = dtype, device
-        self._many = MANY_ROWS if dtype == torch.bfloat16 and bfloat16_is_fast() else None
+        exact = self._pass is not None and self._pass.rounded
+        self._many = MANY_ROWS if dtype == torch.bfloat16 and bfloat16_is_fast() and not exact else None
         """From so many rows on the modules are faster than the compiled pass."""
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)

@@ -99,8 +99,8 @@ def test_a_pass_gives_what_the_modules_give(family: str, weights: str, tmp_path:
 
 @pytest.mark.parametrize("weights", ["auto", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_is_computed_in_float32_from_what_it_keeps(family: str, weights: str, tmp_path: Path) -> None:
-    """The modules round in between: those of the same weights in float32 come nearer to the pass."""
+def test_bfloat16_comes_nearer_to_float32_than_the_modules_do(family: str, weights: str, tmp_path: Path) -> None:
+    """They round between products, too."""
     shard, exact = shard_of(tmp_path, family, weights, "bfloat16"), shard_of(tmp_path, family, weights)
     wanted = logits_of(exact, [TEXT], 3)[0]
     found = logits_of(shard, [TEXT], 3)[0]
@@ -113,10 +113,23 @@ def test_bfloat16_is_computed_in_float32_from_what_it_keeps(family: str, weights
     assert error < 0.02 * wanted.abs().mean()
 
 
+@pytest.fixture(params=["matrix unit", "none"])
+def _matrix_unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the processor's, and as if it had none."""
+    kernels = block_kernels()
+    assert kernels is not None
+    if request.param == "none":
+        monkeypatch.setattr(kernels, "matrix_unit", False)
+    elif not kernels.matrix_unit:
+        pytest.skip("no matrix unit here")
+    monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: False)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_many_rows_of_bfloat16_go_through_the_modules_where_the_machine_is_fast_at_that(
     fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(block_kernels(), "matrix_unit", False)
     monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: fast)
     shard = shard_of(tmp_path, "llama", dtype="bfloat16")
     few, many = hidden_of(shard, 1, "model"), hidden_of(shard, len(LONG), "model")
@@ -124,14 +137,11 @@ def test_many_rows_of_bfloat16_go_through_the_modules_where_the_machine_is_fast_
     assert (few - many.float()).abs().max() < 0.2
 
 
-@pytest.mark.usefixtures("_processor")
+@pytest.mark.usefixtures("_processor", "_matrix_unit")
 @pytest.mark.parametrize(
     ("weights", "dtype"), [("auto", "float32"), ("int4", "float32"), ("auto", "bfloat16"), ("int4", "bfloat16")]
 )
-def test_a_session_gets_the_same_bits_alone_and_among_others(
-    weights: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: False)
+def test_a_session_gets_the_same_bits_alone_and_among_others(weights: str, dtype: str, tmp_path: Path) -> None:
     shard = shard_of(tmp_path, "llama", weights, dtype)
     texts = [TEXT, TEXT[3:], TEXT[:5], *([TEXT[1:9]] * 8)]
     for chunk in (1, 2, 16):
@@ -159,7 +169,18 @@ def hidden_of(shard: Shard, chunk: int, kv: str) -> torch.Tensor:
 @pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8", "int4"])
 def test_rows_get_the_same_bits_in_chunks_of_any_size(weights: str, kv: str, tmp_path: Path) -> None:
     """What a stage replays in chunks, a lost one had in steps."""
-    shard = shard_of(tmp_path, "llama", weights)
+    assert_the_same_in_any_chunks(shard_of(tmp_path, "llama", weights), kv)
+
+
+@pytest.mark.usefixtures("_matrix_unit")
+@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_bfloat16_do_so_too(family: str, weights: str, kv: str, tmp_path: Path) -> None:
+    assert_the_same_in_any_chunks(shard_of(tmp_path, family, weights, "bfloat16"), kv)
+
+
+def assert_the_same_in_any_chunks(shard: Shard, kv: str) -> None:
     in_steps = hidden_of(shard, 1, kv)
     assert all(torch.equal(hidden_of(shard, chunk, kv), in_steps) for chunk in (7, 64, len(LONG)))
 
@@ -171,11 +192,14 @@ def test_what_the_kernels_do_not_know_goes_through_the_modules(changes: dict[str
     assert passes(shard) == 0
 
 
-@pytest.mark.usefixtures("_processor")
-@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int4"])
+@pytest.mark.usefixtures("_processor", "_matrix_unit")
+@pytest.mark.parametrize(
+    ("weights", "dtype"),
+    [("auto", "float32"), ("bfloat16", "float32"), ("int4", "float32"), ("auto", "bfloat16"), ("int4", "bfloat16")],
+)
 @pytest.mark.parametrize("threads", [2, 3, 64])
-def test_any_number_of_threads_gives_the_same_bits(threads: int, weights: str, tmp_path: Path) -> None:
-    shard = shard_of(tmp_path, "qwen3", weights)
+def test_any_number_of_threads_gives_the_same_bits(threads: int, weights: str, dtype: str, tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "qwen3", weights, dtype)
     texts = [TEXT, TEXT[3:], TEXT[:5]]
     alone = logits_of(shard, texts, 2)
     torch.set_num_threads(threads)
