@@ -36,6 +36,10 @@ static void round_rows(const float *rows, int64_t numbers, uint16_t *out) {
 
 #if MATRIX_UNIT
 
+/* What was written to `at`, and elsewhere, is in memory for the instructions on tiles, and what they read was read: some
+   compilers don't know that they read. */
+#define SETTLED(at) __asm__ volatile("" : : "r"(at) : "memory")
+
 typedef struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -47,6 +51,7 @@ static void shape_tiles(int upper, int lower) {
     shapes of = {.palette = 1};
     const int rows[8] = {upper, upper, lower, lower, upper, lower, UNIT_ROWS, UNIT_ROWS};
     for (int t = 0; t < 8; t++) of.rows[t] = (uint8_t)rows[t], of.bytes[t] = rows[t] ? UNIT_BYTES : 0;
+    SETTLED(&of);
     _tile_loadconfig(&of);
 }
 
@@ -58,24 +63,25 @@ INLINE void unit_tile(int kind, int lower, int ahead, const uint16_t *rows, cons
                       int from, int64_t packed, int64_t inputs, float *out, float *out_second, int64_t stride) {
     uint8_t block[BLOCK / 2 * PART * 4] __attribute__((aligned(LINE)));
     int64_t line = kind == BFLOAT16 ? packed * 4 : PART * 4, bytes = kind == BFLOAT16 ? BLOCK / 2 * line : block_bytes(kind);
-    const uint8_t *weights_at = panel + from * UNIT_BYTES;
     _tile_zero(0);
     _tile_zero(1);
     if (lower) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < inputs; k += BLOCK, panel += bytes, weights_at += bytes) {
+    for (int64_t k = 0; k < inputs; k += BLOCK, panel += bytes) {
         for (int64_t at = 0; ahead && at < bytes; at += LINE) fetch(panel + bytes + at);
+        const uint8_t *columns = kind == BFLOAT16 ? panel + from * UNIT_BYTES : block;
         if (kind != BFLOAT16) {
             uint8_t *to[PANEL_VECTORS];
             to[from] = block, to[from + 1] = block + UNIT_BYTES;
+            SETTLED(block);
             round_block(kind, panel, from, from + 2, to, line);
-            weights_at = block;
         }
+        SETTLED(columns);
         _tile_loadd(4, rows + k, inputs * 2);
-        _tile_loadd(6, weights_at, line);
-        _tile_loadd(7, weights_at + UNIT_BYTES, line);
+        _tile_loadd(6, columns, line);
+        _tile_loadd(7, columns + UNIT_BYTES, line);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (lower) {
@@ -83,7 +89,6 @@ INLINE void unit_tile(int kind, int lower, int ahead, const uint16_t *rows, cons
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        if (kind != BFLOAT16) weights_at = panel;
     }
     _tile_stored(0, out, stride * 4);
     _tile_stored(1, out + UNIT_OUTPUTS, stride * 4);
