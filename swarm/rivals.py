@@ -33,6 +33,7 @@ class Rivals:
     ) -> None:
         self._plan, self._dial, self._refuse = plan, dial, refuse
         self._dials: dict[Hop, asyncio.Task[HopControl]] = {}
+        self._began: dict[Hop, float] = {}
         self._plans: list[Sequence[Hop]] = []
         """Those that may still come true."""
         self._silent: set[PeerId] = set()
@@ -54,9 +55,7 @@ class Rivals:
         while True:
             won = next((hops for hops in self._plans if all(self._dials[hop].done() for hop in hops)), None)
             if won is not None:
-                for hop, task in self._dials.items():
-                    if hop.peer.peer_id in self._silent and not task.done():
-                        self._refuse(hop, Unreachable(f"peer {hop.peer.peer_id} was slower to answer than others"))
+                self._refuse_slower(max(self._began[hop] for hop in won))
                 return [self._dials.pop(hop).result() for hop in won]
             waiting = [self._dials[hop] for hops in self._plans for hop in hops if not self._dials[hop].done()]
             patience_s = None if math.isinf(rival_at) else max(0.0, rival_at - _now())
@@ -78,8 +77,14 @@ class Rivals:
         self._plans.append(hops)
         for hop in hops:
             if hop not in self._dials:
-                self._dials[hop] = asyncio.ensure_future(self._dial(hop))
+                self._dials[hop], self._began[hop] = asyncio.ensure_future(self._dial(hop)), _now()
         return _now() + RIVAL_S
+
+    def _refuse_slower(self, than: float) -> None:
+        """Those that were dialled before the winners, and still have not answered."""
+        for hop, task in self._dials.items():
+            if self._began[hop] < than and not task.done():
+                self._refuse(hop, Unreachable(f"peer {hop.peer.peer_id} was slower to answer than others"))
 
     def _drop_refused(self) -> bool:
         """Plans with a hop that can't be reached; whether there are such."""

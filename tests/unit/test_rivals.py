@@ -103,6 +103,12 @@ def test_nobody_is_dialled_twice_or_before_it_is_needed() -> None:
     assert list(scene.refused) == ["a"], "the next session does not wait for it"
 
 
+def test_on_slow_links_nobody_is_blamed_for_being_asked_later() -> None:
+    scene = Scene(["a", "b", "c"], dict.fromkeys("abc", 2 * RIVAL_S + 0.1))
+    assert scene.run() == "a"
+    assert not scene.refused
+
+
 def test_when_all_have_refused_there_is_no_route() -> None:
     scene = Scene(["ab", "c"], {"a": 0.1, "b": -0.2, "c": -0.1})
     with pytest.raises(NoRoute):
