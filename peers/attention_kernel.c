@@ -2,8 +2,8 @@
 
    A cache is blocks of positions, [layers, 2 (keys, values), kv_heads, block, row]; a row is head_dim numbers of float32 or
    bfloat16, or head_dim signed bytes and the float that they are multiples of. Keys in numbers are [head_dim, block], as
-   the products with queries want them. `put` writes the new rows' keys and values there, and then `attend` reads what was written: blocks
-   of keys against tiles of queries, as in FlashAttention (Dao et al., 2022).
+   the products with queries want them. `put` writes the new rows' keys and values there, and then `attend` reads what was
+   written: blocks of keys against tiles of queries, as in FlashAttention (Dao et al., 2022).
    What a row gives depends on nothing but its session, to the last bit: neither on which rows share the call, nor on
    those with which it came. */
 
@@ -57,13 +57,6 @@ static void put_codes(char *row, const float *numbers, int64_t dim) {
     float scale = most / 127.0f, divisor = scale > 0.0f ? scale : 1.0f;
     for (int64_t d = 0; d < dim; d++) ((int8_t *)row)[d] = (int8_t)rintf(numbers[d] / divisor);
     memcpy(row + dim, &scale, sizeof scale);
-}
-
-/* To the nearest, as torch rounds */
-INLINE uint16_t upper_half(float number) {
-    uint32_t bits;
-    memcpy(&bits, &number, sizeof bits);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* `count` rows of `used` numbers in bfloat16, `size` of them apart, as floats */
@@ -121,7 +114,8 @@ void put(const span *spans, int64_t sessions, int64_t layer, int64_t kv_heads, i
                     put_codes(row + rows.values, value, dim);
                 } else if (rows.kind == BFLOAT16) {
                     uint16_t *column = (uint16_t *)block + position % rows.block, *to = (uint16_t *)(row + rows.values);
-                    for (int64_t d = 0; d < dim; d++) column[d * rows.block] = upper_half(key[d]), to[d] = upper_half(value[d]);
+                    for (int64_t d = 0; d < dim; d++) column[d * rows.block] = upper_half(key[d]);
+                    for (int64_t d = 0; d < dim; d++) to[d] = upper_half(value[d]);
                 } else {
                     float *column = (float *)block + position % rows.block;
                     for (int64_t d = 0; d < dim; d++) column[d * rows.block] = key[d];
@@ -191,7 +185,8 @@ enum { LINES_AHEAD = 4 };
    1: there is no memory. */
 static int attend_rows(const attention *a, const span *of, int64_t h, int64_t from, int64_t to, const char *after) {
     int64_t dim = a->dim, group = a->heads / a->kv_heads, count = (to - from) * group, block = of->block;
-    int64_t expanded = of->kind != FLOAT32 ? block * dim : 0, numbers = count * 2 * (dim + LANES) + 2 * expanded + TILE_ROWS * block;
+    int64_t expanded = of->kind != FLOAT32 ? block * dim : 0;
+    int64_t numbers = count * 2 * (dim + LANES) + 2 * expanded + TILE_ROWS * block;
     float *memory = aligned_alloc(LINE, sizeof(float) * (size_t)(numbers + LINE) / LINE * LINE);
     if (!memory) return 1;
     /* queries, sums of weighted values, a block's keys and values as floats where they are not, a tile's scores */
@@ -211,8 +206,7 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
         if (rows.kind == BFLOAT16) {
             widen(keys, dim, block, used, turned);
             widen(values, filled, dim, dim, plain);
-        }
-        if (rows.kind == INT8) {
+        } else if (rows.kind == INT8) {
             decode(&rows, keys, filled, dim, plain);
             turn(plain, filled, dim, block, used, turned);
             decode(&rows, values, filled, dim, plain);
@@ -223,8 +217,8 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
             int many = (int)smaller(count - m, TILE_ROWS);
             if (start + (m + many - 1) / group < base) continue;
             memset(scores, 0, sizeof(float) * (size_t)(many * block));
-            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)next, asked + m * dim, dim, key_columns, dim, block, used, scores,
-                     block);
+            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)next, asked + m * dim, dim, key_columns, dim, block, used,
+                     scores, block);
             for (int64_t t = m; t < m + many; t++) {
                 int64_t position = start + t / group - base, low = a->window ? position + 1 - a->window : 0;
                 int64_t high = smaller(position + 1, filled);
@@ -233,8 +227,8 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
                 if (low < high) weigh(own, used, low, high, most + t, weights + t, sums + t * dim, dim);
                 else memset(own, 0, sizeof(float) * (size_t)used);
             }
-            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)(next + rows.values), scores, block, value_columns, filled, dim,
-                     dim, sums + m * dim, dim);
+            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)(next + rows.values), scores, block, value_columns, filled,
+                     dim, dim, sums + m * dim, dim);
         }
     }
     for (int64_t m = 0; m < count; m++) {

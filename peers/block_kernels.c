@@ -12,9 +12,6 @@ enum { MOST_THREADS = 16, PATIENCE = 2000 };
 
 int lanes(void) { return LANES; }
 
-/* Whether `run_layers` can compute in bfloat16. */
-int matrix_unit(void) { return has_matrix_unit(); }
-
 /* ---- single products ---- */
 
 /* Panels first .. stop - 1 of out[count, outputs] = rows[count, inputs] @ matrix.T. Returns 0, or -1 without memory. */
@@ -32,9 +29,8 @@ void round_panels(const matrix *of, int64_t first, int64_t stop, int64_t packed,
     for (int64_t n = first; n < stop; n++, out += 2 * PANEL * of->inputs) {
         const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + n * panel_bytes(of);
         switch (of->kind) {
-            case Q4_0: round_panel(Q4_0, panel, of->inputs / BLOCK, packed, out); break;
-            case Q4_1: round_panel(Q4_1, panel, of->inputs / BLOCK, packed, out); break;
-            default: round_panel(Q8_0, panel, of->inputs / BLOCK, packed, out);
+#define ROUND(known) round_panel(known, panel, of->inputs / BLOCK, packed, out)
+            BLOCK_KINDS(ROUND);
         }
     }
 }

@@ -101,6 +101,12 @@ INLINE floats weights(int kind, const uint8_t *at, int v, factor by) {
     return kind == Q8_0 ? found * by.scale : fused(found, by.scale, by.shift);
 }
 
+/* Cases of a switch: `call` with the kind of a matrix in blocks as a number that the compiler knows. */
+#define BLOCK_KINDS(call) \
+    case Q4_0: call(Q4_0); break; \
+    case Q4_1: call(Q4_1); break; \
+    case Q8_0: call(Q8_0); break
+
 /* ---- products ---- */
 
 /* out[count, TILE_VECTORS * LANES] = rows[count, inner] @ a panel's outputs from vector `from` on. */
@@ -139,7 +145,8 @@ INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *
 INLINE void block_panel(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
                         float *out, int64_t stride) {
     int64_t inputs = blocks * BLOCK, expanded = count > FEW_ROWS;
-    const float *next = (const float *)(panel + blocks * block_bytes(kind)), *end = next + blocks * block_bytes(kind) / sizeof *next;
+    const float *next = (const float *)(panel + blocks * block_bytes(kind));
+    const float *end = next + blocks * block_bytes(kind) / sizeof *next;
     if (expanded) expand_panel(kind, panel, blocks, scratch);
     for (int64_t done = 0; done < count;) {
         int many = rows_of_tile(count - done);
@@ -211,15 +218,15 @@ static void multiply_by(const matrix *of, int64_t first, int64_t stop, const flo
         int last = n + of->packed >= stop;
         float *to = whole ? out + n : edge;
         switch (of->kind) {
-            case Q4_0: block_panel(Q4_0, panel, blocks, rows, count, scratch, to, apart); break;
-            case Q4_1: block_panel(Q4_1, panel, blocks, rows, count, scratch, to, apart); break;
-            case Q8_0: block_panel(Q8_0, panel, blocks, rows, count, scratch, to, apart); break;
+#define IN_BLOCKS(known) block_panel(known, panel, blocks, rows, count, scratch, to, apart)
+            BLOCK_KINDS(IN_BLOCKS);
             case BFLOAT16:
                 float_panel(PAIRED, (const float *)panel, of->packed, of->inputs, last, rows, count, to, apart);
                 break;
             default: float_panel(SINGLE, (const float *)panel, of->packed, of->inputs, last, rows, count, to, apart);
         }
-        for (int64_t m = 0; !whole && m < count; m++) memcpy(out + m * stride + n, edge + m * of->packed, used * sizeof *out);
+        for (int64_t m = 0; !whole && m < count; m++)
+            memcpy(out + m * stride + n, edge + m * of->packed, used * sizeof *out);
     }
 }
 
@@ -231,10 +238,11 @@ INLINE ints pairs(floats first, floats second) {
     const __m512i turns = _mm512_add_epi32(_mm512_set1_epi32(16 << 16), _mm512_mullo_epi32(_mm512_set1_epi32(0x10001),
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
     return (ints)_mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
-#endif
+#else
     ints low = (ints)first, high = (ints)second;
     low += 0x7fff + (low >> 16 & 1), high += 0x7fff + (high >> 16 & 1);
     return (low >> 16 & 0xffff) | (high & -65536);
+#endif
 }
 
 /* The weights of a block as bfloat16: vector `v` of inputs 2k and 2k + 1 to `to[v]` + k * `line`. */

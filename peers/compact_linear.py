@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
 
-from peers.linear import OneDnnLinear, memory_of, packed_size, product
+from peers.linear import OneDnnLinear, blank, blank_size, memory_of, product
 from peers.weights.compact import CompactRows
 
 ReadRows = Callable[[int, int], CompactRows | None]
@@ -25,8 +25,6 @@ SCRATCH_BYTES: Final = 4 * 2**20
 """Of an expanded block: small enough for a cache, large enough that the calls for each cost nothing."""
 _STEP: Final = 192
 """Rows of a scratch matrix are a multiple of this: of all of ``PACKED_SIZES``."""
-
-_ops: Any = torch.ops.mkldnn
 
 
 class CompactLinear(nn.Module):
@@ -39,7 +37,7 @@ class CompactLinear(nn.Module):
         self.size_bytes = 0
         self._block = block
         self._rows = scratch_rows
-        self._scratch = _ops._reorder_linear_weight(torch.zeros(scratch_rows, in_features))
+        self._scratch = blank(scratch_rows, in_features, torch.float32)
         self._values = memory_of(self._scratch).view(scratch_rows // block, 1, in_features, block)
         self._codes: list[torch.Tensor] = []
         self._scales: list[torch.Tensor] = []
@@ -52,7 +50,7 @@ class CompactLinear(nn.Module):
         rows = _scratch_rows(out_features, in_features)
         if rows is None or read_rows(0, 1) is None:
             return None
-        block = _block_of(rows, in_features)
+        block = blank_size(rows, in_features, torch.float32)
         if block is None or not _exact(block):
             return None
         linear = cls(out_features, in_features, rows, block)
@@ -100,15 +98,6 @@ def _scratch_rows(out_features: int, in_features: int) -> int | None:
     return next(fitting, most) or None
 
 
-def _block_of(rows: int, columns: int) -> int | None:
-    """The size of oneDNN's blocks of outputs for a matrix of this shape, if its layout is known."""
-    numbers = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)  # below 2**24: exact
-    try:
-        return packed_size(_ops._reorder_linear_weight(numbers), numbers)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-        return None
-
-
 @cache
 def _exact(block: int) -> bool:
     """Whether results really are those of the whole matrix: tried once, on a small one."""
@@ -117,7 +106,7 @@ def _exact(block: int) -> bool:
         torch.randint(-128, 128, (2 * _STEP, 256), generator=generator, dtype=torch.int8),
         torch.rand(2 * _STEP, 8, generator=generator),
     )
-    if _block_of(_STEP, 256) != block:
+    if blank_size(_STEP, 256, torch.float32) != block:
         return False
     linear = CompactLinear(2 * _STEP, 256, _STEP, block)
     for start in (0, _STEP):

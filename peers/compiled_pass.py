@@ -51,7 +51,7 @@ class CompiledPass:
         self._rotary = _RotaryTables(rotation)
         first = layers[0]
         self._heads, self._kv_heads, self._dim, self._scale = first.heads, first.kv_heads, first.head_dim, first.scaling
-        self._epsilon = weight_of(first.input_norm)[1]
+        self._epsilon = _epsilon(first)
         self.rounded = dtype == torch.bfloat16 and kernels.matrix_unit and all(map(_may_be_rounded, layers))
         """Products are bfloat16's, by the CPU's matrix unit: as fast for one row, and much faster for many."""
 
@@ -67,8 +67,7 @@ class CompiledPass:
             return None
         if not isinstance(rotation, Rotation) or not all(_fits(layer, kernels.lanes) for layer in known):
             return None
-        shapes = {(a.heads, a.kv_heads, a.head_dim, a.scaling, weight_of(a.input_norm)[1]) for a in known}
-        if len(shapes) > 1:
+        if len({(layer.heads, layer.kv_heads, layer.head_dim, layer.scaling, _epsilon(layer)) for layer in known}) > 1:
             return None
         return cls(known, rotation, dtype, kernels, attention)
 
@@ -116,15 +115,16 @@ def _fits(layer: DecoderLayer, lanes: int) -> bool:
     if layer.head_dim % (2 * lanes) or AttentionKernel.misfit(layer.heads, layer.kv_heads, layer.head_dim):
         return False
     norms = [norm for norm in _norms(layer) if norm is not None]
-    if len(norms) == 3 or len({weight_of(norm)[1] for norm in norms}) > 1:
+    if len(norms) == 3 or len({norm.variance_epsilon for norm in norms}) > 1:
         return False
-    matrices = (layer.query_key_value, layer.output, layer.gate_up, layer.down)
-    on_cpu = all(weight_of(norm)[0].device.type == "cpu" for norm in norms)
-    return (
-        on_cpu
-        and all(_matrix(matrix, lanes) is not None for matrix in matrices)
-        and all(getattr(matrix, "bias", None) is None for matrix in matrices[1:])
+    linears = _linears(layer)
+    return all(_matrix(linear, lanes) is not None for linear in linears) and all(
+        getattr(linear, "bias", None) is None for linear in linears[1:]
     )
+
+
+def _linears(layer: DecoderLayer) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    return layer.query_key_value, layer.output, layer.gate_up, layer.down
 
 
 def _norms(layer: DecoderLayer) -> tuple[nn.Module, nn.Module, nn.Module | None, nn.Module | None]:
@@ -132,6 +132,7 @@ def _norms(layer: DecoderLayer) -> tuple[nn.Module, nn.Module, nn.Module | None,
 
 
 def _matrix(linear: nn.Module, lanes: int) -> Matrix | None:
+    """None for what is not on a CPU, or not as the kernels read it."""
     if isinstance(linear, PanelLinear):
         found = linear.matrix.described
     elif isinstance(linear, OneDnnLinear) and linear.packed_size is not None and linear.packed_size % lanes == 0:
@@ -143,21 +144,25 @@ def _matrix(linear: nn.Module, lanes: int) -> Matrix | None:
 
 
 def _may_be_rounded(layer: DecoderLayer) -> bool:
-    matrices = (_matrix(linear, 1) for linear in (layer.query_key_value, layer.output, layer.gate_up, layer.down))
+    matrices = [_matrix(linear, 1) for linear in _linears(layer)]
     return all(found is not None and found[0] != FLOAT32 and found[4] % 32 == 0 for found in matrices)
 
 
 def _described(layer: DecoderLayer, kept: list[torch.Tensor]) -> list[int]:
     """A ``layer`` of ``block_kernels.c``; what it points to and the layer doesn't have comes into ``kept``."""
     numbers: list[int] = []
-    for linear in (layer.query_key_value, layer.output, layer.gate_up, layer.down):
+    for linear in _linears(layer):
         matrix = _matrix(linear, 1)
         assert matrix is not None  # `_fits` has seen to it
         numbers += matrix
     bias = getattr(layer.query_key_value, "bias", None)
-    norms = [None if norm is None else weight_of(norm)[0] for norm in _norms(layer)]
+    norms = [None if norm is None else weight_of(norm) for norm in _norms(layer)]
     for held in (*norms[:2], None if bias is None else bias.float(), *norms[2:]):
         if held is not None:
             kept.append(held.contiguous())
         numbers.append(0 if held is None else kept[-1].data_ptr())
     return [*numbers, layer.layer_idx, layer.window or 0]
+
+
+def _epsilon(layer: DecoderLayer) -> float:
+    return layer.input_norm.variance_epsilon  # type: ignore[return-value]

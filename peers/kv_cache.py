@@ -81,7 +81,7 @@ class SequenceCache:
         self._shape = (len(layers), 2, kv_heads, BLOCK, head_dim)
         kinds = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16} if torch.device(device).type == "cpu" else {}
         self.row_kind = kinds.get(dtype, UNKNOWN) if kind == MODEL else INT8
-        self._turned = self.row_kind in kinds.values()
+        self._turned = self.row_kind in (FLOAT32, BFLOAT16)
         self._blocks: list[torch.Tensor] = []
         # Indexing a tensor costs microseconds, at every block of every layer of every step: done once, when it comes.
         self._keys: list[tuple[torch.Tensor, ...]] = []

@@ -74,6 +74,23 @@ def packed_size(packed: torch.Tensor, weight: torch.Tensor) -> int | None:
     return None
 
 
+def blank(outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """A packed matrix of zeros, to be filled through its memory, see :func:`blank_size`."""
+    packed: torch.Tensor = _ops._reorder_linear_weight(torch.zeros(outputs, inputs, dtype=dtype))
+    return packed
+
+
+def blank_size(outputs: int, inputs: int, dtype: torch.dtype) -> int | None:
+    """:func:`packed_size` of such a matrix; None if its layout is not known."""
+    numbers = torch.arange(outputs * inputs, dtype=torch.float32).view(outputs, inputs)  # below 2**24: exact
+    if dtype == torch.bfloat16:
+        numbers = numbers.remainder(251)  # ... below 2**8
+    try:
+        return packed_size(_ops._reorder_linear_weight(numbers.to(dtype)), numbers.to(dtype))
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return None
+
+
 class DenseLinear(nn.Module):
     """``torch``'s own kernel, for devices and dtypes without the other."""
 

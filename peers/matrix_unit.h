@@ -15,8 +15,8 @@
 
 enum { UNIT_ROWS = 16, UNIT_BYTES = 64, UNIT_OUTPUTS = 16 };
 
-/* Whether this process has one; Linux wants to be asked for it. */
-static int has_matrix_unit(void) {
+/* Whether this process may use one; Linux wants to be asked for it. */
+int matrix_unit(void) {
 #if MATRIX_UNIT
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -25,13 +25,9 @@ static int has_matrix_unit(void) {
 #endif
 }
 
-/* out[count, inputs] of bfloat16, rounded to the nearest */
+/* So many numbers as bfloat16 */
 static void round_rows(const float *rows, int64_t numbers, uint16_t *out) {
-    for (int64_t i = 0; i < numbers; i++) {
-        uint32_t bits;
-        memcpy(&bits, rows + i, sizeof bits);
-        out[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    }
+    for (int64_t i = 0; i < numbers; i++) out[i] = upper_half(rows[i]);
 }
 
 #if MATRIX_UNIT
@@ -139,9 +135,7 @@ static void multiply_rounded(const matrix *of, int64_t first, int64_t stop, cons
         unit_panel(BFLOAT16, expanded, PANEL, outputs, inputs, 0, rows, count, &shaped, to, stride); \
     }
         switch (of->kind) {
-            case Q4_0: PANEL_OF(Q4_0) break;
-            case Q4_1: PANEL_OF(Q4_1) break;
-            case Q8_0: PANEL_OF(Q8_0) break;
+            BLOCK_KINDS(PANEL_OF);
             default: unit_panel(BFLOAT16, panel, of->packed, outputs, inputs, 1, rows, count, &shaped, to, stride);
         }
     }
@@ -151,8 +145,8 @@ static void multiply_rounded(const matrix *of, int64_t first, int64_t stop, cons
 #else
 
 static void multiply_rounded(const matrix *of, int64_t first, int64_t stop, const uint16_t *rows, int64_t count,
-                             uint8_t *rounded, float *out) {
-    (void)of, (void)first, (void)stop, (void)rows, (void)count, (void)rounded, (void)out; /* never called */
+                             uint8_t *expanded, float *out) {
+    (void)of, (void)first, (void)stop, (void)rows, (void)count, (void)expanded, (void)out; /* never called */
 }
 
 #endif

@@ -17,12 +17,12 @@ class RootMeanSquareNorm(nn.Module):
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.cat((weight, torch.zeros_like(weight))), requires_grad=False)
-        self.epsilon = epsilon
+        self.variance_epsilon = epsilon  # as transformers calls it
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         size = rows.shape[-1]
         both = torch.cat((rows, rows.neg()), -1)
-        return torch.layer_norm(both, (2 * size,), self.weight, None, self.epsilon)[..., :size]
+        return torch.layer_norm(both, (2 * size,), self.weight, None, self.variance_epsilon)[..., :size]
 
 
 def fast_norm(norm: Any) -> nn.Module:
@@ -33,8 +33,7 @@ def fast_norm(norm: Any) -> nn.Module:
     return RootMeanSquareNorm(weight, norm.variance_epsilon)
 
 
-def weight_of(norm: Any) -> tuple[torch.Tensor, float]:
-    """Of a norm of this kind, ours or transformers': float32 ``[size]``, and epsilon."""
-    if isinstance(norm, RootMeanSquareNorm):
-        return norm.weight[: len(norm.weight) // 2], norm.epsilon
-    return norm.weight.detach().float(), norm.variance_epsilon
+def weight_of(norm: Any) -> torch.Tensor:
+    """Of a norm of this kind, ours or transformers': float32 ``[size]``."""
+    weight: torch.Tensor = norm.weight.detach()
+    return weight[: len(weight) // 2] if isinstance(norm, RootMeanSquareNorm) else weight.float()

@@ -17,7 +17,7 @@ from torch import nn
 from peers.attention_kernel import LANES
 from peers.block_kernels import PANEL, BlockKernels, Panels, block_kernels
 from peers.compiled import shared_out
-from peers.linear import OneDnnLinear, bfloat16_is_fast, product
+from peers.linear import bfloat16_is_fast, blank, blank_size, memory_of, product
 from peers.weights.blocks import BlockKind, Blocks
 
 MANY_ROWS: Final = 32
@@ -92,13 +92,12 @@ class _Scratch:
 @lru_cache(maxsize=16)
 def _scratch(panels: int, inputs: int) -> _Scratch | None:
     """None where the machine has no fast kernel, or packs for it in another way than ``round_panels``."""
-    if not bfloat16_is_fast():
+    shape = panels * PANEL, inputs, torch.bfloat16
+    packed = blank_size(*shape) if bfloat16_is_fast() else None
+    if packed is None or PANEL % packed or packed % LANES:
         return None
-    numbers = torch.arange(panels * PANEL * inputs).remainder(251).to(torch.bfloat16).view(-1, inputs)
-    linear = OneDnnLinear(numbers, None, packed=True)
-    packed = linear.packed_size
-    known = packed is not None and PANEL % packed == 0 and packed % LANES == 0
-    return _Scratch(linear.weight, packed, linear.address) if known and packed is not None else None
+    matrix = blank(*shape)
+    return _Scratch(matrix, packed, memory_of(matrix).data_ptr())
 
 
 class BlockLinear(nn.Module):

@@ -77,6 +77,13 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* A number as bfloat16, rounded to the nearest as torch does. */
+INLINE uint16_t upper_half(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 /* e to the power of x, to about 2e-7: 2^n times a polynomial in what is left (Cody and Waite's reduction) */
 INLINE floats exponential(floats x) {
     x = choose(x < all(-87), all(-87), choose(x > all(87), all(87), x));
