@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -81,6 +81,30 @@ class Spans(tuple[Span, ...]):
     def table(self) -> Rows:
         return table(self)
 
+    def attend(
+        self, layer: int, window: int | None, scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """``query`` is ``[heads, rows, head_dim]``, ``key`` and ``value`` ``[kv_heads, rows, head_dim]``; returns
+        ``[rows, heads, head_dim]``. Keys and values are written to the caches first."""
+        result = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        kernel = attention_kernel() if AttentionKernel.takes(query, key, value) else None
+        if kernel is not None:
+            kernel.attend(self.table, layer, window, scale, query, key, value, result)
+            return result
+        for span in self:
+            rows = slice(span.offset, span.offset + span.count)
+            result[rows] = _attend(span, layer, window, scale, query[None, :, rows], key[:, rows], value[:, rows])
+        return result
+
+
+class Attending(Protocol):
+    """The rows of a pass, which know their sessions' caches: :class:`Spans`, or what stands for them on a card."""
+
+    def attend(
+        self, layer: int, window: int | None, scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """See :meth:`Spans.attend`."""
+
 
 def spans_of(caches: Sequence[SequenceCache], starts: Sequence[int], counts: Sequence[int]) -> Spans:
     """The spans of a batch whose sessions' rows follow each other in this order; the caches have room for them."""
@@ -101,7 +125,7 @@ def swarm_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    spans: Spans | None = None,
+    spans: Attending | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -118,17 +142,7 @@ def swarm_attention(
         raise UnsupportedModel(f"{type(module).__name__} caps its scores or has attention sinks")
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    result = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
-    kernel = attention_kernel() if AttentionKernel.takes(query, key, value) else None
-    if kernel is not None:
-        kernel.attend(spans.table, layer, sliding_window, scale, query[0], key[0], value[0], result)
-        return result[None], None
-    for span in spans:
-        rows = slice(span.offset, span.offset + span.count)
-        result[rows] = _attend(
-            span, layer, sliding_window, scale, query[:, :, rows], key[0, :, rows], value[0, :, rows]
-        )
-    return result[None], None
+    return spans.attend(layer, sliding_window, scale, query[0], key[0], value[0])[None], None
 
 
 def _attend(

@@ -60,9 +60,9 @@ class AttentionKernel:
 
     @classmethod
     def takes(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Of ``[1, heads, rows, dim]``: float32 on a CPU, of usual shapes."""
-        dense = query.stride(3) == key.stride(3) == value.stride(3) == 1
-        fits = not cls.misfit(query.shape[1], key.shape[1], query.shape[3])
+        """Of ``[heads, rows, dim]``: float32 on a CPU, of usual shapes."""
+        dense = query.stride(2) == key.stride(2) == value.stride(2) == 1
+        fits = not cls.misfit(query.shape[0], key.shape[0], query.shape[2])
         return fits and dense and query.dtype == torch.float32 and query.device.type == "cpu"
 
     def attend(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from peers.attention import Spans, swarm_attention
+from peers.attention import Attending
 from peers.norm import fast_norm
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        spans: Spans,
+        spans: Attending,
         **_: Any,
     ) -> torch.Tensor:
         """``[1, rows, hidden]`` -> the same; ``position_embeddings`` are those of :class:`Rotation`."""
@@ -63,19 +63,11 @@ class DecoderLayer(nn.Module):
             return heads
         return torch.cat((self.query_norm(heads[:, : self.heads]), self.key_norm(heads[:, self.heads :])), 1)
 
-    def _attend(self, turned: torch.Tensor, mixed: torch.Tensor, spans: Spans) -> torch.Tensor:
+    def _attend(self, turned: torch.Tensor, mixed: torch.Tensor, spans: Attending) -> torch.Tensor:
         """``[rows, heads * head_dim]`` for queries and keys ``turned``, and the values at the end of ``mixed``."""
-        turned, values = turned.transpose(0, 1)[None], mixed[:, self.heads + self.kv_heads :].transpose(0, 1)[None]
-        found, _ = swarm_attention(
-            self,
-            turned[:, : self.heads],
-            turned[:, self.heads :],
-            values,
-            None,
-            scaling=self.scaling,
-            spans=spans,
-            sliding_window=self.window,
-        )
+        turned, values = turned.transpose(0, 1), mixed[:, self.heads + self.kv_heads :].transpose(0, 1)
+        queries, keys = turned[: self.heads], turned[self.heads :]
+        found = spans.attend(self.layer_idx, self.window, self.scaling, queries, keys, values)
         return found.reshape(mixed.shape[0], -1).contiguous()
 
 

@@ -40,14 +40,14 @@ class SequenceCache:
     __slots__ = (
         "_addresses",
         "_blocks",
-        "_device",
-        "_dtype",
         "_keys",
         "_shape",
         "_shared",
         "_turned",
         "_values",
         "capacity",
+        "device",
+        "dtype",
         "kind",
         "layers",
         "length",
@@ -77,9 +77,9 @@ class SequenceCache:
         self.kind = kind
         self.length = 0
         """Positions that hold the keys and values of committed inputs; what lies behind is scratch."""
-        self._dtype, self._device = dtype, device
+        self.dtype, self.device = dtype, torch.device(device)
         self._shape = (len(layers), 2, kv_heads, BLOCK, head_dim)
-        kinds = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16} if torch.device(device).type == "cpu" else {}
+        kinds = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16} if self.device.type == "cpu" else {}
         self.row_kind = kinds.get(dtype, UNKNOWN) if kind == MODEL else INT8
         self._turned = self.row_kind in (FLOAT32, BFLOAT16)
         self._blocks: list[torch.Tensor] = []
@@ -87,7 +87,9 @@ class SequenceCache:
         self._keys: list[tuple[torch.Tensor, ...]] = []
         self._values: list[tuple[torch.Tensor, ...]] = []
         """Of each block and layer, ``[kv_heads, BLOCK, row]``."""
-        self._addresses = (ctypes.c_int64 * blocks_for(capacity))()
+        self._addresses: ctypes.Array[ctypes.c_int64] | torch.Tensor = (ctypes.c_int64 * blocks_for(capacity))()
+        if self.device.type == "cuda":
+            self._addresses = torch.zeros(blocks_for(capacity), dtype=torch.int64, device=self.device)
         self._shared = 0
         """So many of the first blocks may be another cache's as well."""
 
@@ -106,8 +108,9 @@ class SequenceCache:
 
     @property
     def blocks_address(self) -> int:
-        """Of a table of the blocks' addresses, for as long as the cache lives."""
-        return ctypes.addressof(self._addresses)
+        """Of a table of the blocks' addresses, where the blocks are, for as long as the cache lives."""
+        table = self._addresses
+        return ctypes.addressof(table) if isinstance(table, ctypes.Array) else table.data_ptr()
 
     def grow(self, start: int, end: int) -> None:
         """Have blocks for positions up to ``end``, of which those from ``start`` on are this cache's to write."""
@@ -119,10 +122,10 @@ class SequenceCache:
         self._shared = min(self._shared, start // block)
         while len(self._blocks) < blocks_for(end):
             if self.kind == MODEL:
-                fresh = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+                fresh = torch.empty(self._shape, dtype=self.dtype, device=self.device)
             else:
                 shape = (layers, two, kv_heads, block, head_dim + SCALE_BYTES)
-                fresh = torch.empty(shape, dtype=torch.int8, device=self._device)
+                fresh = torch.empty(shape, dtype=torch.int8, device=self.device)
             self._put(len(self._blocks), fresh)
 
     def _put(self, index: int, block: torch.Tensor) -> None:
@@ -140,7 +143,7 @@ class SequenceCache:
         It shares full blocks with this one; neither sees what the other writes.
         """
         _, _, kv_heads, block, head_dim = self._shape
-        copied = SequenceCache(self.layers, kv_heads, head_dim, capacity, self._dtype, self._device, self.kind)
+        copied = SequenceCache(self.layers, kv_heads, head_dim, capacity, self.dtype, self.device, self.kind)
         full, rest = divmod(length, block)
         for index in range(full):
             copied._put(index, self._blocks[index])
@@ -203,9 +206,9 @@ class DenseRows:
         self._dense: torch.Tensor | None = None
         if len(self._blocks) > 1:
             row, dtype = cache._blocks[0].shape[-1], cache._blocks[0].dtype
-            self._gathered = torch.empty((2, kv_heads, positions, row), dtype=dtype, device=cache._device)
+            self._gathered = torch.empty((2, kv_heads, positions, row), dtype=dtype, device=cache.device)
         if cache.kind == "int8":
-            self._dense = torch.empty((2, kv_heads, positions, head_dim), dtype=cache._dtype, device=cache._device)
+            self._dense = torch.empty((2, kv_heads, positions, head_dim), dtype=cache.dtype, device=cache.device)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[kv_heads, positions, head_dim]`` of a layer, by its number in the model, until the next

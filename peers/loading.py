@@ -10,6 +10,7 @@ from torch import nn
 
 from peers import decoder_layer
 from peers.block_kernels import block_kernels
+from peers.card_linear import CardLinear, card_works
 from peers.compact_linear import CompactLinear
 from peers.decoder_layer import DecoderLayer, Rotation
 from peers.families import build_model
@@ -150,8 +151,8 @@ class _Reader:
             self._read_parameter(_EMBEDDING)
             table = base.embed_tokens.weight
             model.lm_head.weight = table
-            if self._pack and model.lm_head.bias is None:
-                model.lm_head = OneDnnLinear(table.detach(), None, packed=False)
+            if model.lm_head.bias is None:
+                model.lm_head = self._product(table.detach(), None, packed=False)
         elif self._device.type == "cpu":
             del self._stored[_EMBEDDING]
             base.embed_tokens = FileEmbedding(base.embed_tokens, self._source, _EMBEDDING, self._dtype)
@@ -194,7 +195,12 @@ class _Reader:
         parts = [self._tensor(name) for name in names]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         del parts
-        return OneDnnLinear(weight, bias, packed=True) if self._pack else DenseLinear(weight, bias)
+        return self._product(weight, bias)
+
+    def _product(self, weight: torch.Tensor, bias: torch.Tensor | None, packed: bool = True) -> nn.Module:
+        if self._pack:
+            return OneDnnLinear(weight, bias, packed)
+        return CardLinear(weight, bias) if card_works(self._device) else DenseLinear(weight, bias)
 
     def _tensor(self, name: str) -> torch.Tensor:
         tensor = self._source.read(self._stored.pop(name), self._dtype, self._device)

@@ -1,7 +1,7 @@
 """Matrix products from weights that stay in blocks of 4, 8 or 16 bits a weight, computed in float32.
 
-On a CPU with a compiler they lie in panels, as the kernels of :mod:`peers.block_kernels` read them. Elsewhere one piece
-of the matrix after the other is expanded for torch's own product.
+On a CPU with a compiler they lie in panels, as the kernels of :mod:`peers.block_kernels` read them; an NVIDIA card has
+kernels of its own. Elsewhere one piece of the matrix after the other is expanded for torch's own product.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 from peers.attention_kernel import LANES
 from peers.block_kernels import PANEL, BlockKernels, Panels, block_kernels
+from peers.card_linear import CardLinear, card_works
 from peers.compiled import shared_out
 from peers.linear import bfloat16_is_fast, blank, blank_size, memory_of, product
 from peers.weights.blocks import BlockKind, Blocks
@@ -26,10 +27,12 @@ SCRATCH_BYTES: Final = 4 * 2**20
 """Of an expanded piece."""
 
 
-def quantized_linear(matrix: Blocks, bias: torch.Tensor | None) -> PanelLinear | BlockLinear:
+def quantized_linear(matrix: Blocks, bias: torch.Tensor | None) -> PanelLinear | CardLinear | BlockLinear:
     """Stands in for ``nn.Linear``, with rows of any float dtype."""
     kernels = block_kernels() if matrix.data.device.type == "cpu" else None
-    return BlockLinear(matrix, bias) if kernels is None else PanelLinear(kernels, Panels.of(matrix), bias)
+    if kernels is not None:
+        return PanelLinear(kernels, Panels.of(matrix), bias)
+    return CardLinear(matrix, bias) if card_works(matrix.data.device) else BlockLinear(matrix, bias)
 
 
 class PanelLinear(nn.Module):
@@ -101,7 +104,7 @@ def _scratch(panels: int, inputs: int) -> _Scratch | None:
 
 
 class BlockLinear(nn.Module):
-    """For other devices than CPUs, and for machines without a compiler, where it is slow."""
+    """For devices without kernels, and for machines without a compiler, where it is slow."""
 
     def __init__(self, matrix: Blocks, bias: torch.Tensor | None) -> None:
         super().__init__()

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from peers.attention import Span, Spans, spans_of
+from peers.attention import Attending, Span, Spans, spans_of
 from peers.compiled_pass import CompiledPass
+from peers.graph_pass import GraphPass
 from peers.kv_cache import SequenceCache
 from peers.linear import bfloat16_is_fast
 from peers.loading import Progress, load_model
@@ -168,13 +169,14 @@ class Shard:
         layers = steps[0].layers
         view = self._views.get(layers)
         if view is None:
-            view = self._views[layers] = _View(self._model, self.layers, layers, self.dtype, self.device)
+            view = self._views[layers] = _View(self._model, self.layers, self.new_cache(layers, 1))
         spans = spans_of([s.cache for s in steps], [s.start for s in steps], [s.rows for s in steps])
         hidden, finite = view.decode(steps, spans)
         rows = [row for span, step in zip(spans, steps, strict=True) for row in _last_rows(span, step.head_rows)]
         logits = view.head(hidden if len(rows) == hidden.shape[0] else hidden[rows]) if rows else None
         # One number for the whole batch tells whether all is well; only if not, each session is asked.
         finite = finite and (logits is None or all_finite(logits))
+        hidden, logits = _on_host(hidden), None if logits is None else logits.cpu()
         outputs, taken = [], 0
         for span, step in zip(spans, steps, strict=True):
             own = hidden[span.offset : span.offset + span.count] if len(spans) > 1 else hidden
@@ -192,10 +194,9 @@ class Shard:
 class _View:
     """The model's own forward over a sub-range of its layers; shares all weights with the shard."""
 
-    def __init__(
-        self, model: Any, held: LayerRange, layers: LayerRange, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        base = model.model
+    def __init__(self, model: Any, held: LayerRange, like: SequenceCache) -> None:
+        """``like`` is a cache for the layers to run, as sessions have them."""
+        base, layers, dtype = model.model, like.layers, like.dtype
         view = copy.copy(base)
         view._modules = dict(base._modules)
         chosen = slice(layers.start - held.start, layers.end - held.start)
@@ -215,42 +216,53 @@ class _View:
         self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb, dtype)
         last = layers.end == model.config.num_hidden_layers
         self._norm = fast_norm(base.norm) if self._pass is not None and last else None
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device = dtype, like.device
         exact = self._pass is not None and self._pass.rounded
         self._many = MANY_ROWS if dtype == torch.bfloat16 and bfloat16_is_fast() and not exact else None
         """From so many rows on the modules are faster than the compiled pass."""
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)
+        width = None if layers.start == 0 else model.config.hidden_size
+        self._graph = GraphPass.of(self._through, width, like)
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, "model": _Given()}
         self._run_head = inspect.unwrap(type(model).forward)
 
     def decode(self, steps: Sequence[Step], spans: Spans) -> tuple[Rows, bool]:
         """Hidden states ``[rows, hidden]``, and whether all of them are finite."""
-        if self._pass is None or (self._many is not None and sum(span.count for span in spans) >= self._many):
-            return self._decode_by_modules(steps, spans)
-        arrays = [_array(step.hidden) for step in steps if step.hidden is not None] or [self._embedded(steps)]
-        given = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        hidden, finite = self._pass.run(given, spans)
-        return hidden if self._norm is None else self._norm(torch.from_numpy(hidden)), finite
+        if self._pass is not None and (self._many is None or sum(span.count for span in spans) < self._many):
+            arrays = [_array(step.hidden) for step in steps if step.hidden is not None] or [self._embedded(steps)]
+            result, finite = self._pass.run(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), spans)
+            return result if self._norm is None else self._norm(torch.from_numpy(result)), finite
+        given = self._given(steps)
+        if self._graph is not None and self._graph.takes(spans):
+            hidden = self._graph.run(given, spans)
+        else:
+            hidden = self._by_modules(given, spans)
+        return hidden, all_finite(hidden)
 
     @torch.inference_mode()
     def _embedded(self, steps: Sequence[Step]) -> Floats:
-        return self._base.embed_tokens(_ids(steps))[0].float().numpy()  # type: ignore[no-any-return]
+        return self._base.embed_tokens(_ids(steps)).float().numpy()  # type: ignore[no-any-return]
 
-    @torch.inference_mode()
-    def _decode_by_modules(self, steps: Sequence[Step], spans: Spans) -> tuple[torch.Tensor, bool]:
+    def _given(self, steps: Sequence[Step]) -> torch.Tensor:
+        """Token ids ``[rows]``, or hidden states ``[rows, hidden]``."""
         rows = [
             torch.tensor(row) if isinstance(row, np.ndarray) else row
             for step in steps
             if (row := step.hidden) is not None
         ]
-        given = {"inputs_embeds": torch.cat(rows)[None].to(self._dtype)} if rows else {"input_ids": _ids(steps)}
-        inputs = {name: value.to(self._device) for name, value in given.items()}
-        places = torch.tensor([spans.positions], device=self._device)
-        output = self._run(self._base, position_ids=places, use_cache=False, spans=spans, **inputs)
-        hidden = output.last_hidden_state[0]
-        return hidden, all_finite(hidden)
+        return torch.cat(rows).to(self._dtype) if rows else _ids(steps)
+
+    @torch.inference_mode()
+    def _by_modules(self, given: torch.Tensor, spans: Spans) -> torch.Tensor:
+        positions = torch.tensor([spans.positions], device=self._device)
+        return self._through(given[None].to(self._device), positions, spans)[0]
+
+    def _through(self, given: torch.Tensor, positions: torch.Tensor, spans: Attending) -> torch.Tensor:
+        inputs = {"input_ids" if given.ndim == 2 else "inputs_embeds": given}
+        output = self._run(self._base, position_ids=positions, use_cache=False, spans=spans, **inputs)
+        return output.last_hidden_state  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def head(self, hidden: Rows) -> torch.Tensor:
@@ -271,7 +283,11 @@ class _Given(nn.Module):
 
 
 def _ids(steps: Sequence[Step]) -> torch.Tensor:
-    return torch.tensor([[token for step in steps for token in step.token_ids or ()]])
+    return torch.tensor([token for step in steps for token in step.token_ids or ()])
+
+
+def _on_host(rows: Rows) -> Rows:
+    return rows if isinstance(rows, np.ndarray) else rows.cpu()
 
 
 def _array(rows: Rows) -> Floats:
