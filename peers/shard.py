@@ -22,10 +22,9 @@ from peers.attention import Attending, Span, Spans, spans_of
 from peers.compiled_pass import CompiledPass
 from peers.graph_pass import GraphPass
 from peers.kv_cache import SequenceCache
-from peers.linear import bfloat16_is_fast
 from peers.loading import Progress, load_model
 from peers.norm import fast_norm
-from peers.quantized_linear import MANY_ROWS, PanelLinear
+from peers.quantized_linear import PanelLinear
 from peers.row_codec import Rows
 from swarm import kv
 from swarm.errors import BadTensor, Internal, ModelError, SwarmError, WrongRange
@@ -217,9 +216,6 @@ class _View:
         last = layers.end == model.config.num_hidden_layers
         self._norm = fast_norm(base.norm) if self._pass is not None and last else None
         self._dtype, self._device = dtype, like.device
-        exact = self._pass is not None and self._pass.rounded
-        self._many = MANY_ROWS if dtype == torch.bfloat16 and bfloat16_is_fast() and not exact else None
-        """From so many rows on the modules are faster than the compiled pass."""
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)
         width = None if layers.start == 0 else model.config.hidden_size
@@ -230,7 +226,7 @@ class _View:
 
     def decode(self, steps: Sequence[Step], spans: Spans) -> tuple[Rows, bool]:
         """Hidden states ``[rows, hidden]``, and whether all of them are finite."""
-        if self._pass is not None and (self._many is None or sum(span.count for span in spans) < self._many):
+        if self._pass is not None:
             arrays = [_array(step.hidden) for step in steps if step.hidden is not None] or [self._embedded(steps)]
             result, finite = self._pass.run(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), spans)
             return result if self._norm is None else self._norm(torch.from_numpy(result)), finite

@@ -10,11 +10,9 @@ import pytest
 import torch
 
 from peers import compiled as compiled_module
-from peers import shard as shard_module
 from peers.attention_kernel import attention_kernel
 from peers.block_kernels import block_kernels
 from peers.kv_cache import SequenceCache
-from peers.linear import bfloat16_is_fast
 from peers.shard import Shard, Step
 from peers.weights import open_source
 from swarm.errors import BadTensor
@@ -114,28 +112,15 @@ def test_bfloat16_comes_nearer_to_float32_than_the_modules_do(family: str, weigh
     assert error < 0.02 * wanted.abs().mean()
 
 
-@pytest.fixture(params=["as it is", "no matrix unit"])
+@pytest.fixture(params=["matrix unit", "none"])
 def _matrix_unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what the processor has for bfloat16, and as if it had nothing."""
+    """With the processor's, and as if it had none."""
     kernels = block_kernels()
     assert kernels is not None
-    if request.param == "no matrix unit":
+    if request.param == "none":
         monkeypatch.setattr(kernels, "matrix_unit", False)
-        monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: False)
-    elif bfloat16_is_fast() and not kernels.matrix_unit:
-        pytest.skip("only the modules are fast here")
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_many_rows_of_bfloat16_go_through_the_modules_where_the_machine_is_fast_at_that(
-    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(block_kernels(), "matrix_unit", False)
-    monkeypatch.setattr(shard_module, "bfloat16_is_fast", lambda: fast)
-    shard = shard_of(tmp_path, "llama", dtype="bfloat16")
-    few, many = hidden_of(shard, 1, "model"), hidden_of(shard, len(LONG), "model")
-    assert torch.equal(few, many) == (not fast)
-    assert (few - many.float()).abs().max() < 0.2
+    elif not kernels.matrix_unit:
+        pytest.skip("no matrix unit here")
 
 
 @pytest.mark.usefixtures("_processor", "_matrix_unit")
