@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEW, MANY = 32, 256
-"""Rows of the graphs."""
+FEW, MANY = 32, 128
+"""Rows of the graphs; the large one takes a chunk of a prompt as owners send it."""
 _WARM_UPS: Final = 2
 """Before kernels can be recorded they are to be compiled, and libraries to have their memory."""
 NOBODY: Final = -1

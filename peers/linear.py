@@ -123,6 +123,6 @@ def packing_works(dtype: torch.dtype) -> bool:
 
 @cache
 def bfloat16_is_fast() -> bool:
-    """Whether the kernel for bfloat16 has instructions of the CPU for it, and is faster than ours for float32: that of
-    AVX512_BF16 is not. Its products of pairs take four times as long as one of floats on Intel's CPUs."""
+    """Whether the kernel for bfloat16 is faster than ours for float32. With AVX512_BF16 alone it is not: on Intel's
+    CPUs a product of pairs takes as long as four of floats."""
     return packing_works(torch.bfloat16) and not {b"amx_bf16", b"bf16"}.isdisjoint(cpu_features())
