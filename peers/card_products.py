@@ -72,7 +72,8 @@ class CardMatrix:
         return result
 
 
-@triton.jit
+# Once compiled for a matrix, a kernel serves any number of rows.
+@triton.jit(do_not_specialize=["count", "steps", "parts"])
 def _product(
     rows, codes, factors, sums, count, outputs, inputs, steps, parts,
     KIND: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
@@ -128,7 +129,7 @@ def _scaled(code, scale, shift, OUTPUTS: tl.constexpr, STEP: tl.constexpr, WIDE:
     return tl.reshape(numbers, [OUTPUTS, STEP * WIDE])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numbers", "parts"])
 def _total(sums, result, numbers, parts, SIZE: tl.constexpr):
     """The parts' sums, in the order in which :func:`_product` would take them."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)

@@ -69,13 +69,13 @@ class GraphPass:
         places = torch.tensor([tables, spans.positions], device=self._like.device)
         given = given.to(self._like.device)
         parts, first = [], 0
-        for rows in _graphs_for(len(tables)):
+        for rows in graphs_for(len(tables)):
             parts.append(self._graphs[rows].run(given[first : first + rows], places[:, first : first + rows]))
             first += rows
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _graphs_for(rows: int) -> Iterator[int]:
+def graphs_for(rows: int) -> Iterator[int]:
     """Sizes of the graphs that together take so many rows. The large one takes longer than two small ones."""
     while rows > 0:
         size = FEW if rows <= 2 * FEW else MANY
