@@ -142,28 +142,42 @@ INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *
     }
 }
 
+/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are narrow, a tile has few
+   rows and columns are read often: of these the first cache holds them from one tile to the next. */
+INLINE int64_t cached_steps(int64_t count, int64_t width, int64_t all_steps) {
+    enum { CACHED_FLOATS = 16384 / sizeof(float) };
+    return LANES == 16 || count <= 2 * TILE_ROWS ? all_steps : CACHED_FLOATS / width;
+}
+
 INLINE void block_panel(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
                         float *out, int64_t stride) {
     int64_t inputs = blocks * BLOCK, expanded = count > FEW_ROWS;
     const float *next = (const float *)(panel + blocks * block_bytes(kind));
     const float *end = next + blocks * block_bytes(kind) / sizeof *next;
-    if (expanded) expand_panel(kind, panel, blocks, scratch);
+    if (expanded) {
+        expand_panel(kind, panel, blocks, scratch);
+        for (int64_t part = cached_steps(count, PANEL, inputs), first = 0; first < inputs; first += part) {
+            int64_t steps = smaller(part, inputs - first);
+            for (int64_t done = 0, many; done < count; done += many, next += steps * LINE_FLOATS) {
+                many = rows_of_tile(count - done);
+                /* meanwhile the next panel comes, a line for each input; past the end of all it does nothing */
+#define EXPANDED(fetched) \
+    multiply(SINGLE, (int)many, first > 0, fetched, next, rows + done * inputs + first, inputs, scratch + first * PANEL, \
+             steps, PANEL, PANEL, out + done * stride, stride)
+                if (next < end) EXPANDED(1);
+                else EXPANDED(NOTHING);
+            }
+        }
+        return;
+    }
     for (int64_t done = 0; done < count;) {
         int many = rows_of_tile(count - done);
-        const float *from = rows + done * inputs;
-        float *to = out + done * stride;
-        if (expanded) {
-            /* meanwhile the next panel comes, a line for each input; past the end of all it does nothing */
-#define EXPANDED(fetched) multiply(SINGLE, many, 0, fetched, next, from, inputs, scratch, inputs, PANEL, PANEL, to, stride)
-            if (next < end) EXPANDED(1);
-            else EXPANDED(NOTHING);
-            next += inputs * LINE_FLOATS;
-        } else
-            for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
+        for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
 #define PACKED(known) \
-    if (known <= TILE_ROWS) packed_tile(kind, known, v, panel, blocks, from, inputs, to + v * LANES, stride)
-                FOR_ROWS(many, PACKED)
-            }
+    if (known <= TILE_ROWS) \
+    packed_tile(kind, known, v, panel, blocks, rows + done * inputs, inputs, out + done * stride + v * LANES, stride)
+            FOR_ROWS(many, PACKED)
+        }
         done += many;
     }
 }
@@ -172,22 +186,25 @@ INLINE void block_panel(int kind, const uint8_t *panel, int64_t blocks, const fl
    is one: memory and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
 INLINE void float_panel(int each, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
                         int64_t count, float *out, int64_t stride) {
-    int64_t steps = inputs / each, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t lines = last ? 0 : packed / LINE_FLOATS, fetched = 0, done = 0;
-    const float *next = panel + packed * steps;
-    for (int64_t t = 1; t <= tiles; t++) {
-        int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
-        int many = rows_of_tile(count - done);
+    int64_t all_steps = inputs / each, tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lines = last ? 0 : packed / LINE_FLOATS;
+    const float *next = panel + packed * all_steps;
+    for (int64_t part = cached_steps(count, packed, all_steps), first = 0; first < all_steps; first += part) {
+        int64_t steps = smaller(part, all_steps - first), fetched = 0, done = 0;
+        for (int64_t t = 1; t <= tiles; t++) {
+            int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
+            int many = rows_of_tile(count - done);
 #define FETCHING(known) \
-    multiply(each, many, 0, known, next + fetched * LINE_FLOATS * steps, rows + done * inputs, inputs, panel, inputs, packed, \
-             packed, out + done * stride, stride)
-        switch (now) {
-            case ITSELF: FETCHING(ITSELF); break;
-            case NOTHING: FETCHING(NOTHING); break;
-            case 1: FETCHING(1); break;
-            default: FETCHING(2); /* a few lines of unusually wide panels are left */
+    multiply(each, many, first > 0, known, next + (fetched * all_steps + now * first) * LINE_FLOATS, \
+             rows + done * inputs + first * each, inputs, panel + first * packed, steps * each, packed, packed, \
+             out + done * stride, stride)
+            switch (now) {
+                case ITSELF: FETCHING(ITSELF); break;
+                case NOTHING: FETCHING(NOTHING); break;
+                case 1: FETCHING(1); break;
+                default: FETCHING(2); /* a few lines of unusually wide panels are left */
+            }
+            fetched += now, done += many;
         }
-        fetched += now, done += many;
     }
 }
 
