@@ -247,6 +247,8 @@ class Chain:
             await asyncio.sleep(SETTLE_S)
         dead = [c for c in self.controls if c is loss.control or c.lost is not None]
         self.controls = [c for c in self.controls if c not in dead]
+        for control in dead:
+            self._stop_handovers(control)
         generation = await self._transport.ready()
         for control in dead:
             error = loss.error if control is loss.control else control.lost or loss.error
@@ -304,6 +306,13 @@ class Chain:
         if leaving not in self._handovers:
             handover = Handover(self, leaving, token_s)
             self._handovers[leaving] = handover, self._tasks.create_task(handover.run())
+
+    def give_up_warming(self, peer: PeerId, error: SwarmError) -> None:
+        """A successor that others can't reach; its handover looks for another."""
+        for handover, _ in self._handovers.values():
+            for control in handover.fresh:
+                if control.hop.peer.peer_id == peer:
+                    control.abort(error)
 
     def is_due(self, handover: Handover) -> bool:
         """False for one that was overtaken by a rebuild."""

@@ -90,7 +90,7 @@ class Handover:
             for control in self.fresh:
                 with self._refusing(control.hop):
                     control.check_heard(timeouts)
-            await self.fresh[-1].ping()
+                    await control.ping()
 
     @contextlib.contextmanager
     def _refusing(self, hop: Hop) -> Iterator[None]:

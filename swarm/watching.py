@@ -15,6 +15,7 @@ from swarm.control import Event, HopControl, HopLost
 from swarm.errors import DeadlineExceeded, SwarmError
 from swarm.handover import Handover
 from swarm.protocol import error_from_wire
+from swarm.types import PeerId
 
 
 class HandoverReady(Exception):
@@ -105,7 +106,11 @@ class Watch:
         if isinstance(event, SwarmError):
             raise HopLost(control, event)
         if isinstance(event, pb.Error) and event.epoch >= self._chain.epoch:
-            raise HopLost(self._blamed(control, event), error_from_wire(event))
+            error = error_from_wire(event)
+            blamed = self._blamed(control, event)
+            if blamed is not None:
+                raise HopLost(blamed, error)
+            self._chain.give_up_warming(PeerId(event.peer_id), error)
         if isinstance(event, pb.Status) and event.draining:
             self._chain.prepare_handover(control, self._pace.latest_s)
 
@@ -129,10 +134,12 @@ class Watch:
             upstream = control.have
         raise HopLost(self._chain.controls[-1], DeadlineExceeded(f"no token for {waited:.1f} s"))
 
-    def _blamed(self, reporter: HopControl, error: pb.Error) -> HopControl:
-        """Whom an error is about: the hop that it names, if that is on the route, else who reported it."""
-        named = [c for c in self._chain.controls if c.hop.peer.peer_id == error.peer_id]
-        return named[0] if named else reporter
+    def _blamed(self, reporter: HopControl, error: pb.Error) -> HopControl | None:
+        """Whom an error is about: the hop that it names, or who reported it; None if what it names is not on the route,
+        but perhaps about to be."""
+        if not error.peer_id:
+            return reporter
+        return next((c for c in self._chain.controls if c.hop.peer.peer_id == error.peer_id), None)
 
 
 def _now() -> float:

@@ -1,0 +1,86 @@
+"""Successors of a leaving peer that fail, and leaving peers that are lost while successors warm."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from swarm.chain import Chain
+from swarm.control import HopControl
+from swarm.rebuilds import Patience
+from swarm.session import Session
+from swarm.testing import Faults, run_virtual
+from swarm.types import LayerRange
+from tests.sim.world import SimPeer, World
+
+FIRST, SECOND = LayerRange(0, 3), LayerRange(3, 6)
+TOKENS = 150
+
+
+@pytest.mark.parametrize("how", ["it dies", "the hop before can't reach it"])
+def test_a_successor_that_fails_is_no_fault_of_the_hop_before_it(how: str) -> None:
+    async def scenario() -> None:
+        world = World(3)
+        before, leaving = await world.add_peer(FIRST), await world.add_peer(SECOND)
+        first_id = before.node.address.peer_id
+        others = [await world.add_peer(layers) for layers in (FIRST, SECOND)]
+        for other in others:
+            del world.directory.known[other.node.address.peer_id]
+        spare, successor = others
+        successor_id = successor.node.address.peer_id
+        killed = asyncio.Event()
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                world.announce(spare)
+                world.announce(successor)
+                world.drain(leaving)
+                if how != "it dies":
+                    world.network.partition(first_id, successor_id)
+            targets = [target.peer.peer_id for target in session._chain.controls[0].targets]
+            if how == "it dies" and successor_id in targets and not killed.is_set():
+                killed.set()
+                world.kill(successor, forget=False)
+
+        outcome = await world.generate([1, 2, 3], TOKENS, schedule)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], TOKENS, 3, frozenset())
+        assert how != "it dies" or killed.is_set()
+        assert all(route.route.hops[0].peer.peer_id == first_id for route in outcome.routes)
+        assert first_id not in world.health._records
+        assert successor_id in world.health._records
+
+    run_virtual(scenario)
+
+
+def test_a_leaving_peer_may_be_lost_while_a_rebuild_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def pause(self: Patience) -> None:
+        await asyncio.sleep(0.1)  # what the third loss in a row brings
+
+    async def scenario() -> None:
+        world = World(3, faults=Faults(latency_s=(0.02, 0.03)))
+        for layers in (FIRST, SECOND, SECOND):
+            await world.add_peer(layers)
+        prepare = Chain.prepare_handover
+        leaving: list[SimPeer] = []
+
+        def prepare_and_lose(self: Chain, hop: HopControl, token_s: float) -> None:
+            begins = hop not in self._handovers
+            prepare(self, hop, token_s)
+            if begins:
+                world.kill(leaving[0], forget=True)
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                leaving.append(world.peer_of(session, 1))
+                world.drain(leaving[0])
+
+        monkeypatch.setattr(Chain, "prepare_handover", prepare_and_lose)
+        monkeypatch.setattr(Patience, "pause", pause)
+        outcome = await world.generate([1, 2, 3], 60, schedule)
+        assert [route.cause for route in outcome.routes][1:] == ["stream_lost"]
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], 60, 3, frozenset())
+
+    run_virtual(scenario)
