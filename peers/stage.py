@@ -203,8 +203,9 @@ class Stage:
         self._next_sequence = dict.fromkeys(request.previous, 0)
         self.ended = False
         known = list(self.tokens)
-        # A guess may have been wrong, and the frame that would have said so may have been lost with this epoch.
-        self.truncate(min(request.keep, self.draft_start) if self.draft else request.keep)
+        # A guess may have been wrong, and the frame that would have said so may have been lost with this epoch. And a
+        # request that failed in a later piece has left positions without outputs.
+        self.truncate(min(request.keep, self.settled))
         self.draft, self.sent = 0, Draft(self.sent.number)
         if self.last and not self.step_mode:
             committed = list(request.token_ids)

@@ -185,3 +185,13 @@ def test_a_token_and_its_draft_go_as_one_frame_without_an_acknowledgement() -> N
     assert made.is_decode(KNOWN - 1, KNOWN + 3)
     run(made, KNOWN, 4)
     assert not made.is_decode(KNOWN, KNOWN + 4)
+
+
+def test_a_newer_epoch_forgets_positions_without_outputs() -> None:
+    """A request that came in pieces has failed in a later one."""
+    made = stage(last=False)
+    assert isinstance(made.cache, FakeCache)
+    made.cache.length += 16
+    made.reopen(opened(2, keep=40))
+    assert made.log is not None
+    assert made.have == made.log.end == KNOWN - 1
