@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 from swarm.config import Settings
 from swarm.coverage import explained
-from swarm.errors import Busy, Evicted, NoRoute, PeerLost, SwarmError, Unreachable
+from swarm.errors import BadRequest, Busy, Evicted, NoRoute, PeerLost, SwarmError, Unreachable, WrongRange
 from swarm.health import Health
 from swarm.knowledge import View, known
 from swarm.models import ModelProfile
@@ -109,6 +109,9 @@ class HopPlanner:
             raise explained(error, self._view.announcements(), self._profile, self._view.check) from None
 
     def blame(self, hop: Hop, error: SwarmError) -> None:
+        """What a peer says of this request is no failure of the peer; a range that it no longer has is."""
+        if isinstance(error, BadRequest) and not isinstance(error, WrongRange):
+            return
         if isinstance(error, Busy | Evicted):
             self._health.full(hop.peer.peer_id, _now())
         else:

@@ -56,9 +56,10 @@ class Session:
     ) -> None:
         total = len(request.prompt) + request.max_tokens
         limit = min(profile.max_positions, settings.peer.max_cache_tokens_per_session)
-        if len(request.prompt) >= limit:
+        if len(request.prompt) + len(request.generated) >= limit:
             raise TooLong(
-                f"the prompt has {len(request.prompt)} tokens; the limit is {limit} with at least one to come"
+                f"the text has {len(request.prompt) + len(request.generated)} tokens; "
+                f"the limit is {limit} with at least one to come"
             )
         self.session_id = SessionId(secrets.token_hex(16))
         self.transcript = Transcript(request, min(total, limit), profile.vocab_size)
@@ -104,16 +105,20 @@ class Session:
     async def events(self) -> AsyncGenerator[RouteChanged | Generated, None]:
         """Until the end of text or ``max_tokens``. Raises :class:`SwarmError` when no route can be had."""
         chain, patience = self._chain, Patience(self._settings.recovery.max_rebuilds)
+        now = asyncio.get_running_loop().time
         reason = cause = "opened"
         await chain.establish(reason)
         while True:
             yield RouteChanged(chain.epoch, chain.route, reason, cause)
             known, begun = len(self.transcript), self.transcript.generated
             promised = {a.peer.peer_id: a for a in self._view.announcements()}
+            heard_at = now()
             try:
                 async for token in self._listen():
+                    waited_s, heard_at = now() - heard_at, now()
                     if token.index > begun and not self.transcript.request.speculate:
-                        self._note_paces(token, promised)  # not of the first: its pass had more rows than one
+                        # not of the first: its pass had more rows than one
+                        self._note_paces(token, promised, waited_s, heard_at)
                     yield token
                 return
             except HopLost as loss:
@@ -142,10 +147,15 @@ class Session:
                 await self._take(output)
             watch.check()
 
-    def _note_paces(self, token: Generated, promised: Mapping[PeerId, Announcement]) -> None:
-        now = asyncio.get_running_loop().time()
+    def _note_paces(
+        self, token: Generated, promised: Mapping[PeerId, Announcement], waited_s: float, now: float
+    ) -> None:
+        """Of the hops that we chose, if they took no longer than we waited: the last one may say anything of others."""
+        if sum(timing.compute_s for timing in token.hops) > waited_s:
+            return
+        chosen = {(hop.peer.peer_id, hop.layers) for hop in self._chain.hops}
         for timing in token.hops:
-            if timing.peer_id in promised:
+            if timing.peer_id in promised and (timing.peer_id, timing.layers) in chosen:
                 self._health.paces.note(promised[timing.peer_id], timing, now)
 
     async def _take(self, output: pb.Output) -> None:

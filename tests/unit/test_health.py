@@ -2,8 +2,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
+from swarm.errors import BadRequest, StreamLost, SwarmError, TooLong, WrongRange
 from swarm.health import FIRST_PENALTY_S, FULL_S, PENALTY_COST_S, READ_LATE_S, Health
-from swarm.types import PeerId
+from swarm.hop_planner import HopPlanner
+from swarm.types import Hop, LayerRange, PeerAddress, PeerId
 
 PEER = PeerId("peer")
 
@@ -45,3 +49,20 @@ def test_success_ends_the_penalty_of_one_that_failed_often() -> None:
         health.failed(PEER, "stream_lost", 100.0)
     health.succeeded(PEER, 101.0)
     assert health.costs_s(101.0, lambda peer: math.inf) == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        (StreamLost("gone"), True),
+        (WrongRange("other layers by now"), True),
+        (TooLong("more than this peer takes"), False),
+        (BadRequest("not so"), False),
+    ],
+)
+async def test_a_peer_is_not_blamed_for_what_is_wrong_with_a_request(error: SwarmError, blamed: bool) -> None:
+    health = Health(60.0)
+    planner = HopPlanner.__new__(HopPlanner)
+    planner._health = health
+    planner.blame(Hop(PeerAddress(PEER, ()), LayerRange(0, 2)), error)
+    assert (PEER in health._records) == blamed

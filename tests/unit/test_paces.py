@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
 
 from swarm.config import PlannerSettings
 from swarm.health import Health
@@ -11,7 +15,9 @@ from swarm.link_times import Links
 from swarm.paces import BELIEVED_S, ENOUGH, as_measured
 from swarm.plans import Check
 from swarm.routing import plan
-from swarm.types import Announcement, HopTiming, LayerRange, ModelId, PeerAddress, PeerId, PeerState
+from swarm.session import Session
+from swarm.transcript import Generated
+from swarm.types import Announcement, Hop, HopTiming, LayerRange, ModelId, PeerAddress, PeerId, PeerState
 
 WHOLE = LayerRange(0, 6)
 
@@ -91,3 +97,23 @@ def test_what_a_step_and_the_head_take_is_not_counted_against_few_layers() -> No
     for _ in range(10):
         health.paces.note(part, HopTiming(part.peer.peer_id, LayerRange(5, 6), 0.0, 0.001 + 0.1 + 0.001, 1), 1.0)
     assert counted(health, part) is part
+
+
+@pytest.mark.parametrize(
+    ("layers", "compute_s", "waited_s", "counts"),
+    [
+        (WHOLE, 0.1, 0.11, True),
+        (WHOLE, 0.1, 0.09, False),  # longer than the owner waited
+        (LayerRange(0, 3), 0.1, 0.11, False),  # not what was chosen
+    ],
+)
+def test_what_a_hop_says_of_others_counts_only_if_it_can_be_true(
+    layers: LayerRange, compute_s: float, waited_s: float, counts: bool
+) -> None:
+    health = Health(120.0)
+    hop = Hop(HONEST.peer, WHOLE)
+    session = cast(Session, SimpleNamespace(_chain=SimpleNamespace(hops=(hop,)), _health=health))
+    token = Generated(1, 2, (HopTiming(HONEST.peer.peer_id, layers, 0.0, compute_s, 1),))
+    for _ in range(ENOUGH):
+        Session._note_paces(session, token, {HONEST.peer.peer_id: HONEST}, waited_s, 1.0)
+    assert (HONEST.peer.peer_id in health.paces.measured_s(2.0)) == counts
