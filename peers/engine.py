@@ -25,7 +25,7 @@ from peers.drafting import verified
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.kv_cache import BLOCK, SequenceCache
 from peers.row_codec import DTYPES, Rows, array_of, decoded, encoded
-from peers.shard import Shard, Step, StepOutput, all_finite
+from peers.shard import Shard, Step, StepOutput, all_finite, use_device
 from swarm import kv
 from swarm.config import Settings
 from swarm.errors import BadTensor, Internal, SwarmError
@@ -164,6 +164,7 @@ class Engine:
     # ---- the thread -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        use_device(self._shard.device)
         threads = 0
         while batch := self._next_batch():
             started = time.perf_counter()

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ from swarm.types import LayerRange
 
 if TYPE_CHECKING:
     from peers.weights import TensorSource
+
+
+MOST_VIEWS: Final = 8
+"""Ranges of layers that are ready to run; the one that was used longest ago is made anew when it is asked for."""
 
 
 @dataclass(slots=True)
@@ -70,6 +74,12 @@ class StepOutput:
     logits: torch.Tensor | None = None
     """``[head_rows, vocabulary]``, float32."""
     error: SwarmError | None = None
+
+
+def use_device(device: torch.device) -> None:
+    """For the calling thread: kernels that are not torch's own start on the current card."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 class Shard:
@@ -114,6 +124,7 @@ class Shard:
         if config.get("num_hidden_layers") != profile.num_layers:
             raise ModelError(f"config has {config.get('num_hidden_layers')} layers, profile {profile.num_layers}")
         target = torch.device(device)
+        use_device(target)
         model, size_bytes = load_model(config, source, layers, target, dtype, profile.weights, progress)
         return cls(profile, model, layers, dtype, target, size_bytes)
 
@@ -139,8 +150,20 @@ class Shard:
         good = [step for step, error in zip(steps, errors, strict=True) if error is None]
         for step in good:
             step.cache.truncate(step.start)
-        outputs = iter(self._forward(good) if good else ())
-        return [next(outputs) if error is None else StepOutput(error=error) for error in errors]
+        found: dict[int, StepOutput] = {}
+        for part in self._passes(good):
+            found |= zip(map(id, part), self._forward(part), strict=True)
+        return [
+            found[id(step)] if error is None else StepOutput(error=error)
+            for step, error in zip(steps, errors, strict=True)
+        ]
+
+    def _passes(self, steps: list[Step]) -> list[list[Step]]:
+        """On a card, caches of each kind have kernels of their own: a row's company must not choose them."""
+        if self.device.type != "cuda":
+            return [steps] if steps else []
+        kinds = sorted({step.cache.kind for step in steps})
+        return [[step for step in steps if step.cache.kind == kind] for kind in kinds]
 
     def _check(self, step: Step) -> SwarmError | None:
         layers = step.layers
@@ -166,9 +189,10 @@ class Shard:
 
     def _forward(self, steps: Sequence[Step]) -> list[StepOutput]:
         layers = steps[0].layers
-        view = self._views.get(layers)
-        if view is None:
-            view = self._views[layers] = _View(self._model, self.layers, self.new_cache(layers, 1))
+        view = self._views.pop(layers, None) or _View(self._model, self.layers, self.new_cache(layers, 1))
+        self._views[layers] = view
+        if len(self._views) > MOST_VIEWS:
+            del self._views[next(iter(self._views))]
         spans = spans_of([s.cache for s in steps], [s.start for s in steps], [s.rows for s in steps])
         hidden, finite = view.decode(steps, spans)
         rows = [row for span, step in zip(spans, steps, strict=True) for row in _last_rows(span, step.head_rows)]

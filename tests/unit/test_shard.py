@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peers.families import FAMILIES
 from peers.linear import OneDnnLinear, packing_works
-from peers.shard import Shard, Step, StepOutput
+from peers.shard import MOST_VIEWS, Shard, Step, StepOutput
 from peers.weights import open_source
 from swarm.errors import BadTensor, Gap, Internal, ModelError, SwarmError, TooLong, UnsupportedModel, WrongRange
 from swarm.models import config_dict, load_profile, resolve
@@ -358,3 +358,29 @@ def test_greedy_tokens_of_the_built_in_model_are_those_of_generate() -> None:
             got[session].append(int(logits[-1].argmax()))
             inputs[session] = (start + len(ids_in), got[session][-1:])
     assert got == wanted
+
+
+def test_views_of_parts_are_bounded() -> None:
+    model = whole("llama")
+    shard = load(model, LayerRange(0, LAYERS))
+    ids = texts(1, 3)[0]
+    ranges = [LayerRange(0, end) for end in range(1, LAYERS + 1)] + [LayerRange(1, end) for end in range(2, LAYERS + 1)]
+    hidden = torch.zeros(3, HIDDEN)
+    for layers in [*ranges, ranges[0]]:
+        step = Step(layers, shard.new_cache(layers, 3), 0)
+        if layers.start == 0:
+            step.token_ids = ids
+        else:
+            step.hidden = hidden
+        run(shard, step)
+    assert len(ranges) > MOST_VIEWS == len(shard._views)
+    assert list(shard._views)[-1] == ranges[0]
+
+
+def test_on_a_card_a_session_with_other_rows_in_its_cache_is_no_company() -> None:
+    shard = load(whole("llama"), LayerRange(0, LAYERS))
+    steps = [Step(shard.layers, shard.new_cache(shard.layers, 3, kind), 0) for kind in ("model", "int8", "model")]
+    assert shard._passes(steps) == [steps]
+    shard.device = torch.device("cuda")
+    assert shard._passes(steps) == [[steps[1]], [steps[0], steps[2]]]
+    assert shard._passes([]) == []
