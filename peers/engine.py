@@ -44,6 +44,10 @@ SMOOTHING = 0.1
 """Weight of the newest step in the running averages that announcements tell."""
 MOST_SURPRISE = 1.25
 """A single step counts at most as so many times slower than usual: it may have been a hiccup."""
+MOST_FAILURES = 3
+"""Batches in a row that a device may fail: one that is lost fails all."""
+DEVICE_ERRORS = ("CUDA error", "HIP error")
+"""What torch says of those, in some kinds of exceptions."""
 SLOWDOWN_HALF_S, QUEUE_HALF_S = 60.0, 5.0
 """In so much time without a step these averages lose half of what they tell."""
 
@@ -103,12 +107,15 @@ class Engine:
         """In this turn of the loop."""
         self._arrived: queue.SimpleQueue[list[Waiting] | int] = queue.SimpleQueue()
         """From the loop; a number: the ``id`` of an ended session's cache; an empty list: stop."""
+        self._failures = 0
+        """Batches that the device failed, since the last one that it did not."""
         self._given = self._taken = 0
         """Steps that the loop has submitted, and those of them that the thread knows of."""
         self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
 
     async def __aenter__(self) -> Engine:
         self._loop = asyncio.get_running_loop()
+        self._broken: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
         return self
 
@@ -116,7 +123,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._arrived.put([])
+        self._broken.cancel()
         await self._loop.run_in_executor(None, self._thread.join, 30.0)
+
+    async def broken(self) -> None:
+        """Waits until no step can be run any more; raises :class:`Internal` then."""
+        await asyncio.shield(self._broken)
 
     @property
     def profile(self) -> ModelProfile:
@@ -164,6 +176,18 @@ class Engine:
     # ---- the thread -------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._work_off()
+        except Exception as error:
+            # The thread's outermost edge: whoever serves with it is to know.
+            logger.exception("the engine has stopped")
+            self._loop.call_soon_threadsafe(self._break, Internal(f"the engine has stopped: {type(error).__name__}"))
+
+    def _break(self, error: SwarmError) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(error)
+
+    def _work_off(self) -> None:
         use_device(self._shard.device)
         threads = 0
         while batch := self._next_batch():
@@ -180,6 +204,8 @@ class Engine:
             self.pace.note(batch, waits_s, now - started, now)
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             self._batching.add(*[waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None])
+            if self._failures >= MOST_FAILURES:
+                raise RuntimeError("the device is lost")
             del batch, replies, answers  # their sessions may end while this thread waits
 
     def _next_batch(self) -> list[Waiting]:
@@ -213,8 +239,10 @@ class Engine:
                 results[index] = error
         try:
             self._compute(batch, steps, results, waits_s, started)
+            self._failures = 0
         except Exception as error:
-            # The thread's outermost edge: a device error fails this batch; the peer lives on.
+            # Whatever a device or a family's code raises fails this batch; unless the device is lost, the peer lives on.
+            self._failures += any(words in str(error) for words in DEVICE_ERRORS)
             logger.exception("a batch of %d steps failed", len(steps))
             failed = Internal(f"the step failed: {type(error).__name__}")
             return [failed if result is None else result for result in results]

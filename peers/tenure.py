@@ -119,8 +119,10 @@ class Tenure:
             if measuring_s < LONGEST_MEASURING_S:
                 measuring = asyncio.create_task(self._measure_again())
                 stack.callback(measuring.cancel)
+            broken = asyncio.create_task(self._engine.broken())
+            stack.callback(broken.cancel)
             while True:
-                self.move = await self._until_it_should_go(renewing)
+                self.move = await self._until_it_should_go(renewing, broken)
                 if self.move is None or await self._load_ahead(self.move):
                     break
                 self.move = None
@@ -203,19 +205,20 @@ class Tenure:
             }
         )
 
-    async def _until_it_should_go(self, renewing: asyncio.Task[None]) -> Move | None:
-        """Where to; ``None`` when told to stop. Raises what ends ``renewing``."""
+    async def _until_it_should_go(self, *lasting: asyncio.Task[None]) -> Move | None:
+        """Where to; ``None`` when told to stop. Raises what ends one of ``lasting``."""
         asked = asyncio.create_task(self._peer.stopping.asked.wait())
         moving = asyncio.create_task(self._next_move())
         try:
-            await asyncio.wait((asked, moving, renewing), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((asked, moving, *lasting), return_when=asyncio.FIRST_COMPLETED)
         finally:
             asked.cancel()
             moving.cancel()
         if asked.done():
             return None
-        if renewing.done():
-            renewing.result()
+        for task in lasting:
+            if task.done():
+                task.result()
         return moving.result()
 
     async def _next_move(self) -> Move:

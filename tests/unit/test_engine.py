@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peers.engine import Engine
+from peers.engine import MOST_FAILURES, Engine
 from peers.executor import SampleRequest, StepReply, StepRequest, run
 from peers.kv_cache import SequenceCache
-from peers.shard import Shard
+from peers.shard import Shard, StepOutput
 from swarm.config import EngineSettings, Settings
-from swarm.errors import SwarmError
+from swarm.errors import Internal, SwarmError
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange
 from tests.reference import ModelSource, profile_of
@@ -146,3 +146,26 @@ async def test_the_thread_that_waits_holds_no_session(engine: Engine) -> None:
             break
         await asyncio.sleep(0.01)
     assert left() is None
+
+
+async def test_an_engine_says_when_its_device_is_lost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = Shard.run
+
+    def lost(self: Shard, steps: object) -> list[StepOutput]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    broken = asyncio.create_task(engine.broken())
+    for batches in (MOST_FAILURES - 1, 1):
+        monkeypatch.setattr(Shard, "run", lost)
+        for _ in range(batches):
+            with pytest.raises(Internal, match="RuntimeError"):
+                await run(engine, step(engine, [1, 2]))
+        monkeypatch.setattr(Shard, "run", works)
+        assert (await run(engine, step(engine, [1, 2]))).tokens  # one that does not fail begins the count anew
+    monkeypatch.setattr(Shard, "run", lost)
+    for _ in range(MOST_FAILURES):
+        with pytest.raises(Internal, match="RuntimeError"):
+            await run(engine, step(engine, [1, 2]))
+    with pytest.raises(Internal, match="the engine has stopped"):
+        async with asyncio.timeout(5):
+            await broken
