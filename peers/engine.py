@@ -241,7 +241,7 @@ class Engine:
             self._compute(batch, steps, results, waits_s, started)
             self._failures = 0
         except Exception as error:
-            # Whatever a device or a family's code raises fails this batch; unless the device is lost, the peer lives on.
+            # Whatever a device or a family's code raises fails this batch. The peer lives on, if the device does.
             self._failures += any(words in str(error) for words in DEVICE_ERRORS)
             logger.exception("a batch of %d steps failed", len(steps))
             failed = Internal(f"the step failed: {type(error).__name__}")
