@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from peers.checkpoints import CheckpointLog
@@ -37,6 +38,16 @@ OWED_S: Final = 3.0
 """So long after a session gave way, or asked to come back, newcomers have to wait for it. It asks more often."""
 
 
+@dataclass(frozen=True, slots=True)
+class Debt:
+    """A session had to give way, and comes before newcomers."""
+
+    until: float
+    """Newcomers wait so long for it, and longer when it asks again ..."""
+    end: float
+    """... but never longer than this."""
+
+
 class StageTable:
     """Every stage has a key and a reservation; :meth:`free` gives all of it back, or to :attr:`prefixes`."""
 
@@ -53,8 +64,7 @@ class StageTable:
         self.runners: dict[StageKey, StageRunner] = {}
         self._tasks = tasks
         self._lingering: dict[StageKey, asyncio.TimerHandle] = {}
-        self._owed: dict[SessionId, float] = {}
-        """Sessions that had to give way, and until when they come before newcomers."""
+        self._owed: dict[SessionId, Debt] = {}
         self._emptied = asyncio.Event()
         self._emptied.set()
 
@@ -101,16 +111,18 @@ class StageTable:
     def _let_in(self, key: StageKey, request: OpenRequest, room: int) -> None:
         """Reserve ``room`` positions. Whoever comes leaves every session, itself included, a block to grow by: else
         one would have to give way at once."""
+        full, size = self._size(request, request.max_positions), self._size(request, room)
+        limit = self.budget.limit_bytes
+        if full > limit:  # nobody waits for what can't come
+            raise Busy(f"KV budget: {full} bytes asked for, {limit} are all there is")
         now = asyncio.get_running_loop().time()
-        self._owed = {owed: until for owed, until in self._owed.items() if until > now}
-        if request.session in self._owed:
-            self._owed[request.session] = now + OWED_S
+        self._owed = {owed: debt for owed, debt in self._owed.items() if debt.until > now}
+        if debt := self._owed.get(request.session):
+            self._owed[request.session] = replace(debt, until=min(now + OWED_S, debt.end))
         elif self._owed:
             raise Busy("KV budget: sessions that had to give way come back first")
-        full, size = self._size(request, request.max_positions), self._size(request, room)
         promised = sum(self._size(runner.stage, runner.stage.max_positions) for runner in self.runners.values())
-        limit = self.budget.limit_bytes
-        if full > limit or promised + full > OVERCOMMIT * limit:
+        if promised + full > OVERCOMMIT * limit:
             raise Busy(f"KV budget: {full} bytes asked for, {promised} of {OVERCOMMIT} times {limit} are promised")
         growing = [runner.stage for runner in self.runners.values() if runner.room < runner.stage.max_positions]
         needed = size + sum(self._size(stage, 1) for stage in growing)
@@ -168,7 +180,9 @@ class StageTable:
         """Free the stage now, and tell its owner why."""
         runner = self.runners[key]
         if isinstance(error, Busy):
-            self._owed[runner.stage.session] = asyncio.get_running_loop().time() + OWED_S
+            now = asyncio.get_running_loop().time()
+            end = now + self.settings.recovery.wait_s  # its owner waits no longer, either
+            self._owed[runner.stage.session] = Debt(min(now + OWED_S, end), end)
         self._tasks.create_task(runner.report(error, None))
         self.free(key)
 

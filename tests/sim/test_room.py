@@ -182,7 +182,8 @@ def test_newcomers_wait_for_those_that_gave_way() -> None:
     async def main() -> None:
         swarm = await pair(6, 64)
         table = swarm.peers[0].service.table
-        table._owed[SessionId("somebody")] = asyncio.get_running_loop().time() + stage_table.OWED_S
+        until = asyncio.get_running_loop().time() + stage_table.OWED_S
+        table._owed[SessionId("somebody")] = stage_table.Debt(until, end=until)
         refused = await swarm.generate([1], 3)
         assert isinstance(refused.error, Busy)
         assert "come back first" in refused.error.message

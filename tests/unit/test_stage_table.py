@@ -1,0 +1,123 @@
+"""Who is let in, and who has to go. Whole sessions in too little memory: ``tests/sim/test_room.py``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import cast
+
+from peers.runner import Outside, StageRunner
+from peers.stage import OpenRequest
+from peers.stage_table import OWED_S, StageTable
+from swarm.errors import Busy
+from swarm.sampling import SamplingParams
+from swarm.types import PeerId, SessionId
+from tests.sim import world
+from tests.sim.world import NUM_LAYERS, LayerRange, World, run_virtual
+
+LAYERS = LayerRange(0, NUM_LAYERS)
+WAIT_S = 30.0
+SETTINGS = replace(
+    world.SETTINGS,
+    timeouts=replace(world.SETTINGS.timeouts, session_idle_s=600.0),
+    recovery=replace(world.SETTINGS.recovery, wait_s=WAIT_S),
+)
+
+
+class Silent:
+    """An outside to which these stages have nothing to say."""
+
+    local_id = PeerId("here")
+
+
+def with_table(story: Callable[[StageTable], Awaitable[None]]) -> None:
+    """A table with memory for 100 positions, in blocks of four."""
+
+    async def main() -> None:
+        swarm = World(0, settings=SETTINGS)
+        table = (await swarm.add_peer(LAYERS)).service.table
+        table.budget.limit_bytes = table.executor.cache_bytes(LAYERS, 100)
+        await story(table)
+        for key in list(table.runners):
+            table.free(key)
+        await swarm.settle()
+
+    run_virtual(main)
+
+
+def admit(table: StageTable, session: str, longest: int, known: int = 1) -> StageRunner:
+    """A stage that may have ``longest`` positions, of which so many are known to come."""
+    request = OpenRequest(
+        session=SessionId(session),
+        epoch=1,
+        layers=LAYERS,
+        max_positions=longest,
+        keep=known,
+        previous=frozenset(),
+        step_mode=True,
+        no_kv_cache=False,
+        sampling=SamplingParams(),
+        token_ids=(),
+        end_ids=frozenset(),
+        stop_at=longest,
+        prompt_length=1,
+    )
+    return table.admit(PeerId("owner"), request, cast(Outside, Silent()))
+
+
+def let_in(table: StageTable, session: str, longest: int, known: int = 1) -> bool:
+    try:
+        admit(table, session, longest, known)
+    except Busy:
+        return False
+    return True
+
+
+DEBTOR = "0"
+"""Of sessions with as few positions, the one that gives way first."""
+
+
+def give_way(table: StageTable) -> None:
+    """``DEBTOR`` is let in, and can't grow."""
+    runner = admit(table, DEBTOR, 10)
+    table.budget.reserve(SessionId("another"), table.budget.free_bytes)
+    assert not table.make_room(runner, 10)
+    table.budget.release(SessionId("another"))
+
+
+async def newcomers_wait_s(table: StageTable, asked_for: int) -> float:
+    """How long, while ``DEBTOR`` goes on asking for so many positions."""
+    began = asyncio.get_running_loop().time()
+    while not let_in(table, "newcomer", 10):
+        assert not let_in(table, DEBTOR, asked_for)
+        await asyncio.sleep(0.9 * OWED_S)
+    return asyncio.get_running_loop().time() - began
+
+
+def test_newcomers_wait_until_the_session_that_gave_way_is_back() -> None:
+    async def story(table: StageTable) -> None:
+        give_way(table)
+        assert not let_in(table, "newcomer", 10)
+        assert let_in(table, DEBTOR, 10)
+        assert let_in(table, "newcomer", 10)
+
+    with_table(story)
+
+
+def test_newcomers_do_not_wait_for_ever_for_a_session_that_gave_way() -> None:
+    async def story(table: StageTable) -> None:
+        admit(table, "long", 100)
+        admit(table, "longer", 80)
+        give_way(table)
+        assert 0.8 * WAIT_S < await newcomers_wait_s(table, 100) < WAIT_S + OWED_S
+
+    with_table(story)
+
+
+def test_nobody_waits_for_a_session_that_asks_for_more_than_there_is() -> None:
+    async def story(table: StageTable) -> None:
+        give_way(table)
+        assert await newcomers_wait_s(table, 101) < 2 * OWED_S
+
+    with_table(story)
