@@ -114,6 +114,11 @@ class KVBudget:
     def is_idle(self, session: SessionId) -> bool:
         return session in self._idle
 
+    @property
+    def idle(self) -> list[SessionId]:
+        """Sessions that may be evicted, the one that was used longest ago first."""
+        return [session for session in self._held if session in self._idle]
+
     def evictable(self, size_bytes: int, sessions: int = 0, others: Sequence[SessionId] = ()) -> list[SessionId]:
         """Whose release makes room for ``size_bytes`` and ``sessions`` more: idle sessions, oldest first, then
         ``others`` in their order, and no more of them than it takes.
@@ -124,8 +129,7 @@ class KVBudget:
         chosen: list[SessionId] = []
         free_bytes = self.free_bytes
         free_sessions = self.max_sessions - len(self._held)
-        idle = [session for session in self._held if session in self._idle]
-        for session in [*idle, *(other for other in others if other not in self._idle)]:
+        for session in [*self.idle, *(other for other in others if other not in self._idle)]:
             if free_bytes >= size_bytes and free_sessions >= sessions:
                 return chosen
             chosen.append(session)

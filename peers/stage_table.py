@@ -109,31 +109,41 @@ class StageTable:
         return runner
 
     def _let_in(self, key: StageKey, request: OpenRequest, room: int) -> None:
-        """Reserve ``room`` positions. Whoever comes leaves every session, itself included, a block to grow by: else
-        one would have to give way at once."""
+        """Reserve ``room`` positions, if need be at the cost of idle sessions. Whoever comes leaves every session,
+        itself included, a block to grow by: else one would have to give way at once."""
         full, size = self._size(request, request.max_positions), self._size(request, room)
         limit = self.budget.limit_bytes
         if full > limit:  # nobody waits for what can't come
             raise Busy(f"KV budget: {full} bytes asked for, {limit} are all there is")
-        now = asyncio.get_running_loop().time()
-        self._owed = {owed: debt for owed, debt in self._owed.items() if debt.until > now}
-        if debt := self._owed.get(request.session):
-            self._owed[request.session] = replace(debt, until=min(now + OWED_S, debt.end))
-        elif self._owed:
-            raise Busy("KV budget: sessions that had to give way come back first")
-        promised = sum(self._size(runner.stage, runner.stage.max_positions) for runner in self.runners.values())
+        self._let_those_owed_first(request.session)
+        stages = {_held_as(held): runner for held, runner in self.runners.items()}
+        promised = sum(self._size(runner.stage, runner.stage.max_positions) for runner in stages.values())
+        needed = size + self._to_grow(request, room)
+        needed += sum(self._to_grow(runner.stage, runner.room) for runner in stages.values())
+        free = self.budget.free_bytes
+        self._mark_idle()
+        for idle in self.budget.idle:
+            if promised + full <= OVERCOMMIT * limit and needed <= free:
+                break
+            runner = stages[idle]
+            promised -= self._size(runner.stage, runner.stage.max_positions)
+            needed -= self._to_grow(runner.stage, runner.room)
+            free += self.budget.held(idle)
         if promised + full > OVERCOMMIT * limit:
             raise Busy(f"KV budget: {full} bytes asked for, {promised} of {OVERCOMMIT} times {limit} are promised")
-        growing = [runner.stage for runner in self.runners.values() if runner.room < runner.stage.max_positions]
-        needed = size + sum(self._size(stage, 1) for stage in growing)
-        if room < request.max_positions:
-            needed += self._size(request, 1)
-        self._evict(needed, sessions=1)
-        if needed > self.budget.free_bytes:
-            free = self.budget.free_bytes
+        if needed > free:
             raise Busy(f"KV budget: {needed} bytes asked for, to begin and grow, {free} of {limit} are free")
+        self._evict(free, sessions=1)
         self.budget.reserve(_held_as(key), size)
         self._owed.pop(request.session, None)
+
+    def _let_those_owed_first(self, session: SessionId) -> None:
+        now = asyncio.get_running_loop().time()
+        self._owed = {owed: debt for owed, debt in self._owed.items() if debt.until > now}
+        if debt := self._owed.get(session):
+            self._owed[session] = replace(debt, until=min(now + OWED_S, debt.end))
+        elif self._owed:
+            raise Busy("KV budget: sessions that had to give way come back first")
 
     # ---- growing, and giving way ------------------------------------------------------------------------
 
@@ -147,6 +157,7 @@ class StageTable:
         size = self._size(stage, room)
         self.budget.touch(_held_as(key))
         if room > runner.room:
+            self._mark_idle()
             others = [other for other in self.runners.values() if other.stage.session != stage.session]
             shorter = sorted((other for other in others if self._rank(other) < self._rank(runner)), key=self._rank)
             more = size - self.budget.held(_held_as(key))
@@ -163,12 +174,14 @@ class StageTable:
         """Who comes first in this order gives way first. In whole blocks, since peers see a session at other points."""
         return runner.stage.have // self.executor.kv_block, runner.stage.session
 
-    def _evict(self, size_bytes: int, sessions: int = 0, others: Sequence[StageKey] = ()) -> None:
-        """Make room, if that can be done: at the cost of idle sessions, then of ``others``."""
+    def _mark_idle(self) -> None:
         now = asyncio.get_running_loop().time()
         for key, runner in self.runners.items():
             if now - runner.last_used > self.settings.timeouts.evictable_after_s and not runner.computing:
                 self.budget.mark_idle(_held_as(key))
+
+    def _evict(self, size_bytes: int, sessions: int = 0, others: Sequence[StageKey] = ()) -> None:
+        """Make room, if that can be done: at the cost of idle sessions, then of ``others``."""
         keys = {_held_as(key): key for key in self.runners}
         for held in self.budget.evictable(size_bytes, sessions, [_held_as(key) for key in others]):
             if self.budget.is_idle(held):
@@ -197,6 +210,10 @@ class StageTable:
         logged = self._logged_bytes(stage) if stage.layers.end < self.executor.profile.num_layers else 0
         cached = self.executor.cache_bytes(stage.layers, positions, stage.kv)
         return cached + logged * self._in_blocks(positions)
+
+    def _to_grow(self, stage: Stage | OpenRequest, room: int) -> int:
+        """Bytes of its next block."""
+        return self._size(stage, 1) if room < stage.max_positions else 0
 
     def _logged_bytes(self, stage: Stage | OpenRequest) -> int:
         profile = self.executor.profile

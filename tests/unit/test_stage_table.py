@@ -121,3 +121,44 @@ def test_nobody_waits_for_a_session_that_asks_for_more_than_there_is() -> None:
         assert await newcomers_wait_s(table, 101) < 2 * OWED_S
 
     with_table(story)
+
+
+def open_sessions(table: StageTable) -> list[str]:
+    return sorted(session for session, _ in table.runners)
+
+
+async def become_idle() -> None:
+    await asyncio.sleep(1.1 * SETTINGS.timeouts.evictable_after_s)
+
+
+def test_idle_sessions_give_up_what_they_were_promised_and_no_more_of_them_than_it_takes() -> None:
+    async def story(table: StageTable) -> None:
+        admit(table, "older", 100)
+        admit(table, "old", 100)
+        assert not let_in(table, "new", 100), "nobody is idle yet"
+        await become_idle()
+        assert let_in(table, "new", 100)
+        assert open_sessions(table) == ["new", "old"], "the one that was used last stays"
+
+    with_table(story)
+
+
+def test_an_idle_session_that_goes_needs_no_block_to_grow_by() -> None:
+    async def story(table: StageTable) -> None:
+        admit(table, "old", 100, known=90)
+        await become_idle()
+        assert let_in(table, "new", 100, known=100)
+        assert open_sessions(table) == ["new"]
+
+    with_table(story)
+
+
+def test_no_idle_session_goes_in_vain() -> None:
+    async def story(table: StageTable) -> None:
+        admit(table, "old", 100)
+        await become_idle()
+        admit(table, "running", 100, known=80)
+        assert not let_in(table, "new", 50, known=50), "there is no memory, whatever was promised"
+        assert open_sessions(table) == ["old", "running"]
+
+    with_table(story)
