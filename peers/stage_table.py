@@ -150,12 +150,12 @@ class StageTable:
     def make_room(self, runner: StageRunner, end: int) -> bool:
         """See ``peers.runner.MakeRoom``. What truncation left unused goes back, but for a spare block."""
         stage, key = runner.stage, _key_of(runner.stage)
+        self.budget.touch(_held_as(key))
         used = max(self._in_blocks(stage.have) + self.executor.kv_block, self._in_blocks(stage.known))
         room = max(min(runner.room, used), self._in_blocks(end))
         if room == runner.room:
             return True
         size = self._size(stage, room)
-        self.budget.touch(_held_as(key))
         if room > runner.room:
             self._mark_idle()
             others = [other for other in self.runners.values() if other.stage.session != stage.session]
@@ -177,7 +177,9 @@ class StageTable:
     def _mark_idle(self) -> None:
         now = asyncio.get_running_loop().time()
         for key, runner in self.runners.items():
-            if now - runner.last_used > self.settings.timeouts.evictable_after_s and not runner.computing:
+            if runner.computing:
+                self.budget.touch(_held_as(key))
+            elif key in self._lingering or now - runner.last_used > self.settings.timeouts.evictable_after_s:
                 self.budget.mark_idle(_held_as(key))
 
     def _evict(self, size_bytes: int, sessions: int = 0, others: Sequence[StageKey] = ()) -> None:
@@ -240,7 +242,6 @@ class StageTable:
 
     def linger(self, key: StageKey) -> None:
         """The owner's stream broke: free the stage unless it comes back within ``timeouts.owner_grace_s``."""
-        self.budget.mark_idle(_held_as(key))
         loop = asyncio.get_running_loop()
         self._lingering[key] = loop.call_later(self.settings.timeouts.owner_grace_s, self.free, key)
 

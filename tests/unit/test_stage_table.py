@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import cast
 
+import pytest
+
 from peers.runner import Outside, StageRunner
-from peers.stage import OpenRequest
+from peers.stage import OpenRequest, Work
 from peers.stage_table import OWED_S, StageTable
 from swarm.errors import Busy
 from swarm.sampling import SamplingParams
@@ -160,5 +162,34 @@ def test_no_idle_session_goes_in_vain() -> None:
         admit(table, "running", 100, known=80)
         assert not let_in(table, "new", 50, known=50), "there is no memory, whatever was promised"
         assert open_sessions(table) == ["old", "running"]
+
+    with_table(story)
+
+
+@pytest.mark.parametrize("computing", [True, False])
+def test_a_session_that_was_idle_and_goes_on_is_idle_no_longer(computing: bool) -> None:
+    async def story(table: StageTable) -> None:
+        runner = admit(table, "old", 100, known=60)
+        await become_idle()
+        admit(table, "passing by", 4)
+        runner.accept(Work(epoch=1, start=0, rows=1, token_ids=(1,)))
+        if not computing:
+            await asyncio.sleep(1.0)
+        assert runner.computing == computing
+        assert not let_in(table, "new", 60, known=60)
+        assert open_sessions(table) == ["old", "passing by"]
+
+    with_table(story)
+
+
+def test_a_session_whose_owner_is_away_goes_only_when_it_does_not_compute() -> None:
+    async def story(table: StageTable) -> None:
+        runner = admit(table, "old", 100, known=60)
+        runner.accept(Work(epoch=1, start=0, rows=1, token_ids=(1,)))
+        table.linger((SessionId("old"), 0))
+        assert not let_in(table, "new", 60, known=60)
+        await asyncio.sleep(1.0)
+        assert let_in(table, "new", 60, known=60)
+        assert open_sessions(table) == ["new"]
 
     with_table(story)
