@@ -121,6 +121,7 @@ def probe(
     use_relay: UseRelay = None,
     device: Device = None,
     dtype: Dtype = None,
+    weights: Weights = None,
     max_memory_mb: MaxMemoryMb = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, though it is known.")] = False,
     config: ConfigFile = None,
@@ -136,6 +137,7 @@ def probe(
         "use_relay": use_relay,
         "device": device,
         "dtype": dtype,
+        "weights": weights,
         "max_memory_mb": max_memory_mb,
     }
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")

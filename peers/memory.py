@@ -9,7 +9,7 @@ weights alone and run out at run time.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swarm.architectures import DTYPE_BYTES
 from swarm.coverage import weights_bytes
@@ -61,6 +61,13 @@ class MemoryPlan:
     @property
     def kv_tokens(self) -> int:
         return max(0, self.kv_bytes // self.token_bytes)
+
+    def with_most_kv(self, most_bytes: int) -> MemoryPlan:
+        """What is left of the memory is not taken."""
+        if self.kv_bytes <= most_bytes:
+            return self
+        taken = self.weights_bytes + self.buffers_bytes + most_bytes
+        return replace(self, given_bytes=taken, margin_bytes=0, kv_bytes=most_bytes)
 
     def in_mb(self) -> dict[str, float | int]:
         """For the ``ready`` event."""

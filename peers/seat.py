@@ -46,6 +46,8 @@ class Room:
     given_bytes: int
     capped: bool
     """By ``max_memory_mb``; else it is what was free."""
+    most_kv_bytes: int
+    """``kv_budget_mb``, for a peer that is not capped."""
     demands: Demands
     capacity: Capacity
 
@@ -60,7 +62,8 @@ class Room:
             checkpoints=settings.peer.checkpoints,
             embedding_in_file=on_cpu,
         )
-        return cls(given, settings.peer.max_memory_mb > 0, demands, capacity_of(given, profile, demands))
+        capped, most_kv = settings.peer.max_memory_mb > 0, settings.peer.kv_budget_mb * 2**20
+        return cls(given, capped, most_kv, demands, capacity_of(given, profile, demands))
 
     def divide(self, profile: ModelProfile, layers: LayerRange) -> MemoryPlan:
         """Raises :class:`NotAdmitted` if the owner has set a limit and the layers don't fit it."""
@@ -72,7 +75,7 @@ class Room:
                 f"{self.given_bytes // MB}, which is enough for {self.capacity.middle} layers in the middle of the "
                 f"model, {self.capacity.first} from its first or {self.capacity.last} to its last"
             )
-        return plan
+        return plan if self.capped else plan.with_most_kv(self.most_kv_bytes)
 
     def settings_for(self, settings: Settings, plan: MemoryPlan) -> Settings:
         """With the KV budget that the plan leaves; never more than ``kv_budget_mb`` where no limit was set."""

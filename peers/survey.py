@@ -53,7 +53,7 @@ class Way:
 
 async def survey(settings: Settings, report: Report, *, fresh: bool) -> None:
     """Reports one ``probe`` event. ``fresh``: measure again, though it is known how fast this device is."""
-    reference = resolve(settings.model.name, settings.model.dtype)
+    reference = resolve(settings.model.name, settings.model.dtype, weights=settings.model.weights)
     profile = await asyncio.to_thread(load_profile, reference)
     device = choose_device(settings.peer.device)
     room = Room.of(settings, profile, free_bytes(device), on_cpu=device.type == "cpu")

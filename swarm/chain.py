@@ -150,7 +150,9 @@ class Chain:
                 if full is not None:
                     # Sessions that wait for room hold none: else two might wait for each other.
                     await self.release()
-                logger.info("session %s waits for a route: %s", self._name, error)
+                if not first and pause == RETRY_FIRST_S:
+                    left_s = max(0.0, deadline - _now())
+                    logger.warning("session %s waits up to %.0f s: %s", self._name, left_s, error)
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, RETRY_MOST_S)
                 self._refused.clear()

@@ -68,3 +68,11 @@ def test_the_room_that_a_peer_tells_is_what_its_ranges_get(settings: Settings) -
     room = Room.of(replace(settings, peer=replace(settings.peer, max_memory_mb=14)), profile, 0, on_cpu=True)
     most = room.capacity.middle
     assert room.divide(profile, LayerRange(1, 1 + most)).fits
+
+
+def test_a_peer_without_a_limit_takes_no_more_than_its_kv_budget(settings: Settings) -> None:
+    profile = load_profile(resolve(settings.model.name))
+    room = Room.of(replace(settings, peer=replace(settings.peer, max_memory_mb=0)), profile, 64 * 10**9, on_cpu=True)
+    plan = room.divide(profile, LayerRange(1, 3))
+    assert plan.kv_bytes == settings.peer.kv_budget_mb * 2**20
+    assert plan.given_bytes == plan.weights_bytes + plan.buffers_bytes + plan.kv_bytes
