@@ -285,7 +285,11 @@ def test_refused_peers_are_named_with_the_reason() -> None:
     knowledge = Knowledge(check=lambda a: "below the policy" if a.peer.peer_id == "weak" else None)
     found = plan(announcements, WHOLE, knowledge=knowledge, excluded=frozenset({PeerId("unwanted")}))
     assert names(found) == "good[0:6]"
-    assert dict(found.left_out) == {"leaving": "it is draining", "weak": "below the policy", "unwanted": "it was lost or is leaving"}
+    assert dict(found.left_out) == {
+        "leaving": "it is draining",
+        "weak": "below the policy",
+        "unwanted": "it was lost or is leaving",
+    }
 
 
 def test_no_route_names_the_layers_and_who_was_refused() -> None:
