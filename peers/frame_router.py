@@ -7,7 +7,7 @@ import logging
 
 from peers.link_prober import LinkProber
 from peers.links import Links
-from peers.stage import NO_STEP, Stage, Work
+from peers.stage import MAX_SESSION_CHARS, NO_STEP, Stage, Work
 from peers.stage_table import StageTable
 from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb
@@ -27,7 +27,6 @@ class FrameRouter:
     def __init__(self, transport: Transport, table: StageTable, tasks: asyncio.TaskGroup) -> None:
         self._transport = transport
         self._table = table
-        self._tasks = tasks
         self._links = Links(transport, tasks, table.settings.timeouts, self._on_reply, self._on_lost)
         self._incoming: dict[PeerId, Stream] = {}
 
@@ -68,14 +67,9 @@ class FrameRouter:
 
     def _reply(self, peer: PeerId, message: pb.LinkMessage) -> None:
         stream = self._incoming.get(peer)
-        if stream is not None:
-            self._tasks.create_task(self._reply_on(stream, message))
-
-    async def _reply_on(self, stream: Stream, message: pb.LinkMessage) -> None:
-        try:
-            await stream.send(message.SerializeToString())
-        except SwarmError as error:
-            logger.info("no reply to %s: %s", stream.remote[-6:], error)
+        if stream is not None and not stream.try_send(message.SerializeToString()):
+            logger.info("%s takes no replies: its link is dropped", peer[-6:])
+            stream.abort()  # who waited for it to take them would wait with ever more of them
 
     async def handle_link(self, stream: Stream) -> None:
         self._incoming[stream.remote] = stream
@@ -110,7 +104,7 @@ class FrameRouter:
             if runner is None:
                 self._refuse(sender, frame, error)
             else:
-                self._tasks.create_task(runner.report(error, sender))
+                runner.report(error, sender)
 
     def _to_work(self, stage: Stage, sender: PeerId, frame: pb.Frame) -> Work:
         profile = self._table.executor.profile
@@ -141,7 +135,8 @@ class FrameRouter:
         )
 
     def _refuse(self, sender: PeerId, frame: pb.Frame, error: SwarmError) -> None:
-        refusal = pb.Refusal(session=frame.session, epoch=frame.epoch, layer=frame.layer, error=error_to_wire(error))
+        session = frame.session[:MAX_SESSION_CHARS]  # what a stranger calls one may be long
+        refusal = pb.Refusal(session=session, epoch=frame.epoch, layer=frame.layer, error=error_to_wire(error))
         if sender == self.local_id:
             self._on_reply(sender, pb.LinkMessage(refusal=refusal))
         else:
@@ -157,7 +152,7 @@ class FrameRouter:
             refusal = message.refusal
             for runner in self._table.of_session(refusal.session):
                 if refusal.epoch == runner.stage.epoch:
-                    self._tasks.create_task(runner.report(error_from_wire(refusal.error), peer))
+                    runner.report(error_from_wire(refusal.error), peer)
         else:
             raise ProtocolError("a link is answered with acks and refusals")
 
@@ -165,7 +160,7 @@ class FrameRouter:
         """The owners of all sessions that go on at ``peer`` hear at once that it can't be reached from here."""
         for runner in list(self._table.runners.values()):
             if any(target.peer is not None and target.peer.peer_id == peer for target in runner.stage.targets):
-                self._tasks.create_task(runner.report(error, peer))
+                runner.report(error, peer)
 
     async def aclose(self) -> None:
         for stream in list(self._incoming.values()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -107,6 +107,8 @@ class StageRunner:
         self._answers = StepAnswers(executor.profile, settings.limits.max_frame_bytes // 2)
         self._round = (0, 0, 0.0)
         """What went round the ring last: position, rows, and when."""
+        self._reporting: set[int] = set()
+        """Epochs of which the owner is being told an error."""
         self._closed = False
 
     @staticmethod
@@ -312,7 +314,7 @@ class StageRunner:
         stage.inbox.clear()
         stage.expected = stage.have
         blamed = job.work.sender if isinstance(error, BadTensor) else None
-        self._tasks.create_task(self.report(error, blamed))
+        self.report(error, blamed)
         self._take_next()
 
     def _logit_rows(self, start: int, end: int) -> int:
@@ -360,7 +362,7 @@ class StageRunner:
                     await follower.wake.wait()
                     follower.wake.clear()
         except SwarmError as error:
-            await self.report(error, target.peer.peer_id if target.peer else None)
+            self.report(error, target.peer.peer_id if target.peer else None)
 
     async def _send_rows(self, target: Target, chunk: int) -> bool:
         span = self.stage.next_rows(target, chunk)
@@ -400,12 +402,16 @@ class StageRunner:
         await self._tell_owner(pb.ControlReply(output=output))
         return True
 
-    def report(self, error: SwarmError, blamed: PeerId | None) -> Coroutine[None, None, None]:
+    def report(self, error: SwarmError, blamed: PeerId | None) -> None:
         """Tell the owner, who decides; if the owner is away, its return will show the state.
 
-        The error is one of the epoch in which this is called, whenever it is sent.
+        The error is one of the epoch in which this is called, whenever it is sent. One of an epoch ends it: while that
+        is on its way to an owner that takes its time, others are passed over.
         """
-        return self._report(error, blamed, self.stage.epoch)
+        epoch = self.stage.epoch
+        if epoch not in self._reporting:
+            self._reporting.add(epoch)
+            self._tasks.create_task(self._report(error, blamed, epoch))
 
     async def tell_status(self, draining: bool) -> None:
         """A heartbeat out of turn."""
@@ -420,6 +426,8 @@ class StageRunner:
             await self._tell_owner(pb.ControlReply(error=error_to_wire(error, blamed, epoch)))
         except SwarmError as lost:
             logger.info("session %s: the owner could not be told: %s", self.stage.session[:8], lost)
+        finally:
+            self._reporting.discard(epoch)
 
     async def _tell_owner(self, reply: pb.ControlReply) -> None:
         if self.to_owner is None:

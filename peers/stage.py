@@ -25,6 +25,8 @@ from swarm.sampling import SamplingParams
 from swarm.types import LayerRange, PeerAddress, PeerId, SessionId
 from swarm.wire import MODEL, WIRES
 
+MAX_SESSION_CHARS = 64
+
 
 @dataclass(slots=True)
 class _Released:
@@ -63,8 +65,8 @@ class OpenRequest:
     """How keys and values are kept, see ``swarm.kv``."""
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.session) <= 64:
-            raise BadRequest("a session id has 1 to 64 characters")
+        if not 0 < len(self.session) <= MAX_SESSION_CHARS:
+            raise BadRequest(f"a session id has 1 to {MAX_SESSION_CHARS} characters")
         for wire in (self.input_wire, self.output_wire):
             if wire not in WIRES:
                 raise BadRequest(f"no such wire as {wire[:20]!r}; there are: {', '.join(WIRES)}")

@@ -198,7 +198,7 @@ class StageTable:
             now = asyncio.get_running_loop().time()
             end = now + self.settings.recovery.wait_s  # its owner waits no longer, either
             self._owed[runner.stage.session] = Debt(min(now + OWED_S, end), end)
-        self._tasks.create_task(runner.report(error, None))
+        runner.report(error, None)
         self.free(key)
 
     # ---- memory -----------------------------------------------------------------------------------------

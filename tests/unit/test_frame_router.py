@@ -1,0 +1,111 @@
+"""What comes and goes on links, from strangers above all; virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+
+from swarm import protocol_pb2 as pb
+from swarm.errors import Gap, StreamLost
+from swarm.protocol import decode
+from swarm.sampling import SamplingParams
+from swarm.testing import SimTransport, run_virtual
+from swarm.transport import CONTROL, LINK
+from swarm.types import LayerRange, PeerId
+from tests.sim.world import PROFILE, SimPeer, World
+
+
+class Deaf:
+    """A link of somebody who sends a frame ``times`` times and takes ``room`` replies."""
+
+    remote_address = ""
+
+    def __init__(self, frame: bytes, times: int, room: int) -> None:
+        self.remote = PeerId("stranger")
+        self.taken: list[bytes] = []
+        self._frames, self._room = [frame] * times, room
+        self.aborted = False
+
+    async def send(self, frame: bytes) -> None:
+        if not self.try_send(frame):
+            await asyncio.Event().wait()
+
+    def try_send(self, frame: bytes) -> bool:
+        if len(self.taken) == self._room:
+            return False
+        self.taken.append(frame)
+        return True
+
+    async def receive(self) -> bytes | None:
+        if self.aborted:
+            raise StreamLost("aborted here")
+        return self._frames.pop() if self._frames else None
+
+    async def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+async def alone() -> tuple[World, SimPeer]:
+    world = World(1)
+    return world, await world.add_peer(LayerRange(0, 6))
+
+
+def test_a_stranger_who_takes_no_replies_loses_his_link() -> None:
+    """Replies waited for him, each in a task of its own, until there was no memory."""
+
+    async def main() -> None:
+        _, peer = await alone()
+        frame = pb.LinkMessage(frame=pb.Frame(session="none of ours" * 100, layer=3))
+        link = Deaf(frame.SerializeToString(), times=1000, room=20)
+        tasks = len(asyncio.all_tasks())
+        await peer.node.handlers[LINK](link)
+        assert len(asyncio.all_tasks()) == tasks
+        assert link.aborted
+        refusals = [decode(pb.LinkMessage, taken).refusal for taken in link.taken]
+        assert {refusal.error.code for refusal in refusals} == {"evicted"}
+        assert {len(refusal.session) for refusal in refusals} == {64}
+
+    run_virtual(main)
+
+
+def test_an_owner_who_takes_his_time_is_told_one_error_of_an_epoch() -> None:
+    async def main() -> None:
+        world, peer = await alone()
+        stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+        opening = pb.Open(
+            session="s",
+            epoch=1,
+            model=PROFILE.model_id,
+            end=6,
+            max_positions=8,
+            sampling=SamplingParams(temperature=0).to_wire(),
+            token_ids=[1],
+        )
+        await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+        await stream.receive()
+        (runner,) = peer.service.table.runners.values()
+        told: list[pb.Error] = []
+        listening = asyncio.Event()
+
+        async def slow(reply: pb.ControlReply) -> None:
+            await listening.wait()
+            told.append(reply.error)
+
+        runner.to_owner = slow
+        tasks = len(asyncio.all_tasks())
+        for _ in range(100):
+            runner.report(Gap("one"), None)
+        runner.stage.epoch = 2
+        for _ in range(100):
+            runner.report(Gap("two"), None)
+        assert len(asyncio.all_tasks()) == tasks + 2
+        listening.set()
+        await asyncio.sleep(0.1)
+        runner.report(Gap("three"), None)
+        await asyncio.sleep(0.1)
+        assert [(error.epoch, error.message) for error in told] == [(1, "one"), (2, "two"), (2, "three")]
+        stream.abort()
+
+    run_virtual(main)
