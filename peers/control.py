@@ -14,7 +14,7 @@ from peers.step_answers import step_from_wire
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, Busy, Evicted, NotAllowed, ProtocolError, SwarmError, TooLong, WrongRange
-from swarm.protocol import address_from_wire, decode, error_to_wire
+from swarm.protocol import address_from_wire, check_end_ids, decode, error_to_wire
 from swarm.sampling import SamplingParams
 from swarm.transport import Stream
 from swarm.types import LayerRange, PeerId, PeerState, SessionId
@@ -158,6 +158,7 @@ class ControlHandler:
         if not 0 < message.max_positions <= limit:
             raise TooLong(f"{message.max_positions} tokens asked for; this peer's limit for a session is {limit}")
         self._check_vocabulary(message.token_ids)
+        check_end_ids(message.end_ids)
         return OpenRequest(
             session=SessionId(message.session),
             epoch=message.epoch,

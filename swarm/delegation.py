@@ -17,7 +17,7 @@ from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
-from swarm.protocol import address_from_wire, address_to_wire, decode, error_from_wire
+from swarm.protocol import address_from_wire, address_to_wire, check_end_ids, decode, error_from_wire
 from swarm.rebuilds import Rebuild
 from swarm.session import RouteChanged
 from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
@@ -154,6 +154,7 @@ def request_from_wire(message: pb.Delegate, profile: ModelProfile) -> Generation
     ids = [*message.prompt, *message.generated]
     if ids and max(ids) >= profile.vocab_size:
         raise ProtocolError(f"a token id is not in the vocabulary of {profile.vocab_size}")
+    check_end_ids(message.end_ids)
     return GenerationRequest(
         prompt=tuple(message.prompt),
         generated=tuple(message.generated),

@@ -6,13 +6,13 @@ sense, raises :class:`ProtocolError`; nothing is allocated in proportion to a nu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
 from swarm import protocol_pb2 as pb
-from swarm.errors import BadTensor, ProtocolError, SwarmError, WrongRange, from_code
+from swarm.errors import BadRequest, BadTensor, ProtocolError, SwarmError, WrongRange, from_code
 from swarm.sampling import MAX_LOGPROBS, SampleResult
 from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId
 from swarm.wire import row_bytes
@@ -21,6 +21,7 @@ MAX_ADDRESSES = 16
 MAX_MULTIADDR_CHARS = 256
 MAX_HOPS = 256
 MAX_TIMING_BYTES = 256
+MAX_END_IDS = 64
 LEAST_LOGPROB = -9999.0
 """Stands for every token that is less likely; OpenAI's API says it so, too."""
 MOST_LOGPROB = 1e-3
@@ -61,6 +62,12 @@ def error_to_wire(error: SwarmError, peer_id: PeerId | None = None, epoch: int =
 
 def error_from_wire(error: pb.Error) -> SwarmError:
     return from_code(error.code, error.message)
+
+
+def check_end_ids(ids: Sized) -> None:
+    """Raises :class:`BadRequest` for too many tokens that end a text; call it before they are copied."""
+    if len(ids) > MAX_END_IDS:
+        raise BadRequest(f"{len(ids)} tokens that end the text; the limit is {MAX_END_IDS}")
 
 
 def rows_to_wire(data: bytes, encoding: str, width: int) -> pb.Tensor:

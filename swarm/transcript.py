@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, ProtocolError
-from swarm.protocol import logprobs_from_wire, timings_from_wire
+from swarm.protocol import check_end_ids, logprobs_from_wire, timings_from_wire
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming
 from swarm.wire import AS_IT_IS, Wire
@@ -77,6 +77,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.kv not in kv.KINDS:
             raise BadRequest(f"keys and values can't be kept as {self.kv[:20]!r}; there are: {', '.join(kv.KINDS)}")
+        check_end_ids(self.end_ids)
         if not self.prompt:
             raise BadRequest("the prompt is empty")
         if self.max_tokens < 1:

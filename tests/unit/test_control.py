@@ -10,10 +10,12 @@ import pytest
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.control import Event, HopControl
-from swarm.errors import Busy, Evicted
-from swarm.protocol import address_to_wire, decode
+from swarm.delegation import request_from_wire
+from swarm.errors import BadRequest, Busy, Evicted
+from swarm.protocol import MAX_END_IDS, address_to_wire, decode
 from swarm.sampling import SamplingParams
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
+from swarm.transcript import GenerationRequest
 from swarm.transport import CONTROL, Stream
 from swarm.types import Hop, LayerRange
 from tests.sim.world import PROFILE, World
@@ -131,3 +133,32 @@ def test_a_stage_goes_on_only_to_the_layer_that_follows(
         return replies[1].error.code
 
     assert run_virtual(main) == ("wrong_range" if refused else "")
+
+
+def test_tokens_that_end_a_text_are_few() -> None:
+    """They are in no budget: a stage kept as many millions as a frame has room for."""
+
+    async def main() -> str:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+        ids = range(MAX_END_IDS + 1)
+        opening = pb.Open(session="s", model=PROFILE.model_id, end=6, max_positions=8, token_ids=[1], end_ids=ids)
+        await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+        reply = decode(pb.ControlReply, await stream.receive() or b"")
+        assert not peer.service.table.runners
+        assert str(MAX_END_IDS) in reply.error.message
+        return reply.error.code
+
+    assert run_virtual(main) == "bad_request"
+
+    def asked(end_ids: range) -> GenerationRequest:
+        return request_from_wire(
+            pb.Delegate(model=PROFILE.model_id, prompt=[1], max_tokens=1, end_ids=end_ids), PROFILE
+        )
+
+    assert len(asked(range(MAX_END_IDS)).end_ids) == MAX_END_IDS
+    with pytest.raises(BadRequest, match=str(MAX_END_IDS)):
+        asked(range(MAX_END_IDS + 1))
+    with pytest.raises(BadRequest, match=str(MAX_END_IDS)):  # before any peer is blamed for its refusal
+        GenerationRequest((1,), 1, SamplingParams(), frozenset(range(MAX_END_IDS + 1)))
