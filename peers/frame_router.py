@@ -13,7 +13,7 @@ from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb
 from swarm.errors import Evicted, NotAllowed, ProtocolError, SwarmError
 from swarm.knowledge import View
-from swarm.protocol import MAX_HOPS, MAX_TIMING_BYTES, decode, error_from_wire, error_to_wire, rows_from_wire
+from swarm.protocol import cut_timings, decode, error_from_wire, error_to_wire, rows_from_wire
 from swarm.transport import Stream, Transport
 from swarm.types import PeerAddress, PeerId, SessionId
 from swarm.wire import encoding_of, row_bytes
@@ -125,7 +125,7 @@ class FrameRouter:
             rows=rows,
             hidden=hidden,
             token_ids=ids,
-            hops=[timing for timing in frame.hops[:MAX_HOPS] if len(timing) <= MAX_TIMING_BYTES],
+            hops=cut_timings(frame.hops),
             sender=sender,
             sequence=frame.sequence,
             want_ack=frame.want_ack,

@@ -17,7 +17,14 @@ from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
-from swarm.protocol import address_from_wire, address_to_wire, check_end_ids, decode, error_from_wire
+from swarm.protocol import (
+    MAX_MESSAGE_CHARS,
+    address_from_wire,
+    address_to_wire,
+    check_end_ids,
+    decode,
+    error_from_wire,
+)
 from swarm.rebuilds import Rebuild
 from swarm.session import RouteChanged
 from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
@@ -38,7 +45,8 @@ def route_to_wire(epoch: int, route: Route, reason: str) -> pb.RouteNews:
 def route_from_wire(news: pb.RouteNews) -> RouteChanged:
     """Raises :class:`BadRequest` or :class:`WrongRange` if the hops are no route."""
     hops = tuple(Hop(address_from_wire(hop.peer), LayerRange(hop.start, hop.end)) for hop in news.hops)
-    return RouteChanged(news.epoch, Route(hops), news.reason, "opened" if news.reason == "opened" else "lost")
+    reason = news.reason[:MAX_MESSAGE_CHARS]
+    return RouteChanged(news.epoch, Route(hops), reason, "opened" if reason == "opened" else "lost")
 
 
 class DelegatedSession:

@@ -6,7 +6,7 @@ sense, raises :class:`ProtocolError`; nothing is allocated in proportion to a nu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Sequence, Sized
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -22,6 +22,9 @@ MAX_MULTIADDR_CHARS = 256
 MAX_HOPS = 256
 MAX_TIMING_BYTES = 256
 MAX_END_IDS = 64
+MAX_MESSAGE_CHARS = 1000
+"""Of an error, or of the reason for a new route."""
+MAX_CODE_CHARS = 64
 LEAST_LOGPROB = -9999.0
 """Stands for every token that is less likely; OpenAI's API says it so, too."""
 MOST_LOGPROB = 1e-3
@@ -57,11 +60,11 @@ def address_from_wire(address: pb.Address) -> PeerAddress:
 
 
 def error_to_wire(error: SwarmError, peer_id: PeerId | None = None, epoch: int = 0) -> pb.Error:
-    return pb.Error(code=error.code, message=error.message[:1000], peer_id=peer_id or "", epoch=epoch)
+    return pb.Error(code=error.code, message=error.message[:MAX_MESSAGE_CHARS], peer_id=peer_id or "", epoch=epoch)
 
 
 def error_from_wire(error: pb.Error) -> SwarmError:
-    return from_code(error.code, error.message)
+    return from_code(error.code[:MAX_CODE_CHARS], error.message[:MAX_MESSAGE_CHARS])
 
 
 def check_end_ids(ids: Sized) -> None:
@@ -133,10 +136,15 @@ def timing_to_wire(timing: HopTiming) -> bytes:
     ).SerializeToString()
 
 
-def timings_from_wire(hops: Iterable[bytes]) -> tuple[HopTiming, ...]:
+def cut_timings(hops: Sequence[bytes]) -> list[bytes]:
+    """As many as a route has at most, without those that are too long."""
+    return [data for data in hops[:MAX_HOPS] if len(data) <= MAX_TIMING_BYTES]
+
+
+def timings_from_wire(hops: Sequence[bytes]) -> tuple[HopTiming, ...]:
     """What the hops say of their time; nothing, if one of them says nonsense: it's for the record only."""
     try:
-        return tuple(_timing_from_wire(pb.HopTiming.FromString(data)) for data in hops)
+        return tuple(_timing_from_wire(pb.HopTiming.FromString(data)) for data in cut_timings(hops))
     except (DecodeError, WrongRange):
         return ()
 

@@ -17,8 +17,20 @@ from peers.row_codec import decoded, encoded
 from peers.shard import Shard
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
+from swarm.delegation import route_from_wire
 from swarm.errors import BadRequest, BadTensor
-from swarm.protocol import rows_from_wire, rows_to_wire, timing_to_wire, timings_from_wire
+from swarm.protocol import (
+    MAX_HOPS,
+    MAX_MESSAGE_CHARS,
+    MAX_TIMING_BYTES,
+    error_from_wire,
+    rows_from_wire,
+    rows_to_wire,
+    timing_to_wire,
+    timings_from_wire,
+)
+from swarm.sampling import SamplingParams
+from swarm.transcript import GenerationRequest, Transcript
 from swarm.types import HopTiming, LayerRange, PeerId
 from swarm.wire import AS_IT_IS, BLOCK, WIRES, Wire, encoding_of, row_bytes
 from tests.reference import ModelSource, profile_of
@@ -164,6 +176,25 @@ def test_a_hop_that_says_nonsense_of_its_time_ends_no_session() -> None:
     backwards = pb.HopTiming(peer_id="peer", start=3, end=1).SerializeToString()
     for nonsense in (b"\xff\xff", backwards):
         assert timings_from_wire([sane, nonsense]) == ()
+
+
+def test_what_a_hop_says_of_times_and_reasons_is_cut() -> None:
+    """A frame full of timings stopped its client for seconds and stayed in its memory."""
+    timing = pb.HopTiming(peer_id="peer", end=1).SerializeToString()
+    wordy = pb.HopTiming(peer_id="peer" * MAX_TIMING_BYTES, end=1).SerializeToString()
+    transcript = Transcript(GenerationRequest((1,), 5, SamplingParams(), frozenset()), 6, 64)
+    transcript.commit(pb.Output(token_ids=[3], hops=[wordy] + [timing] * 10 * MAX_HOPS))
+    assert len(transcript.fresh[0].hops) == MAX_HOPS - 1
+    said = pb.Error(code="x" * 10**6, message="y" * 10**6)
+    assert len(error_from_wire(said).message) < 2 * MAX_MESSAGE_CHARS
+    assert (
+        len(
+            route_from_wire(
+                pb.RouteNews(hops=[pb.RouteHop(peer=pb.Address(peer_id="peer"), end=6)], reason="y" * 10**6)
+            ).reason
+        )
+        == MAX_MESSAGE_CHARS
+    )
 
 
 def test_a_session_rounds_where_its_first_route_was_cut() -> None:
