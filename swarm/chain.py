@@ -22,8 +22,9 @@ import random
 
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.control import Event, HopControl, HopLost
+from swarm.control import HopControl, HopLost
 from swarm.errors import Busy, NoRoute, StreamLost, SwarmError
+from swarm.events import Events
 from swarm.handover import Handover
 from swarm.health import Health
 from swarm.hop_planner import HopPlanner
@@ -63,8 +64,8 @@ class Chain:
         self.transcript = transcript
         self.settings = settings
         self.controls: list[HopControl] = []
-        self.events: asyncio.Queue[tuple[HopControl, Event | Handover]] = asyncio.Queue()
-        """What the hops say. Bounded by what stages may say: a token for each position, a status a heartbeat."""
+        self.events = Events()
+        """What the hops say."""
         self.epoch = 0
         self.next_epoch = itertools.count(1).__next__
         self.complete = False
@@ -200,10 +201,7 @@ class Chain:
         logger.info("session %s can't reach %s [%s]: %s", self._name, hop.peer.peer_id[-6:], hop.layers, error)
 
     async def dial(self, hop: Hop) -> HopControl:
-        return await HopControl.dial(hop, self._transport, self.settings, self._hear, self._tasks)
-
-    def _hear(self, control: HopControl, event: Event) -> None:
-        self.events.put_nowait((control, event))
+        return await HopControl.dial(hop, self._transport, self.settings, self.events.put, self._tasks)
 
     async def _open_and_start(self) -> None:
         """Raises ``HopLost``."""
@@ -218,15 +216,14 @@ class Chain:
 
         What a hop says is wrong in this very epoch, such as that it has no more room, stays to be heard.
         """
-        for _ in range(self.events.qsize()):
-            control, event = self.events.get_nowait()
+        for control, event in self.events.waiting():
             if isinstance(event, pb.Output) and control is self.controls[-1]:
                 with control.blamed():
                     self.transcript.commit(event)
             elif isinstance(event, SwarmError) and control in self.controls:
                 raise HopLost(control, event)
             elif isinstance(event, pb.Error) and event.epoch >= self.epoch:
-                self.events.put_nowait((control, event))
+                self.events.put(control, event)
 
     def _record(self, reason: str, kept: int, survivors: set[HopControl]) -> None:
         fresh = [control for control in self.controls if control not in survivors]

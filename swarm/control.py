@@ -29,7 +29,7 @@ class HopLost(Exception):
 
 
 class HopControl:
-    """Opens and steers a stage. Replies other than ``Opened`` go to ``listener``, in their order."""
+    """Opens and steers a stage. Outputs, errors and heartbeats that tell of a leave go to ``listener``, in order."""
 
     def __init__(self, hop: Hop, stream: Stream, settings: Settings, listener: Listener, generation: int) -> None:
         self.hop = hop
@@ -49,6 +49,8 @@ class HopControl:
         """Of the own transport when the stream was opened."""
         self.last_heard = self.moved_at = asyncio.get_running_loop().time()
         """When it last said anything, and when it last said that it had computed something."""
+        self.unheard_bytes = 0
+        """Of what went to the listener and was not looked at yet, see ``swarm.events``."""
         self._stream = stream
         self._settings = settings
         self._listener = listener
@@ -184,7 +186,8 @@ class HopControl:
             if reply.status.computed != self.computed:
                 self.computed, self.moved_at = reply.status.computed, self.last_heard
             self.computing, self.draining = reply.status.computing, reply.status.draining
-            self._listener(self, reply.status)
+            if self.draining:  # the rest is known here; a flood of it need not be kept
+                self._listener(self, reply.status)
         elif reply.error.epoch == 0:  # of no epoch: the peer's last words
             self._finish(error_from_wire(reply.error))
         elif self._opened is not None and not self._opened.done() and reply.error.epoch >= self._opening:

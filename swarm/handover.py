@@ -47,7 +47,7 @@ class Handover:
                 async with asyncio.timeout(chain.settings.timeouts.drain_s):
                     await self._open()
                     await self._catch_up()
-                chain.events.put_nowait((self.leaving, self))
+                chain.events.put(self.leaving, self)
                 return
             except NoRoute as error:
                 logger.info("no successor for %s yet: %s", leaver[-6:], error)

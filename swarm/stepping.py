@@ -276,7 +276,7 @@ class StepSession:
                 try:
                     await self._chain.feed_step(start, rewound=rewound)
                 except HopLost as loss:
-                    self._chain.events.put_nowait((loss.control, loss.error))
+                    self._chain.events.put(loss.control, loss.error)
         return await self._answer
 
     async def _at_cuts(self, start: int, end: int) -> dict[int, bytes]:

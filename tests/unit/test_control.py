@@ -69,6 +69,18 @@ def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() 
     assert opened(ANSWER, heartbeat(2, 7))[0].have == 7
 
 
+def test_only_a_heartbeat_that_tells_of_a_leave_is_an_event() -> None:
+    """Nobody listens to the others, and a session whose reader is slow kept them all."""
+
+    def heartbeat(**told: object) -> pb.ControlReply:
+        return pb.ControlReply(status=pb.Status(epoch=2, have=7, **told))  # type: ignore[arg-type]
+
+    leaving = heartbeat(draining=True)
+    control, heard = opened(ANSWER, heartbeat(computing=True), leaving)
+    assert heard == [leaving.status]
+    assert control.have == 7
+
+
 def test_last_words_say_why_a_stream_ended() -> None:
     last_words = pb.ControlReply(error=pb.Error(code="evicted", message="gone"))
     control, heard = opened(ANSWER, last_words)
