@@ -55,9 +55,6 @@ class DelegationHandler:
     async def handle(self, stream: Stream) -> None:
         """One generation. A client that goes away frees every stage."""
         try:
-            limit = self._settings.limits.max_delegated
-            if self.running >= limit:
-                raise Busy(f"limits.max_delegated: this peer owns {limit} sessions of thin clients already")
             async with asyncio.timeout(self._settings.timeouts.info_s):
                 frame = await stream.receive()
             if frame is None:
@@ -67,6 +64,9 @@ class DelegationHandler:
                 message.ParseFromString(frame)
             except ValueError:
                 raise ProtocolError("no Delegate message") from None
+            limit = self._settings.limits.max_delegated
+            if self.running >= limit:  # looked at only now: who opens streams and says nothing takes nobody's place
+                raise Busy(f"limits.max_delegated: this peer owns {limit} sessions of thin clients already")
             self.running += 1
             try:
                 await self._generate(stream, message)

@@ -8,13 +8,16 @@ from dataclasses import replace
 
 import pytest
 
+from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession
 from swarm.errors import Busy, NoRoute
 from swarm.info import ask_for_plan
+from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.session import Session
 from swarm.testing import SimTransport
 from swarm.transcript import Generated, GenerationRequest
+from swarm.transport import DELEGATE
 from swarm.types import SessionId
 from tests.sim.world import PROFILE, SETTINGS, LayerRange, Outcome, SimPeer, World, run_virtual
 
@@ -279,6 +282,29 @@ def test_a_thin_client_that_goes_away_frees_every_stage() -> None:
                     break
         await asyncio.sleep(2.0)
         assert all(not peer.service.table.runners for peer in world.peers)
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_peer_owns_no_more_sessions_of_thin_clients_than_its_limit_however_they_come() -> None:
+    """All streams were open before the first of them asked."""
+
+    async def main() -> None:
+        world = World(34)
+        peer = await world.add_peer(LayerRange(0, 6))
+        limit = world.settings.limits.max_delegated
+        transport, address = SimTransport(world.owner), peer.node.address
+        silent = [await transport.open(address, DELEGATE) for _ in range(limit)]
+        asking = [await transport.open(address, DELEGATE) for _ in range(3 * limit)]
+        message = pb.Delegate(model=PROFILE.model_id, prompt=PROMPT, max_tokens=50).SerializeToString()
+        for stream in asking:
+            await stream.send(message)
+        first = [decode(pb.DelegateReply, await stream.receive() or b"") for stream in asking]
+        refused = [reply.error.code for reply in first if reply.HasField("error")]
+        assert refused == ["busy"] * 2 * limit
+        for stream in (*silent, *asking):
+            stream.abort()
         await world.settle()
 
     run_virtual(main)
