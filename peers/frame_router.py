@@ -72,17 +72,26 @@ class FrameRouter:
             stream.abort()  # who waited for it to take them would wait with ever more of them
 
     async def handle_link(self, stream: Stream) -> None:
+        """Until its owner ends it, or is silent for so long that it should have; the next frame comes on a new one."""
+        timeouts, clock = self._table.settings.timeouts, asyncio.get_running_loop().time
         self._incoming[stream.remote] = stream
         try:
-            while (frame := await stream.receive()) is not None:
-                message = decode(pb.LinkMessage, frame)
-                kind = message.WhichOneof("kind")
-                if kind == "ping":
-                    await stream.send(pb.LinkMessage(pong=message.ping).SerializeToString())
-                elif kind == "frame":
-                    self._deliver(stream.remote, message.frame)
-                else:
-                    raise ProtocolError("a link carries frames and pings")
+            async with asyncio.timeout(2 * timeouts.link_idle_s) as silence:
+                heard_at = clock()
+                while (frame := await stream.receive()) is not None:
+                    if clock() - heard_at > timeouts.heartbeat_s:  # a frame makes no timer of its own
+                        heard_at = clock()
+                        silence.reschedule(heard_at + 2 * timeouts.link_idle_s)
+                    message = decode(pb.LinkMessage, frame)
+                    kind = message.WhichOneof("kind")
+                    if kind == "ping":
+                        await stream.send(pb.LinkMessage(pong=message.ping).SerializeToString())
+                    elif kind == "frame":
+                        self._deliver(stream.remote, message.frame)
+                    else:
+                        raise ProtocolError("a link carries frames and pings")
+        except TimeoutError:
+            logger.info("link from %s was silent and is closed", stream.remote[-6:])
         except SwarmError as error:
             logger.info("link from %s ended: %s", stream.remote[-6:], error)
         finally:

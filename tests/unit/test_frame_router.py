@@ -70,6 +70,23 @@ def test_a_stranger_who_takes_no_replies_loses_his_link() -> None:
     run_virtual(main)
 
 
+def test_a_silent_link_is_closed_and_one_that_is_used_stays() -> None:
+    async def main() -> None:
+        world, peer = await alone()
+        idle_s = world.settings.timeouts.link_idle_s
+        silent, used = [await SimTransport(world.owner).open(peer.node.address, LINK) for _ in range(2)]
+        for number in range(1, 11):
+            await asyncio.sleep(idle_s)
+            await used.send(pb.LinkMessage(ping=number).SerializeToString())
+            reply = decode(pb.LinkMessage, await used.receive() or b"")
+            assert reply.pong == number
+        async with asyncio.timeout(1):
+            assert await silent.receive() is None, "a clean end: no session takes it for a loss"
+        await used.close()
+
+    run_virtual(main)
+
+
 def test_an_owner_who_takes_his_time_is_told_one_error_of_an_epoch() -> None:
     async def main() -> None:
         world, peer = await alone()
