@@ -8,6 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from swarm import protocol_pb2 as pb
 from swarm.config import TimeoutSettings
@@ -85,7 +86,8 @@ class Links:
         self._on_reply = on_reply
         self._on_lost = on_lost
         self._links: dict[PeerId, _Link] = {}
-        self._dialling: dict[PeerId, asyncio.Lock] = {}
+        self._dialling: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
+        """Held by those who dial a peer, or wait for who does."""
         self.measured: dict[PeerId, Measured] = {}
 
     def one_way_s(self, peer: PeerId) -> float:
@@ -146,7 +148,6 @@ class Links:
                 link = self._links[peer.peer_id] = _Link(stream, last_used=0.0, heard_at=_now(), probed_at=_now())
                 self._tasks.create_task(self._listen(peer.peer_id, link))
                 link.watcher = self._tasks.create_task(self._watch(peer.peer_id, link))
-        self._dialling.pop(peer.peer_id, None)
         return link
 
     async def _listen(self, peer_id: PeerId, link: _Link) -> None:

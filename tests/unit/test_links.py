@@ -1,0 +1,47 @@
+"""Outgoing links; virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from peers.links import Links
+from swarm.config import Settings
+from swarm.errors import Unreachable
+from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
+from swarm.transport import LINK, Stream
+from swarm.types import PeerAddress, PeerId
+
+
+def test_dials_that_fail_leave_nothing_and_those_at_once_open_one_link() -> None:
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        own, remote = network.add("own"), network.add("remote")
+        opened: list[Stream] = []
+
+        async def handle(stream: Stream) -> None:
+            opened.append(stream)
+            await stream.receive()
+
+        async with asyncio.TaskGroup() as tasks:
+            links = Links(SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *_: None)
+            for number in range(20):
+                with pytest.raises(Unreachable):
+                    await links.reach(PeerAddress(PeerId(f"nobody{number}")))
+            assert not links._dialling
+            # the first of these fails, those that waited for it dial again, and one that comes later joins them
+            early = [asyncio.create_task(links.reach(remote.address)) for _ in range(3)]
+            await asyncio.wait(early, return_when=asyncio.FIRST_COMPLETED)
+            await SimTransport(remote).serve(LINK, handle)
+            early.append(asyncio.create_task(links.reach(remote.address)))
+            results = await asyncio.gather(*early, return_exceptions=True)
+            assert [type(result) for result in results] == [Unreachable, *[type(None)] * 3]
+            await asyncio.sleep(0.1)
+            assert len(opened) == 1
+            del early, results
+            assert not links._dialling
+            await links.aclose()
+
+    run_virtual(main)
