@@ -56,13 +56,14 @@ async def plan_completion(body: CompletionBody, client: AsyncClient, settings: S
         raise BadField(f"best_of ({best_of}) must not be smaller than n ({n})", "best_of")
     if body.stream and best_of > n:
         raise BadField("best_of can't be streamed", "best_of")
-    prompts = await _prompts(body.prompt, client)
-    texts = [body.prompt] if isinstance(body.prompt, str) else [p for p in body.prompt if isinstance(p, str)]
+    each = _each_prompt(body.prompt)
+    _check_choices(len(each) * best_of, "best_of" if body.best_of else "n" if n > 1 else "prompt", settings)
+    prompts = await _prompts(each, client)
+    texts = [prompt for prompt in each if isinstance(prompt, str)]
     if body.echo and not texts:
         texts = [client.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
     max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     logprobs = 0 if body.logprobs is None and best_of == n else max(1, body.logprobs or 0)
-    _check_choices(len(prompts) * best_of, "best_of" if body.best_of else "n" if n > 1 else "prompt", settings)
     for ids in prompts:
         _check_length(len(ids), max_tokens, "prompt", client, settings)
     requests = _requests(body, prompts, best_of, max_tokens, logprobs, client) if max_tokens else []
@@ -73,6 +74,8 @@ async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> 
     """Raises :class:`BadRequest`, :class:`UnknownModel` or :class:`TooLong`."""
     check_model(body.model, client)
     _check_chat_fields(body)
+    n = body.n or 1
+    _check_choices(n, "n", settings)
     messages = [{"role": _role(m), "content": _content(m, place)} for place, m in enumerate(body.messages)]
     try:
         if sum(len(m["content"]) for m in messages) > LONG_TEXT_CHARS:
@@ -85,8 +88,6 @@ async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> 
     room = _limit(client, settings) - len(ids)
     max_tokens = asked or max(1, min(settings.gateway.chat_tokens, room))
     logprobs = max(1, body.top_logprobs or 0) if body.logprobs else 0
-    n = body.n or 1
-    _check_choices(n, "n", settings)
     _check_length(len(ids), max_tokens, "messages", client, settings)
     return Asked([ids], [], _requests(body, [ids], n, max_tokens, logprobs, client), body.stops)
 
@@ -131,14 +132,18 @@ def _content(message: Message, place: int) -> str:
     return "".join(part.text or "" for part in message.content)
 
 
-async def _prompts(
-    prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]], client: AsyncClient
-) -> list[list[int]]:
-    """Token ids of each prompt, in the four forms that it may have."""
+def _each_prompt(
+    prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+) -> Sequence[str | Sequence[int]]:
+    """Each prompt, in the four forms that they may have."""
     alone = isinstance(prompt, str) or isinstance(prompt[0], int)
-    items = cast(Sequence[str | Sequence[int]], [prompt] if alone else prompt)
+    return cast(Sequence[str | Sequence[int]], [prompt] if alone else prompt)
+
+
+async def _prompts(each: Sequence[str | Sequence[int]], client: AsyncClient) -> list[list[int]]:
+    """Token ids of each."""
     found: list[list[int]] = []
-    for item in items:
+    for item in each:
         if isinstance(item, str):
             long = len(item) > LONG_TEXT_CHARS
             ids = await asyncio.to_thread(client.tokenizer.encode, item) if long else client.tokenizer.encode(item)

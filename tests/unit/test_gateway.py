@@ -689,6 +689,20 @@ async def test_a_full_queue_is_429_and_a_place_serves_the_next(make: Make) -> No
     assert gateway.script.most_open == 2
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("completions", {"prompt": ["x"] * 1000}), ("chat/completions", {"messages": USER, "n": 17})]
+)
+async def test_texts_are_counted_before_any_is_tokenised(
+    gateway: Gateway, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte of short prompts held up everybody's tokens for seconds."""
+    for name in ("encode", "apply_chat_template"):
+        monkeypatch.delattr(TextTokenizer, name)
+    response = await gateway.post(f"/v1/{path}", GREEDY | body)
+    assert response.status_code == 400
+    assert "max_choices" in response.json()["error"]["message"]
+
+
 async def test_waiting_too_long_is_429(make: Make) -> None:
     gateway = make(max_concurrent=1, queue_wait_s=0.05)
     gateway.script.hold = asyncio.Event()
