@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
+from collections import OrderedDict
 from collections.abc import AsyncGenerator
 
 from swarm import protocol_pb2 as pb
@@ -15,6 +17,7 @@ from swarm.errors import Busy, NoRoute, ProtocolError, SwarmError
 from swarm.health import Health
 from swarm.knowledge import View, known
 from swarm.models import ModelProfile
+from swarm.prefix import Prefixes
 from swarm.protocol import error_to_wire, timing_to_wire
 from swarm.routing import plan_route
 from swarm.session import RouteChanged, Session
@@ -23,6 +26,9 @@ from swarm.transport import Stream, Transport
 from swarm.types import PeerId
 
 logger = logging.getLogger(__name__)
+
+MOST_CLIENTS = 64
+"""Thin clients whose texts are remembered."""
 
 
 class DelegationHandler:
@@ -34,6 +40,8 @@ class DelegationHandler:
         self._profile = profile
         self._settings = settings
         self._health = Health(settings.recovery.max_penalty_s)
+        self._prefixes: OrderedDict[PeerId, Prefixes] = OrderedDict()
+        """Of each thin client, those that asked last."""
         self.running = 0
 
     def plan(self, request: pb.PlanRequest) -> pb.RouteNews:
@@ -79,9 +87,18 @@ class DelegationHandler:
             with contextlib.suppress(SwarmError):  # it may be gone; then there is nobody to tell
                 await _tell(stream, pb.DelegateReply(error=error_to_wire(error)))
 
+    def _prefixes_of(self, client: PeerId) -> Prefixes:
+        """With a key of its own: no client can find out by the time to its first token what another one asked."""
+        prefixes = self._prefixes.setdefault(client, Prefixes(secrets.token_bytes(16)))
+        self._prefixes.move_to_end(client)
+        if len(self._prefixes) > MOST_CLIENTS:
+            self._prefixes.popitem(last=False)
+        return prefixes
+
     async def _generate(self, stream: Stream, message: pb.Delegate) -> None:
         request = request_from_wire(message, self._profile)
-        session = Session(self._transport, self._view, self._profile, request, self._settings, self._health)
+        prefixes = self._prefixes_of(stream.remote)
+        session = Session(self._transport, self._view, self._profile, request, self._settings, self._health, prefixes)
         async with session, contextlib.aclosing(session.events()) as events:
             farewell = asyncio.ensure_future(stream.receive())
             beating = asyncio.ensure_future(self._beat(stream))

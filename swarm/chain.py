@@ -31,7 +31,7 @@ from swarm.hop_planner import HopPlanner
 from swarm.knowledge import View
 from swarm.models import ModelProfile
 from swarm.opener import Opener
-from swarm.prefix import SessionPrefix
+from swarm.prefix import Prefixes, SessionPrefix
 from swarm.rebuilds import RETRY_FIRST_S, RETRY_MOST_S, Rebuild
 from swarm.rivals import Rivals
 from swarm.transcript import Tokens
@@ -56,9 +56,10 @@ class Chain:
         profile: ModelProfile,
         settings: Settings,
         health: Health,
+        prefixes: Prefixes,
         tasks: asyncio.TaskGroup,
     ) -> None:
-        self._prefix = SessionPrefix(health.prefixes, profile.model_id, transcript)
+        self._prefix = SessionPrefix(prefixes, profile.model_id, transcript)
         self.planner = HopPlanner(session_id, transcript, self._prefix, view, profile, settings, health)
         self.opener = Opener(session_id, transcript, self._prefix, profile)
         self.transcript = transcript

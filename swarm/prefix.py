@@ -1,9 +1,10 @@
 """Prefixes of texts, as an owner names them to stages, and which peers it had compute them. Pure.
 
 A prefix is named by a hash chain over its token ids: 8 bytes for each block of 32 tokens, of which each depends on all
-tokens before it and on the model. The hash has a secret key that every process draws for itself. So a name tells a peer
-in the middle of a route nothing but that two sessions of one owner began alike: nobody can guess a prompt and look
-whether its name comes by, and the names of two owners have nothing in common.
+tokens before it and on the model. The hash has a secret key that every process draws for itself, and a peer for every
+thin client whose sessions it owns. So a name tells a peer in the middle of a route nothing but that two sessions of one
+owner began alike: nobody can guess a prompt and look whether its name comes by, and the names of two owners have
+nothing in common.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from swarm.errors import TooLong
 from swarm.health import Health
 from swarm.knowledge import View
 from swarm.models import ModelProfile
+from swarm.prefix import Prefixes
 from swarm.rebuilds import Patience, Rebuild
 from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
 from swarm.transport import Transport
@@ -53,7 +54,9 @@ class Session:
         request: GenerationRequest,
         settings: Settings,
         health: Health,
+        prefixes: Prefixes | None = None,
     ) -> None:
+        """``prefixes``: of who asked for the session, if that is not this process."""
         total = len(request.prompt) + request.max_tokens
         limit = min(profile.max_positions, settings.peer.max_cache_tokens_per_session)
         if len(request.prompt) + len(request.generated) >= limit:
@@ -67,7 +70,10 @@ class Session:
         self._view = view
         self._health = health
         self._tasks = asyncio.TaskGroup()
-        self._chain = Chain(self.session_id, self.transcript, transport, view, profile, settings, health, self._tasks)
+        prefixes = prefixes or health.prefixes
+        self._chain = Chain(
+            self.session_id, self.transcript, transport, view, profile, settings, health, prefixes, self._tasks
+        )
         self._watch = Watch(self._chain, settings)
 
     async def __aenter__(self) -> Session:

@@ -313,8 +313,9 @@ class StepSession:
         ended: SwarmError = Internal("the session failed; see the log")
         try:
             async with asyncio.TaskGroup() as tasks:
+                health, prefixes = self._health, self._health.prefixes
                 chain = Chain(
-                    self.session_id, self.inputs, transport, view, profile, self._settings, self._health, tasks
+                    self.session_id, self.inputs, transport, view, profile, self._settings, health, prefixes, tasks
                 )
                 try:
                     await self._drive(chain)

@@ -9,10 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+from peers.delegation import MOST_CLIENTS
+from swarm.delegation import DelegatedSession
 from swarm.sampling import SamplingParams
 from swarm.session import Session
-from swarm.testing import Faults, SimTransport
+from swarm.testing import Faults, SimNode, SimTransport
 from swarm.transcript import GenerationRequest
+from swarm.transport import DELEGATE
 from tests.sim.schedules import Troublemaker, random_faults, random_ranges
 from tests.sim.world import PROFILE, SETTINGS, LayerRange, Outcome, World, run_virtual
 
@@ -98,6 +101,36 @@ def test_what_was_kept_is_for_its_owner_alone() -> None:
             async for _ in session.events():
                 pass
         assert [now - then for then, now in zip(before, rows_run(world), strict=True)] == [len(TEXT) + 1] * 3
+        await world.settle()
+
+    in_world(main)
+
+
+def test_what_was_kept_of_a_thin_client_is_for_that_client_alone() -> None:
+    """One owner computes for all of them, and the time to the first token would tell what another one asked."""
+
+    async def main() -> None:
+        world = await thirds(5)
+        via = [world.peers[1].node.address]
+
+        async def ask(client: SimNode) -> list[int]:
+            request = GenerationRequest(tuple(TEXT), 2, SamplingParams(temperature=0.0), frozenset())
+            before = rows_run(world)
+            async with DelegatedSession(SimTransport(client), via, PROFILE, request, world.settings) as session:
+                async for _ in session.events():
+                    pass
+            await asyncio.sleep(1)
+            return [now - then for then, now in zip(before, rows_run(world), strict=True)]
+
+        one, other = world.network.add("one"), world.network.add("other")
+        everything = [len(TEXT) + 1] * 3
+        assert await ask(one) == everything
+        assert await ask(other) == everything
+        assert await ask(one) == [len(TEXT) + 1 - 96] * 3
+        for number in range(MOST_CLIENTS):
+            assert await ask(world.network.add(f"stranger{number}")) == everything
+        handler = world.peers[1].node.handlers[DELEGATE].__self__  # type: ignore[attr-defined]
+        assert len(handler._prefixes) == MOST_CLIENTS
         await world.settle()
 
     in_world(main)
