@@ -192,6 +192,8 @@ class Stage:
         self._adopt(request)
 
     def _adopt(self, request: OpenRequest) -> None:
+        if self.last and not request.step_mode and not request.token_ids:
+            raise BadRequest("the last stage is opened with the text so far")
         self.epoch, self.superseded = request.epoch, False
         self.known = request.keep
         """Positions that the owner has inputs for: they will come, if they are not here."""

@@ -195,3 +195,8 @@ def test_a_newer_epoch_forgets_positions_without_outputs() -> None:
     made.reopen(opened(2, keep=40))
     assert made.log is not None
     assert made.have == made.log.end == KNOWN - 1
+
+
+def test_a_last_stage_needs_the_text() -> None:
+    with pytest.raises(BadRequest, match="the text so far"):
+        stage(last=True, token_ids=())
