@@ -62,6 +62,14 @@ async def answers(socket: str, timeout_s: float) -> bool:
     return True
 
 
+_IN_OTHER_WORDS = {
+    "message did not have trailing newline": "what listens there is no peer",
+    "i/o timeout": "no answer",
+    "context deadline exceeded": "no answer in time",
+}
+"""What p2pd says of an address that it dialled."""
+
+
 def translate(error: Exception, peer: PeerAddress, deadline_s: float) -> SwarmError:
     """hivemind's errors, told apart by type first and text second (H6); unknown ones are "unreachable, retryable"."""
     if isinstance(error, SwarmError):
@@ -77,7 +85,8 @@ def translate(error: Exception, peer: PeerAddress, deadline_s: float) -> SwarmEr
         return Unreachable(f"nobody knows an address of peer {peer.peer_id}")
     # p2pd names each address that it dialled in a line of its own; what went wrong comes last
     causes = dict.fromkeys(line.rpartition(": ")[2] for line in text.splitlines() if line.lstrip().startswith("* ["))
-    return Unreachable(f"can't reach peer {peer.peer_id}: {', '.join(causes) or text}")
+    told = dict.fromkeys(_IN_OTHER_WORDS.get(cause, cause) for cause in causes)
+    return Unreachable(f"can't reach peer {peer.peer_id}: {', '.join(told) or text}")
 
 
 def _dialable(peer: PeerAddress) -> list[Multiaddr]:
