@@ -23,6 +23,9 @@ import psutil
 
 from swarm.errors import Internal, SwarmError, from_code
 
+PYTHON = (sys.executable, "-P")
+"""For our own modules: -P keeps the current folder off the path, where a clone, called swarm as well, may lie."""
+
 TAIL_LINES = 12
 TAIL_BYTES = 8192
 MAX_EVENTS = 512

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from swarm.children import Child, Guard
+from swarm.children import PYTHON, Child, Guard
 from swarm.config import TimeoutSettings
 from swarm.errors import BadRequest, DeadlineExceeded, SwarmError
 from swarm.types import LayerRange, PeerId
 
-PEER_COMMAND = (sys.executable, "-m", "peers.cli")
+PEER_COMMAND = (*PYTHON, "-m", "peers.cli")
 """Peers are started, never imported: they need more than a client does."""
 
 START_S = 180.0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from swarm.children import PYTHON
 from swarm.errors import SwarmError
 from swarm.local import LocalSwarm
 from swarm.types import LayerRange
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         with LocalSwarm(MODEL, RANGES, report=_say) as swarm:
             _say(f"asking: {prompt}")
             joins = [part for address in swarm.initial_peers for part in ("--initial-peers", address)]
-            command = [sys.executable, "-m", "swarm.cli", "generate", "--chat", *joins, "--", prompt]
+            command = [*PYTHON, "-m", "swarm.cli", "generate", "--chat", *joins, "--", prompt]
             code = subprocess.run(command, check=False).returncode
     except SwarmError as error:
         _say(error.message)
@@ -65,7 +66,7 @@ def _web(arguments: list[str]) -> int:
     _say(f"three peers with ten of {MODEL}'s thirty layers each, and a console, on this machine only")
     starts = [part for layers in RANGES for part in ("--start", str(layers))]
     port = arguments[0] if arguments else PORT
-    command = [sys.executable, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
+    command = [*PYTHON, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
     os.execve(sys.executable, command, {k: v for k, v in os.environ.items() if not k.startswith("SWARM_")})
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
+from swarm.children import PYTHON
 from swarm.errors import SwarmError
 
 _IMPORTS = """
@@ -30,9 +30,7 @@ def peak_mb(pid: int) -> float:
 
 def peak_of_imports_mb() -> float:
     """What a peer takes before it has a single weight: Python, torch, transformers and the network library."""
-    done = subprocess.run(
-        [sys.executable, "-c", _IMPORTS], capture_output=True, text=True, check=True, timeout=IMPORT_S
-    )
+    done = subprocess.run([*PYTHON, "-c", _IMPORTS], capture_output=True, text=True, check=True, timeout=IMPORT_S)
     return _parse(done.stdout)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swarm.bench.runs import Run
+from swarm.children import PYTHON
 from swarm.errors import Internal
 from swarm.models import ModelReference, resolve
 
@@ -27,7 +28,7 @@ class Reference:
 
     def __init__(self, model: str, dtype: str, threads: int = 1) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "swarm.bench.reference", model, dtype, str(threads)],
+            [*PYTHON, "-m", "swarm.bench.reference", model, dtype, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from swarm.errors import BadRequest, DeadlineExceeded, ModelError, SwarmError
-from swarm.local import LocalSwarm
+from swarm.local import PEER_COMMAND, LocalSwarm
 from swarm.types import LayerRange
 
 FAKE_PEER = """
@@ -53,6 +53,14 @@ def command(tmp_path: Path) -> list[str]:
     script = tmp_path / "fake peer.py"
     script.write_text(FAKE_PEER)
     return [sys.executable, str(script)]
+
+
+def test_a_folder_called_as_the_package_is_not_taken_for_it(tmp_path: Path) -> None:
+    for name in ("swarm", "peers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('not this one')")
+    done = subprocess.run([*PEER_COMMAND, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 THIRDS = (LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30))
