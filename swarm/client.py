@@ -9,7 +9,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,13 +20,14 @@ from swarm.config_loader import load_settings
 from swarm.coverage import explained
 from swarm.delegation import DelegatedSession
 from swarm.discovery import SwarmView
-from swarm.errors import Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
+from swarm.errors import BadRequest, Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
 from swarm.generation import AsyncStream, Generation
 from swarm.health import Health
 from swarm.info import Description, describe, fetch_files
 from swarm.knowledge import known
 from swarm.models import ModelProfile, resolve, tokenizer_files
 from swarm.multiaddrs import peer_addresses
+from swarm.network_thread import NetworkThread
 from swarm.plans import Demand, Knowledge, PlannedHop
 from swarm.routing import plan_route, price
 from swarm.sampling import SamplingParams
@@ -270,40 +271,44 @@ def connect_async(
 
 
 class Client:
-    """The same for programs without asyncio: the network runs on a thread of its own. A context manager."""
+    """The same for programs without asyncio: the network runs on a thread of its own, from the first use until
+    :meth:`close`. A context manager."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="swarm-network", daemon=True)
+        self._network: NetworkThread | None = None
+        """While the client is open."""
+        self._closed = False
+        self._changing = threading.RLock()
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        try:
-            self.run(self._client.__aenter__())
-        except BaseException:
-            self._end()
-            raise
+        self._opened()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self.run(self._client.__aexit__(None, None, None))
-        finally:
-            self._end()
+        self.close()
 
     def close(self) -> None:
-        self.__exit__(None, None, None)
+        """Ends what still runs. May be called again."""
+        with self._changing:
+            self._closed = True
+            network, self._network = self._network, None
+            if network is None:
+                return
+            try:
+                network.begin(self._client.__aexit__(None, None, None))()
+            finally:
+                network.end()
 
     @property
     def profile(self) -> ModelProfile:
-        return self._client.profile
+        return self._opened().profile
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        return self._client.tokenizer
+        return self._opened().tokenizer
 
     @property
     def settings(self) -> Settings:
@@ -311,17 +316,17 @@ class Client:
 
     @property
     def tokenizer_files(self) -> Mapping[str, bytes]:
-        return self._client.tokenizer_files
+        return self._opened().tokenizer_files
 
     def step_session(self, capacity: int) -> StepSession:
         """See :meth:`AsyncClient.step_session`; its methods are for :meth:`run`."""
-        return self._client.step_session(capacity)
+        return self._opened().step_session(capacity)
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        return self.run(self._client.generate(prompt, **options))
+        return self.run(self._opened().generate(prompt, **options))
 
     def chat(self, messages: Iterable[Message], **options: Any) -> Generation:
-        return self.run(self._client.chat(messages, **options))
+        return self.run(self._opened().chat(messages, **options))
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Token]:
         """Tokens as they come; breaking out of the loop frees the stages."""
@@ -332,45 +337,60 @@ class Client:
 
     def events(self, prompt: str | Sequence[int], **options: Any) -> Generator[RouteChanged | Token]:
         """Tokens, and each change of the route."""
-        events = aiter(self._client.events(prompt, **options))
+        events = aiter(self._opened().events(prompt, **options))
+
+        async def following() -> RouteChanged | Token:
+            return await anext(events)  # on the network's thread, whose loop learns here that it is to end them
+
         try:
             while True:
                 try:
-                    yield self.run(anext(events))
+                    yield self.run(following())
                 except StopAsyncIteration:
                     return
         finally:
-            self.run(events.aclose())
+            if not self._closed:  # which has ended them
+                self.run(events.aclose())
 
     def peers(self) -> list[Announcement]:
-        return self.run(self._client.peers())
+        return self.run(self._opened().peers())
 
     def plan(self, tokens: int = 0) -> Route:
-        return self.run(self._client.plan(tokens))
+        return self.run(self._opened().plan(tokens))
 
     def run(self, work: Awaitable[T]) -> T:
-        """Wait for ``work`` on the network's thread. Ctrl-C cancels it, and waits until it has cleaned up."""
-        ended = threading.Event()
+        """Wait for ``work`` on the network's thread. Ctrl-C cancels it, and waits until it has cleaned up.
 
-        async def run() -> T:
+        Raises :class:`BadRequest` if the client is closed, :class:`Cancelled` if it is closed meanwhile.
+        """
+        with self._changing:
             try:
-                return await work
-            finally:
-                ended.set()
+                wait = self._open().begin(work)
+            except BaseException:
+                if isinstance(work, Coroutine):
+                    work.close()  # Python warns of one that is never awaited
+                raise
+        return wait()
 
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            if future.cancel():
-                ended.wait(self._client.settings.timeouts.send_s)
-            raise
+    def _opened(self) -> AsyncClient:
+        with self._changing:
+            self._open()
+        return self._client
 
-    def _end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10.0)
-        if not self._thread.is_alive():
-            self._loop.close()
+    def _open(self) -> NetworkThread:
+        """Joins the swarm if that is still to be done."""
+        if self._closed:
+            raise BadRequest("this client is closed")
+        if self._network is None:
+            network = NetworkThread(self._client.settings.timeouts.send_s)
+            network.start()
+            try:
+                network.begin(self._client.__aenter__())()
+            except BaseException:
+                network.end()
+                raise
+            self._network = network
+        return self._network
 
 
 def connect(
@@ -380,5 +400,8 @@ def connect(
     *,
     via: Sequence[str] = (),
 ) -> Client:
-    """``with swarm.connect(["/ip4/.../p2p/..."]) as client: print(client.generate("Hello").text)``"""
+    """``with swarm.connect(["/ip4/.../p2p/..."]) as client: print(client.generate("Hello").text)``
+
+    Without ``with``: the first call joins the swarm, :meth:`Client.close` leaves it.
+    """
     return Client(connect_async(initial_peers, model, settings, via=via))

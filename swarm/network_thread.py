@@ -1,0 +1,64 @@
+"""An event loop on a thread of its own, for programs without asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from swarm.errors import Cancelled
+
+T = TypeVar("T")
+
+STOP_S = 10.0
+"""For its tasks to end."""
+
+
+class NetworkThread:
+    def __init__(self, clean_up_s: float) -> None:
+        """``clean_up_s``: what cancelled work may take to clean up."""
+        self._clean_up_s = clean_up_s
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._thread = threading.Thread(target=self._serve, name="swarm-network", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def begin(self, work: Awaitable[T]) -> Callable[[], T]:
+        """Starts ``work``; returns what waits for it. Ctrl-C cancels it, and waits until it has cleaned up.
+
+        The wait raises :class:`Cancelled` if the thread is ended meanwhile.
+        """
+        cleaned_up = threading.Event()
+
+        async def run() -> T:
+            try:
+                return await work
+            finally:
+                cleaned_up.set()
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+        def wait() -> T:
+            try:
+                return future.result()
+            except concurrent.futures.CancelledError:
+                raise Cancelled("the client was closed") from None
+            except BaseException:
+                if future.cancel():
+                    cleaned_up.wait(self._clean_up_s)
+                raise
+
+        return wait
+
+    def end(self) -> None:
+        """Cancels what still runs."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(STOP_S)
+
+    def _serve(self) -> None:
+        with self._runner:  # which ends tasks and generators that are left
+            self._loop.run_forever()

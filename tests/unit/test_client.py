@@ -1,0 +1,150 @@
+"""The library for programs without asyncio: its thread, and what it is called with."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from swarm.client import AsyncClient, Client
+from swarm.config import Settings
+from swarm.errors import BadRequest, Cancelled, Unreachable
+from swarm.types import Token
+
+
+class Entered:
+    """As much of an ``AsyncClient`` as says whether it is entered."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.settings = Settings()
+        self.story: list[str] = []
+        self.working = threading.Event()
+        self.fails = fails
+
+    async def __aenter__(self) -> Entered:
+        if self.fails:
+            self.fails -= 1
+            raise Unreachable("nobody is there")
+        self.story.append("entered")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.story.append("left")
+
+    async def generate(self, prompt: str) -> str:
+        return prompt.upper()
+
+    async def for_ever(self) -> None:
+        try:
+            self.working.set()
+            await asyncio.Event().wait()
+        finally:
+            self.story.append("cancelled")
+
+    async def events(self, prompt: str) -> AsyncGenerator[Token, None]:
+        try:
+            for index, character in enumerate(prompt):
+                yield Token(index, ord(character), character, ())
+        finally:
+            self.story.append("freed")
+
+
+@pytest.fixture
+def entered() -> Entered:
+    return Entered()
+
+
+@pytest.fixture
+def client(entered: Entered) -> Iterator[Client]:
+    made = Client(cast(AsyncClient, entered))
+    yield made
+    made.close()
+    gc.collect()  # warns, which is an error, of coroutines that nobody awaited
+
+
+def network_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "swarm-network"]
+
+
+def test_the_first_call_joins_and_close_leaves(client: Client, entered: Entered) -> None:
+    assert entered.story == []
+    assert client.generate("a") == cast(Any, "A")
+    assert client.generate("b") == cast(Any, "B")
+    assert entered.story == ["entered"]
+    client.close()
+    client.close()
+    assert entered.story == ["entered", "left"]
+    assert not network_threads()
+
+
+def test_a_client_that_nobody_used_can_be_closed(client: Client, entered: Entered) -> None:
+    client.close()
+    assert entered.story == []
+
+
+def test_a_with_block_joins_at_its_beginning(client: Client, entered: Entered) -> None:
+    with client:
+        assert entered.story == ["entered"]
+    assert entered.story == ["entered", "left"]
+
+
+USES: dict[str, Callable[[Client], object]] = {
+    "generate": lambda client: client.generate("a"),
+    "stream": lambda client: list(client.stream("a")),
+    "run": lambda client: client.run(asyncio.sleep(0)),
+    "profile": lambda client: client.profile,
+    "step_session": lambda client: client.step_session(8),
+    "with": lambda client: client.__enter__(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_closed_client_refuses(client: Client, use: Callable[[Client], object]) -> None:
+    with client:
+        pass
+    with pytest.raises(BadRequest, match="closed"):
+        use(client)
+
+
+def test_a_swarm_that_was_not_reached_may_be_tried_again() -> None:
+    entered = Entered(fails=2)
+    client = Client(cast(AsyncClient, entered))
+    with pytest.raises(Unreachable):
+        client.generate("a")
+    with pytest.raises(Unreachable):
+        client.run(asyncio.sleep(0))
+    assert not network_threads()
+    assert client.generate("a") == cast(Any, "A")
+    client.close()
+    gc.collect()
+
+
+def test_closing_ends_what_another_thread_waits_for(client: Client, entered: Entered) -> None:
+    seen: list[object] = []
+
+    def wait() -> None:
+        try:
+            client.run(entered.for_ever())
+        except Cancelled as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert entered.working.wait(10)
+    client.close()
+    thread.join(10)
+    assert len(seen) == 1
+    assert entered.story == ["entered", "left", "cancelled"]
+
+
+def test_closing_ends_a_stream_that_was_left_half_read(client: Client, entered: Entered) -> None:
+    stream = client.stream("abc")
+    assert next(stream).text == "a"
+    client.close()
+    assert entered.story == ["entered", "left", "freed"]
+    with pytest.raises(BadRequest, match="closed"):
+        next(stream)
