@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import typer
 
 from swarm.commands import bench, chaos, chat, gateway, generate, peers, plan, settings, status, why
@@ -20,6 +23,8 @@ app.add_typer(settings.app, name="config")
 
 
 def main() -> None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses it
     app()
 
 

@@ -54,8 +54,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that ``tokenizer.json`` puts round every prompt; flags elsewhere, as in
-        transformers 5, don't count."""
-        return list(self._tokenizer.encode(text).ids)
+        transformers 5, don't count. Raises :class:`BadRequest` for what is not valid Unicode."""
+        return self._encode(text, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -93,7 +93,15 @@ class TextTokenizer:
     ) -> list[int]:
         """See :meth:`render_chat`; the template writes the special tokens itself, so none are added."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            lone = f"U+{ord(text[error.start]):04X}"
+            raise BadRequest(f"the text is not valid Unicode, or did not come as UTF-8: it has a lone {lone}") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for; its bytes may be a part of a character."""

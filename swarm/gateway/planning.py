@@ -95,7 +95,7 @@ async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> 
 def check_model(name: str, client: AsyncClient) -> None:
     """Raises :class:`UnknownModel`."""
     if name not in (client.profile.name, client.profile.model_id):
-        raise UnknownModel(f"The model '{name[:200]}' does not exist; this swarm serves '{client.profile.name}'.")
+        raise UnknownModel(f"The model {name[:200]!r} does not exist; this swarm serves '{client.profile.name}'.")
 
 
 def _check_chat_fields(body: ChatBody) -> None:
@@ -146,7 +146,10 @@ async def _prompts(each: Sequence[str | Sequence[int]], client: AsyncClient) -> 
     for item in each:
         if isinstance(item, str):
             long = len(item) > LONG_TEXT_CHARS
-            ids = await asyncio.to_thread(client.tokenizer.encode, item) if long else client.tokenizer.encode(item)
+            try:
+                ids = await asyncio.to_thread(client.tokenizer.encode, item) if long else client.tokenizer.encode(item)
+            except BadRequest as error:
+                raise BadField(error.message, "prompt") from None
         else:
             ids = list(item)
         if not ids:

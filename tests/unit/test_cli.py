@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from swarm.cli import app
+from swarm.cli import app, main
 from swarm.commands.bench import chosen
 from swarm.commands.chat import LEAST_ANSWER_TOKENS, converse, fitting
 from swarm.commands.drawing import ASCII, UNICODE, bar, cells, counts_line, pen_for, ruler
@@ -225,3 +226,11 @@ def test_with_json_a_refusal_is_an_event_too() -> None:
     assert result.exit_code == 4
     assert json.loads(result.stdout)["code"] == "unreachable"
     assert result.stderr.count("\n") == 1
+
+
+def test_bytes_on_stdin_that_are_no_text_come_as_those_in_arguments_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"bad \xff"), "utf-8"))
+    monkeypatch.setattr(sys, "argv", ["swarm", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert sys.stdin.read() == "bad \udcff"

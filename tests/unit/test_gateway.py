@@ -603,6 +603,24 @@ async def test_what_is_no_request_is_400(gateway: Gateway, data: bytes) -> None:
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("completions", {"prompt": "\ud800"}, "prompt"),
+        ("completions", {"prompt": "Once", "model": "\ud800"}, "model"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    ],
+)
+async def test_text_that_is_not_unicode_is_refused(
+    gateway: Gateway, path: str, fields: dict[str, Any], param: str
+) -> None:
+    response = await gateway.http.post(
+        f"/v1/{path}", content=json.dumps(GREEDY | fields), headers={"content-type": "application/json"}
+    )
+    assert response.status_code == (404 if param == "model" else 400)
+    assert response.json()["error"]["param"] == param
+
+
 async def test_only_json_is_taken(gateway: Gateway) -> None:
     """A page of another site can make a browser send a form or plain text here, but not JSON without asking."""
     response = await gateway.http.post("/v1/completions", content=json.dumps(GREEDY | {"prompt": "x"}))

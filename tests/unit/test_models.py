@@ -313,6 +313,13 @@ def test_encode_and_decode_equal_transformers(tokenizer: TextTokenizer, theirs: 
         assert tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
+def test_text_that_is_not_unicode_is_refused(tokenizer: TextTokenizer) -> None:
+    with pytest.raises(BadRequest, match=r"not valid Unicode.*U\+DCFF"):
+        tokenizer.encode("bad \udcff\udcfe bytes")
+    with pytest.raises(BadRequest, match="not valid Unicode"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "\ud800"}])
+
+
 def test_the_chat_template_equals_transformers(tokenizer: TextTokenizer, theirs: Any) -> None:
     for messages in (CHAT, CHAT[1:], CHAT[1:2]):
         for prompt in (True, False):
