@@ -34,6 +34,7 @@ from swarm.sampling import SamplingParams
 from swarm.session import GenerationRequest, RouteChanged, Session
 from swarm.stepping import StepSession
 from swarm.tokenizer import TextTokenizer
+from swarm.transcript import token_ids
 from swarm.types import Announcement, Route, Token
 from swarm.wire import Wire, encoding_of, row_bytes
 
@@ -152,7 +153,7 @@ class AsyncClient:
         Raises ``BadRequest`` or ``TooLong``.
         """
         defaults = self.settings.inference
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         sampling = SamplingParams(
             temperature=defaults.temperature if temperature is None else temperature,
             top_p=defaults.top_p if top_p is None else top_p,
@@ -255,19 +256,24 @@ class AsyncClient:
 
 
 def connect_async(
-    initial_peers: Sequence[str] | None = None,
+    initial_peers: str | Sequence[str] | None = None,
     model: str | None = None,
     settings: Settings | None = None,
     *,
-    via: Sequence[str] = (),
+    via: str | Sequence[str] = (),
 ) -> AsyncClient:
     """``async with connect_async([...]) as client``. Without arguments: ``SWARM_INITIAL_PEERS`` and the settings.
 
-    ``via``: multiaddrs of peers that are to own the sessions; this process then only sends a prompt and hears tokens.
+    ``initial_peers``: multiaddrs, or a single one.
+    ``via``: the same of peers that are to own the sessions; this process then only sends a prompt and hears tokens.
     """
     if settings is None:
         settings = load_settings(environ=os.environ).settings
-    return AsyncClient(list(initial_peers or settings.network.initial_peers), model, settings, via)
+    return AsyncClient(_listed(initial_peers or settings.network.initial_peers), model, settings, _listed(via))
+
+
+def _listed(addresses: str | Sequence[str]) -> list[str]:
+    return [addresses] if isinstance(addresses, str) else list(addresses)
 
 
 class Client:
@@ -394,11 +400,11 @@ class Client:
 
 
 def connect(
-    initial_peers: Sequence[str] | None = None,
+    initial_peers: str | Sequence[str] | None = None,
     model: str | None = None,
     settings: Settings | None = None,
     *,
-    via: Sequence[str] = (),
+    via: str | Sequence[str] = (),
 ) -> Client:
     """``with swarm.connect(["/ip4/.../p2p/..."]) as client: print(client.generate("Hello").text)``
 

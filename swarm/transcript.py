@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -56,6 +59,16 @@ class Tokens(Protocol):
         """Take what is new of it. Raises ``ProtocolError`` for what can't be the next output."""
 
 
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """A prompt that is no text; raises ``BadRequest`` for what is no prompt at all."""
+    try:
+        if isinstance(prompt, bytes | bytearray):
+            raise TypeError
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise BadRequest(f"the prompt must be a text or a list of token ids, not {reprlib.repr(prompt)}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What to generate. ``prompt`` is token ids."""
@@ -80,8 +93,8 @@ class GenerationRequest:
         check_end_ids(self.end_ids)
         if not self.prompt:
             raise BadRequest("the prompt is empty")
-        if self.max_tokens < 1:
-            raise BadRequest("max_tokens must be at least 1")
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise BadRequest(f"max_tokens must be a whole number, at least 1, not {self.max_tokens!r}")
         if len(self.generated) >= self.max_tokens:
             raise BadRequest(f"all {self.max_tokens} tokens were generated already")
 

@@ -98,7 +98,7 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         cls,
         pretrained_model_name_or_path: str | None = None,
         *,
-        initial_peers: Sequence[str] | None = None,
+        initial_peers: str | Sequence[str] | None = None,
         settings: Settings | None = None,
     ) -> Self:
         """Connects to the swarm that ``initial_peers`` belong to (or ``SWARM_INITIAL_PEERS``); no weights are read.

@@ -8,12 +8,17 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from swarm.client import AsyncClient, Client
+from swarm.client import AsyncClient, Client, connect_async
 from swarm.config import Settings
 from swarm.errors import BadRequest, Cancelled, Unreachable
+from swarm.models import load_profile, resolve, tokenizer_files
+from swarm.tokenizer import TextTokenizer
 from swarm.types import Token
+
+ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
 
 
 class Entered:
@@ -148,3 +153,33 @@ def test_closing_ends_a_stream_that_was_left_half_read(client: Client, entered: 
     assert entered.story == ["entered", "left", "freed"]
     with pytest.raises(BadRequest, match="closed"):
         next(stream)
+
+
+def test_a_single_address_need_not_be_in_a_list() -> None:
+    alone = connect_async(ADDRESS, settings=Settings(), via=ADDRESS)
+    listed = connect_async([ADDRESS], settings=Settings(), via=[ADDRESS])
+    assert alone._initial_peers == listed._initial_peers == [ADDRESS, ADDRESS]
+
+
+@pytest.fixture(scope="module")
+def asking() -> AsyncClient:
+    reference = resolve("smollm2-135m")
+    made = AsyncClient([], None, Settings())
+    made.profile, made.tokenizer = load_profile(reference), TextTokenizer(tokenizer_files(reference))
+    return made
+
+
+@pytest.mark.parametrize("prompt", [None, ["a"], b"abc", 7, [1.5]])
+def test_what_is_no_prompt_is_a_bad_request(asking: AsyncClient, prompt: Any) -> None:
+    with pytest.raises(BadRequest, match="a text or a list of token ids"):
+        asking.request(prompt)
+
+
+@pytest.mark.parametrize("max_tokens", ["a", 1.5, True, 0])
+def test_what_is_no_number_of_tokens_is_a_bad_request(asking: AsyncClient, max_tokens: Any) -> None:
+    with pytest.raises(BadRequest, match="max_tokens must be a whole number"):
+        asking.request("a", max_tokens=max_tokens)
+
+
+def test_token_ids_may_be_numpys(asking: AsyncClient) -> None:
+    assert asking.request(cast(Any, np.array([3, 1, 4]))).prompt == (3, 1, 4)
