@@ -25,6 +25,7 @@ from swarm.commands.options import (
     MaxMemoryMb,
     ModelReference,
     Verbose,
+    Version,
     Weights,
 )
 from swarm.config import Settings
@@ -35,9 +36,7 @@ from swarm.logs import log_to_stderr
 if TYPE_CHECKING:
     from peers.machine import Report
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Run a peer: a layer range of a model, for the swarm."
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
 HostMaddrs = Annotated[list[str] | None, typer.Option(help="Where to listen; repeatable.")]
@@ -51,7 +50,7 @@ UseRelay = Annotated[
 
 
 @app.callback()
-def root() -> None:
+def root(version: Version = False) -> None:
     """Run a peer: a layer range of a model, for the swarm."""
 
 

@@ -8,8 +8,16 @@ import sys
 import typer
 
 from swarm.commands import bench, chaos, chat, gateway, generate, peers, plan, settings, status, why
+from swarm.commands.options import Version
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Use a swarm: generate, chat, look at it.")
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@app.callback()
+def root(version: Version = False) -> None:
+    """Use a swarm: generate, chat, look at it."""
+
+
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(gateway.gateway)

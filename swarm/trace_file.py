@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from swarm.cache import load_cached, store_cached
@@ -15,6 +16,16 @@ _KEY = "last-generation"
 
 def keep_trace(trace: Trace) -> None:
     store_cached(_KEY, trace.to_json())
+
+
+def check_place(file: Path) -> None:
+    """Before the work whose trace is to be there; raises :class:`BadRequest`."""
+    if file.is_dir():
+        raise BadRequest(f"can't write {file}: it is a folder")
+    if not file.parent.is_dir():
+        raise BadRequest(f"can't write {file}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise BadRequest(f"can't write {file}: no permission")
 
 
 def write_trace(file: Path, trace: Trace) -> None:

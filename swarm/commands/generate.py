@@ -94,8 +94,10 @@ async def _generate(
     say("joining the swarm")
     from swarm.client import AsyncClient
     from swarm.session import RouteChanged
-    from swarm.trace_file import keep_trace, write_trace
+    from swarm.trace_file import check_place, keep_trace, write_trace
 
+    if trace is not None:
+        check_place(trace)
     async with AsyncClient(list(settings.network.initial_peers), model, settings, via) as client:
         prompt = client.chat_prompt([{"role": "user", "content": text}]) if chat else text
         stream = client.events(prompt, **options)

@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
+import swarm
+
 # ---- any command
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(swarm.__version__)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+]
 InitialPeers = Annotated[
     list[str] | None, typer.Option(help="Multiaddr of a running peer; repeatable. Or SWARM_INITIAL_PEERS.")
 ]

@@ -7,11 +7,15 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from peers.cli import app as peer_app
+from swarm import __version__
 from swarm.cli import app, main
 from swarm.commands.bench import chosen
 from swarm.commands.chat import LEAST_ANSWER_TOKENS, converse, fitting
@@ -226,6 +230,19 @@ def test_with_json_a_refusal_is_an_event_too() -> None:
     assert result.exit_code == 4
     assert json.loads(result.stdout)["code"] == "unreachable"
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [app, peer_app])
+def test_the_version_is_told(command: typer.Typer) -> None:
+    told = CliRunner().invoke(command, ["--version"])
+    assert (told.exit_code, told.stdout) == (0, f"{__version__}\n")
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_swarm_is_asked(tmp_path: Path) -> None:
+    for place, why in ((tmp_path, "it is a folder"), (tmp_path / "none" / "t.json", "there is no folder")):
+        ran = CliRunner().invoke(app, ["generate", "x", "--initial-peers", NOBODY, "--trace", str(place)])
+        assert ran.exit_code == 2
+        assert f"can't write {place}: {why}" in ran.stderr
 
 
 def test_bytes_on_stdin_that_are_no_text_come_as_those_in_arguments_do(monkeypatch: pytest.MonkeyPatch) -> None:
