@@ -210,7 +210,7 @@ class GatewaySettings:
     kept_traces: int = 64
     """Of the newest generations, for ``/api/traces``."""
     finish_s: float = 5.0
-    """For answers under way when the gateway ends."""
+    """For clients to take the ends of their answers when the gateway ends."""
 
 
 @dataclass(frozen=True, slots=True)

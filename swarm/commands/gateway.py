@@ -93,7 +93,11 @@ async def _serve(
                 if open_browser:
                     _open_browser(url)
 
-            server = Server(create_app(state), settings.gateway, on_ready=ready, on_exit=state.hub.close)
+            def exiting() -> None:
+                say("stopping")
+                state.end()
+
+            server = Server(create_app(state), settings.gateway, on_ready=ready, on_exit=exiting)
             await server.serve(sockets=[sock])
 
 

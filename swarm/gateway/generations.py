@@ -16,6 +16,7 @@ from swarm.client import AsyncClient, AsyncStream, Generation
 from swarm.config import GatewaySettings
 from swarm.coverage import Coverage, served
 from swarm.errors import NoRoute, SwarmError
+from swarm.gateway.ending import Ending
 from swarm.gateway.gate import Gate
 from swarm.gateway.hub import Began, Ended, GenerationHub, RouteTaken, Source, TokenOut
 from swarm.gateway.traces import TraceStore
@@ -55,8 +56,9 @@ class LiveGeneration(AsyncIterator[RouteChanged | Token]):
         self._events = self._counted()
 
     async def __anext__(self) -> RouteChanged | Token:
-        """Raises :class:`SwarmError`."""
-        return await anext(self._events)
+        """Raises :class:`SwarmError`, which is :class:`GatewayEnds` once the gateway ends."""
+        async with self._generations.ending.not_begun():
+            return await anext(self._events)
 
     async def aclose(self) -> None:
         await self._events.aclose()
@@ -143,13 +145,15 @@ class Generations:
         self.gate = Gate(settings.max_concurrent, settings.max_queue, settings.queue_wait_s)
         self.traces = TraceStore(settings.kept_traces)
         """Of the newest generations that ended well."""
+        self.ending = Ending()
         self._looking = asyncio.Lock()
 
     @asynccontextmanager
     async def reserve(self, count: int) -> AsyncIterator[Reservation]:
-        """Wait for ``count`` places. Raises ``Busy``, or :class:`NoRoute` while layers are missing."""
-        await self.check_coverage()
-        await self.gate.enter(count)
+        """Wait for ``count`` places. Raises ``Busy``, :class:`NoRoute` while layers are missing, or ``GatewayEnds``."""
+        async with self.ending.not_begun():
+            await self.check_coverage()
+            await self.gate.enter(count)
         reservation = Reservation(self, count)
         try:
             yield reservation

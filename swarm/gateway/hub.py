@@ -67,7 +67,7 @@ class TokenOut:
 class Ended:
     generation: str
     finish_reason: str
-    """``stop``, ``length``, ``cancelled`` (the client went away) or ``error``."""
+    """``stop``, ``length``, ``cancelled`` (the client went away, or the gateway ends) or ``error``."""
     tokens: int
     rebuilds: int
     ttft_s: float

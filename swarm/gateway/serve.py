@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarm.config import GatewaySettings
 from swarm.errors import BadRequest, PortInUse
@@ -26,7 +27,7 @@ class Server(uvicorn.Server):
         """``on_exit``: called once no more requests are taken, so that what would never end by itself ends."""
         super().__init__(
             uvicorn.Config(
-                app,
+                _cut_off_quietly(app),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -54,6 +55,16 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+
+
+def _cut_off_quietly(app: ASGIApp) -> ASGIApp:
+    """``app``, whose requests the server may cancel without a traceback."""
+
+    async def cut_off_quietly(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return cut_off_quietly
 
 
 def listen(host: str, port: int) -> socket.socket:

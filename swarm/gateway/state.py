@@ -67,3 +67,8 @@ class GatewayState:
         hub = GenerationHub(settings.gateway.watch_events)
         generations = Generations(client, hub, settings.gateway)
         return cls(client, settings, access, initial_peers, hub, generations, local_peers or LocalPeers())
+
+    def end(self) -> None:
+        """What runs ends, and nothing more begins."""
+        self.generations.ending.begin()
+        self.hub.close()

@@ -883,14 +883,43 @@ async def test_a_reader_that_never_reads_is_given_up(make: Make) -> None:
     assert not never.taken
 
 
+async def test_answers_end_with_an_error_when_the_gateway_ends(gateway: Gateway) -> None:
+    gateway.script.token_s = 0.01
+    body = GREEDY | {"prompt": "Once", "max_tokens": 4000}
+    streams = [asyncio.create_task(gateway.events("/v1/completions", body)) for _ in range(2)]
+    whole = asyncio.create_task(gateway.post("/v1/completions", body))
+    await until(lambda: gateway.script.open == 3)
+    await asyncio.sleep(0.05)
+    gateway.state.end()
+    async with asyncio.timeout(2):
+        for stream in streams:
+            events = await stream
+            assert len(events) > 1
+            assert json.loads(events[-1])["error"]["code"] == "gateway_ends"
+        for answer in (await whole, await gateway.post("/v1/completions", body)):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "gateway_ends")
+
+
+async def test_a_request_that_is_cut_off_leaves_no_traceback(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    async with on_a_socket(make(finish_s=0.0)) as url:
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        _, half = await asyncio.open_connection(host, int(port))
+        half.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
+        half.write(b"Content-Type: application/json\r\n\r\n{")
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)
+    half.close()
+    assert "Cancel 1 running task" in caplog.text
+    assert all(record.exc_info is None for record in caplog.records)
+
+
 @asynccontextmanager
 async def on_a_socket(gateway: Gateway) -> AsyncIterator[str]:
     """The application behind a real server and a real connection."""
     ready = asyncio.Event()
     with listen("127.0.0.1", 0) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # as little as a slow reader leaves room for
-        hub, settings = gateway.state.hub, gateway.state.settings.gateway
-        server = Server(create_app(gateway.state), settings, ready.set, hub.close)
+        server = Server(create_app(gateway.state), gateway.state.settings.gateway, ready.set, gateway.state.end)
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         await ready.wait()
         yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
