@@ -16,7 +16,7 @@ from peers.shard import Shard
 from peers.weights import open_source
 from swarm.architectures import bytes_per_weight
 from swarm.config import Settings
-from swarm.errors import ConfigError
+from swarm.errors import Cancelled, ConfigError
 from swarm.models import ModelProfile, ModelReference, config_dict
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange
@@ -80,13 +80,21 @@ def gflops(profile: ModelProfile, speed: Speed) -> float:
 
 
 def load_shard(
-    reference: ModelReference, profile: ModelProfile, layers: LayerRange, settings: Settings, report: Report
+    reference: ModelReference,
+    profile: ModelProfile,
+    layers: LayerRange,
+    settings: Settings,
+    report: Report,
+    stopped: Callable[[], bool],
 ) -> Shard:
-    """Blocks: for a thread of its own. Reports progress in steps of a tenth."""
+    """Blocks: for a thread of its own. Reports progress in steps of a tenth. Raises :class:`Cancelled` once
+    ``stopped``."""
     told = 0
 
     def progress(done: int, total: int) -> None:
         nonlocal told
+        if stopped():
+            raise Cancelled("stopped while it loaded")
         tenth = 10 * done // max(1, total)
         if tenth > told:
             told = tenth

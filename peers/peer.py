@@ -78,14 +78,16 @@ class Peer:
         plan = self.room.divide(self.profile, layers)
         began: dict[str, object] = {"event": "loading", "layers": [layers.start, layers.end], "percent": 0}
         self.report(began | {"memory": plan.sentence()})
-        work = asyncio.to_thread(load_shard, self.reference, self.profile, layers, self.settings, self.report)
-        return asyncio.create_task(work)
+        return asyncio.create_task(self._load(layers, self.report))
 
     @contextlib.asynccontextmanager
     async def borrow(self, layers: LayerRange) -> AsyncGenerator[Engine]:
         """Some layers of our checkpoint, for a probe."""
-        work = asyncio.to_thread(load_shard, self.reference, self.profile, layers, self.settings, lambda event: None)
-        async with Engine(await work, self.settings) as engine:
+        async with Engine(await self._load(layers, lambda event: None), self.settings) as engine:
             yield engine
         del engine
         return_freed_heap()
+
+    async def _load(self, layers: LayerRange, report: Report) -> Shard:
+        stopped = self.stopping.asked.is_set
+        return await asyncio.to_thread(load_shard, self.reference, self.profile, layers, self.settings, report, stopped)

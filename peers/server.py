@@ -20,7 +20,7 @@ from swarm.announcement_record import check_record
 from swarm.config import Settings
 from swarm.dht import Dht
 from swarm.discovery import Announcer, SwarmView
-from swarm.errors import WrongRange
+from swarm.errors import Cancelled, WrongRange
 from swarm.identity import Identity
 from swarm.libp2p import Libp2pTransport
 from swarm.models import ModelProfile, load_profile, resolve, tokenizer_files
@@ -28,7 +28,8 @@ from swarm.types import LayerRange, PeerState
 
 
 async def serve(settings: Settings, report: Report) -> None:
-    """Until SIGTERM or SIGINT, which drain; a second one ends at once. Raises :class:`SwarmError` until it is ready."""
+    """Until SIGTERM or SIGINT, which drain; a second one ends at once. Raises :class:`SwarmError` until it is ready,
+    :class:`Cancelled` by Ctrl-C before its layers are loaded."""
     reference = resolve(settings.model.name, settings.model.dtype, weights=settings.model.weights)
     profile = load_profile(reference)
     layers = choose_layers(settings, profile)
@@ -76,16 +77,16 @@ async def serve(settings: Settings, report: Report) -> None:
             await _serve_metrics(peer, stack)
         if layers is None:
             if not await stopping.unless(joining):
-                return
+                return _stopped_early(stopping)
             await _begin_announcing(peer, stack)
             seat = asyncio.create_task(_take_seat(peer))
             if not await stopping.unless(seat):
-                return
+                return _stopped_early(stopping)
             layers = seat.result()
         loading = peer.load(layers)
         if not await stopping.unless(loading):
             joining.cancel()
-            return
+            return _stopped_early(stopping)
         await joining
         if settings.peer.layers != "auto":
             await _begin_announcing(peer, stack)
@@ -95,6 +96,12 @@ async def serve(settings: Settings, report: Report) -> None:
             if not await stopping.unless(loading):
                 break
     report({"event": "left", "sessions_cut_off": peer.cut_off})
+
+
+def _stopped_early(stopping: Stopping) -> None:
+    """SIGTERM is how others end a peer, whatever it does at the moment: that is no failure."""
+    if stopping.interrupted:
+        raise Cancelled("stopped before it served")
 
 
 def choose_layers(settings: Settings, profile: ModelProfile) -> LayerRange | None:

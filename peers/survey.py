@@ -103,7 +103,7 @@ async def _measured(reference: ModelReference, profile: ModelProfile, capacity: 
         raise NotAdmitted(f"not one layer of {profile.name} fits this peer's memory")
     start = min(1, profile.num_layers - count) if capacity.middle else 0
     layers = LayerRange(start, start + count)
-    work = asyncio.to_thread(load_shard, reference, profile, layers, settings, lambda event: None)
+    work = asyncio.to_thread(load_shard, reference, profile, layers, settings, lambda event: None, lambda: False)
     async with Engine(await work, settings) as engine:
         return await measure(engine)
 

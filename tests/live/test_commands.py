@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,29 @@ def test_chat_puts_the_prompt_through_the_template(thirds: LocalSwarm, client: C
     prompt = client.tokenizer.apply_chat_template([{"role": "user", "content": "Say hi."}])
     assert last["prompt_tokens"] == len(prompt) > len(client.tokenizer.encode("Say hi."))
     assert last["token_ids"] == reference.greedy(prompt, 6)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_peer_that_loads(times: int) -> None:
+    with subprocess.Popen(
+        (sys.executable, "-m", "peers.cli", "serve", "--model", MODEL, "--layers", "0:30"),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    ) as process:
+        assert process.stderr is not None
+        while "loaded to 10%" not in process.stderr.readline():
+            assert process.poll() is None
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)  # two signals at once are one
+        _, stderr = process.communicate(timeout=10)
+    assert process.returncode in ((130,) if times == 1 else (130, -signal.SIGINT))
+    assert "100%" not in stderr
+    assert "Traceback" not in stderr
+    if times == 1:
+        assert stderr.endswith("swarm-peer: stopped before it served\n")
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["kill", "terminal"])
