@@ -32,6 +32,7 @@ from swarm.config import Settings
 from swarm.config_loader import load_settings
 from swarm.errors import SwarmError
 from swarm.logs import log_to_stderr
+from swarm.terminal import standard_streams
 
 if TYPE_CHECKING:
     from peers.machine import Report
@@ -222,7 +223,8 @@ def _sentence(event: dict[str, object]) -> str:
 
 
 def main() -> None:
-    app()
+    with standard_streams("swarm-peer"):
+        app()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import typer
 
 from swarm.commands import bench, chaos, chat, gateway, generate, peers, plan, settings, status, why
 from swarm.commands.options import Version
+from swarm.terminal import standard_streams
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -31,9 +32,10 @@ app.add_typer(settings.app, name="config")
 
 
 def main() -> None:
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses it
-    app()
+    with standard_streams("swarm"):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses it
+        app()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""The standard streams of a command, which may be closed, full, or read by nobody."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def standard_streams(command: str) -> Iterator[None]:
+    """For all that ``command`` does. A full disk ends it with one line on stderr and exit code 1."""
+    _open_missing()
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our stdout has gone (a pipe into head)
+        _discard_stdout()
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _discard_stdout()
+        print(f"{command}: can't write: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _open_missing() -> None:
+    """Else the next file or socket gets the number of a standard stream, which libuv takes for a bug."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,44 @@
+"""Commands whose standard streams are full or closed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHUw6WaVsZiZnpMQDXrzprqH4Ry3gyp8xC9Gm6psrPPcU"
+
+
+def shell(command: str) -> tuple[int, str]:
+    """Exit code and stderr."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "{sys.executable}" -m {command}'],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("swarm.cli config show", "swarm"),
+        (f"swarm.cli status --json --initial-peers {NOBODY}", "swarm"),
+        ("peers.cli --help", "swarm-peer"),
+    ],
+)
+def test_a_full_disk_is_one_line(command: str, name: str) -> None:
+    assert shell(f"{command} >/dev/full") == (1, f"{name}: can't write: No space left on device\n")
+
+
+def test_standard_streams_may_be_closed() -> None:
+    code, stderr = shell(f"swarm.cli status --initial-peers {NOBODY} <&- >&-")
+    assert code == 4
+    assert "Traceback" not in stderr
