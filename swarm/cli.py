@@ -5,36 +5,17 @@ from __future__ import annotations
 import io
 import sys
 
-import typer
-
-from swarm.commands import bench, chaos, chat, gateway, generate, peers, plan, settings, status, why
-from swarm.commands.options import Version
 from swarm.terminal import standard_streams
-
-app = typer.Typer(add_completion=False, no_args_is_help=True)
-
-
-@app.callback()
-def root(version: Version = False) -> None:
-    """Use a swarm: generate, chat, look at it."""
-
-
-app.command()(generate.generate)
-app.command()(chat.chat)
-app.command()(gateway.gateway)
-app.command()(status.status)
-app.command()(plan.plan)
-app.command()(why.why)
-app.command()(bench.bench)
-app.command(epilog=chaos.EPILOG)(chaos.chaos)
-app.add_typer(peers.app, name="peers")
-app.add_typer(settings.app, name="config")
 
 
 def main() -> None:
     with standard_streams("swarm"):
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses it
+        try:
+            from swarm.commands.app import app  # takes long enough for a Ctrl-C
+        except KeyboardInterrupt:
+            sys.exit(130)
         app()
 
 

@@ -1,1 +1,1 @@
-"""What ``swarm`` can do, one command (or two that belong together) a module; ``swarm.cli`` puts them together."""
+"""What ``swarm`` can do, one command (or two that belong together) a module; ``app`` puts them together."""

@@ -100,16 +100,21 @@ async def _generate(
         check_place(trace)
     async with AsyncClient(list(settings.network.initial_peers), model, settings, via) as client:
         prompt = client.chat_prompt([{"role": "user", "content": text}]) if chat else text
-        stream = client.events(prompt, **options)
-        async with contextlib.aclosing(aiter(stream)) as events:
-            async for event in events:
-                if isinstance(event, RouteChanged):
-                    show_route(event.epoch, event.route, event.reason, as_json)
-                elif as_json:
-                    token = {"event": "token", "index": event.index, "token_id": event.token_id, "text": event.text}
-                    print_json(token)
-                else:
-                    print(event.text, end="", flush=True)
+        stream, begun = client.events(prompt, **options), False
+        try:
+            async with contextlib.aclosing(aiter(stream)) as events:
+                async for event in events:
+                    if isinstance(event, RouteChanged):
+                        show_route(event.epoch, event.route, event.reason, as_json)
+                    elif as_json:
+                        token = {"event": "token", "index": event.index, "token_id": event.token_id, "text": event.text}
+                        print_json(token)
+                    else:
+                        print(event.text, end="", flush=True)
+                        begun = True
+        finally:
+            if begun and stream.result is None:
+                print(flush=True)  # what is said of the end gets a line of its own
         if stream.result is not None:
             _show_result(stream.result, as_json)
             keep_trace(stream.result.trace)

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from peers.cli import app as peer_app
 from swarm import __version__
-from swarm.cli import app, main
+from swarm.cli import main
+from swarm.commands.app import app
 from swarm.commands.bench import chosen
 from swarm.commands.chat import LEAST_ANSWER_TOKENS, converse, fitting
 from swarm.commands.drawing import ASCII, UNICODE, bar, cells, counts_line, pen_for, ruler

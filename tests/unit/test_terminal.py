@@ -1,4 +1,4 @@
-"""Commands whose standard streams are full or closed."""
+"""Commands whose standard streams are full or closed, or that are interrupted before anything else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from swarm.cli import main
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHUw6WaVsZiZnpMQDXrzprqH4Ry3gyp8xC9Gm6psrPPcU"
@@ -42,3 +44,16 @@ def test_standard_streams_may_be_closed() -> None:
     code, stderr = shell(f"swarm.cli status --initial-peers {NOBODY} <&- >&-")
     assert code == 4
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_while_modules_load_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "swarm.commands.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "swarm.commands.app", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130

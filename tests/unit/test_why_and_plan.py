@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from swarm.cli import app
+from swarm.commands.app import app
 from swarm.commands.plan import as_event, rendered
 from swarm.commands.why import sentence
 from swarm.config import Settings
