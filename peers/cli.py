@@ -202,6 +202,8 @@ def _sentence(event: dict[str, object]) -> str:
     match event:
         case {"event": "loading", "memory": memory}:
             return f"takes {memory}"
+        case {"event": "loading", "compiling": True}:
+            return "compiles its kernels first, once on this machine"
         case {"event": "loading", "percent": percent, "layers": [start, end]}:
             return f"layers {start}:{end} loaded to {percent}%"
         case {"event": "ready", "layers": [start, end], "model": model, "weights_mb": size, "addresses": [first, *_]}:

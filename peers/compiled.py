@@ -62,16 +62,29 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="swarm-kernel")
 
 
-def _compiled(source: Path) -> Path:
-    """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
+def to_compile() -> bool:
+    """Whether there is a compiler, and something for it to do that takes its time."""
+    return _compiler() is not None and not all(_place(source).is_file() for source in HERE.glob("*.c"))
+
+
+def _place(source: Path) -> Path:
+    """Of a C file's shared library in the cache."""
     read = [file.read_bytes() for file in (source, *sorted(HERE.glob("*.h")))]
     facts = [*read, " ".join(FLAGS).encode(), platform.machine().encode(), *cpu_features()]
-    place = cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
+    return cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CC", ""), *COMPILERS)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _compiled(source: Path) -> Path:
+    """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
+    place = _place(source)
     if place.is_file():
         return place
-    compiler = next(
-        (path for name in (os.environ.get("CC", ""), *COMPILERS) if name and (path := shutil.which(name))), None
-    )
+    compiler = _compiler()
     if compiler is None:
         raise OSError("no C compiler (cc, gcc or clang)")
     place.parent.mkdir(parents=True, exist_ok=True)

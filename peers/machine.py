@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from peers.compiled import to_compile
 from peers.executor import Executor, SampleRequest, StepRequest, run
 from peers.process_memory import keep_scratch, map_large_blocks, return_freed_heap, use_large_pages
 from peers.row_codec import DTYPES
@@ -106,6 +107,8 @@ def load_shard(
     try:
         source = open_source(reference, layers)
         device = choose_device(settings.peer.device)
+        if device.type == "cpu" and to_compile():
+            report({"event": "loading", "layers": [layers.start, layers.end], "percent": 0, "compiling": True})
         shard = Shard.load(profile, config_dict(reference), source, layers, device, DTYPES[profile.dtype], progress)
         return_freed_heap()
         use_large_pages()
