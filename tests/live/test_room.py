@@ -24,5 +24,6 @@ async def test_sessions_that_have_to_give_way_come_to_the_same_tokens(tmp_path: 
             for prompt, generation in zip(prompts, told, strict=True):
                 assert generation.token_ids == reference.greedy(prompt, 250)
             reasons = [route.reason for generation in told for route in generation.routes[1:]]
-            assert any("KV budget" in reason for reason in reasons), reasons
+            # A neighbour may be the first to say that a stage which gave way is gone.
+            assert any("KV budget" in reason or "no such stage" in reason for reason in reasons), reasons
             await released(client, swarm)
