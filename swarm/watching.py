@@ -66,17 +66,16 @@ class Watch:
         self.waiting()
 
     async def output(self) -> pb.Output | None:
-        """The last hop's next output; ``None`` after anything else, and after half a heartbeat of silence.
+        """The last hop's next output; ``None`` after anything else, and after an eighth of a heartbeat of silence.
 
         Raises ``HopLost`` or ``HandoverReady`` when the route has to change.
         """
-        chain = self._chain
-        tick = self._settings.timeouts.heartbeat_s / 2
+        chain, heartbeat_s = self._chain, self._settings.timeouts.heartbeat_s
         event: Event | Handover | None = None
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(tick):
+            async with asyncio.timeout(heartbeat_s / 8):
                 control, event = await chain.events.get()
-        late = _now() - self._checked - 2 * tick
+        late = _now() - self._checked - heartbeat_s
         if late > 0:
             # This process itself stood still (a suspended laptop, a busy machine): nobody is to blame.
             self._began = _now()
