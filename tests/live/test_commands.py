@@ -57,6 +57,12 @@ def run(
     )
 
 
+def started(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """For a test that does something to it while it runs."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(arguments, text=True, cwd=ROOT, env=environment(), **(pipes | options))
+
+
 def events(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines()]
 
@@ -134,13 +140,7 @@ def test_chat_puts_the_prompt_through_the_template(thirds: LocalSwarm, client: C
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_ends_a_peer_that_loads(times: int) -> None:
-    with subprocess.Popen(
-        (sys.executable, "-m", "peers.cli", "serve", "--model", MODEL, "--layers", "0:30"),
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-    ) as process:
+    with started([*PEER_COMMAND, "serve", "--model", MODEL, "--layers", "0:30"], stdout=None) as process:
         assert process.stderr is not None
         while "loaded to 10%" not in process.stderr.readline():
             assert process.poll() is None
@@ -162,15 +162,7 @@ def test_ctrl_c_exits_130_and_frees_every_stage(thirds: LocalSwarm, whole_group:
     async def main() -> None:
         async with connect_async(thirds.initial_peers, settings=SETTINGS) as client:
             arguments = ("generate", PROMPT, "--max-tokens", "2000", "--temperature", "0", "--json")
-            with subprocess.Popen(  # noqa: ASYNC220  # this loop has nothing else to do
-                command(*arguments, peers=thirds.initial_peers),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=environment(),
-                start_new_session=True,
-            ) as process:
+            with started(command(*arguments, peers=thirds.initial_peers), start_new_session=True) as process:
                 assert process.stdout is not None
                 lines = [json.loads(process.stdout.readline()) for _ in range(4)]
                 assert lines[-1]["event"] == "token"
@@ -187,14 +179,8 @@ def test_ctrl_c_exits_130_and_frees_every_stage(thirds: LocalSwarm, whole_group:
 
 
 def test_a_reader_that_has_gone_ends_it_quietly(thirds: LocalSwarm) -> None:
-    with subprocess.Popen(
-        command("generate", PROMPT, "--max-tokens", "500", "--json", peers=thirds.initial_peers),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-    ) as process:
+    arguments = ("generate", PROMPT, "--max-tokens", "500", "--json")
+    with started(command(*arguments, peers=thirds.initial_peers)) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -364,15 +350,8 @@ def test_a_port_in_use_is_refused_by_the_real_process() -> None:
 def test_a_peer_that_is_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
     """SIGTERM long before it is ready: exit 0, soon, and no daemon stays."""
     checkpoint = make_checkpoint(tmp_path / "model", "llama")
-    with subprocess.Popen(
-        [*PEER_COMMAND, "serve", "--model", str(checkpoint), "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-    ) as process:
+    serve = [*PEER_COMMAND, "serve", "--model", str(checkpoint), "--json"]
+    with started(serve, start_new_session=True) as process:
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
         assert first["event"] == "loading"

@@ -24,7 +24,7 @@ from peers.weights.blocks import BlockKind, to_blocks
 from swarm.types import LayerRange
 from tests.reference import ModelSource, profile_of
 from tests.unit.test_attention import expected
-from tests.unit.test_shard import LAYERS, Chain, load, logits_of, run, texts, whole
+from tests.unit.test_shard import LAYERS, Chain, load, logits_of, ragged, run, texts, whole
 
 DEVICE = "cuda" if HAS_CARD else "cpu"
 # The interpreter multiplies matrices in float32 only.
@@ -105,17 +105,10 @@ def test_shards_on_a_card_are_the_whole_model(family: str) -> None:
     shards = [load(model, LayerRange(*pair), device=DEVICE) for pair in ((0, 2), (2, 6))]
     chain = Chain(shards, sessions=3)
     ids = texts(3, 50)
-    got: list[list[torch.Tensor]] = [[], [], []]
-    at = [0, 0, 0]
-    for counts in ((7, 1, 3), (1, 9, 34), (41, 39, 12), (1, 1, 1)):
-        inputs = {s: (at[s], ids[s][at[s] : at[s] + counts[s]]) for s in range(3)}
-        for session, logits in chain.feed(inputs).items():
-            got[session].append(logits)
-            at[session] += counts[session]
+    got = ragged(chain, ids, ((7, 1, 3), (1, 9, 34), (41, 39, 12), (1, 1, 1)))
     assert all(view._graph is not None for shard in shards for view in shard._views.values())
-    for session in range(3):
-        wanted = logits_of(model, ids[session])
-        torch.testing.assert_close(torch.cat(got[session]), wanted, atol=1e-4, rtol=0)
+    for text, logits in zip(ids, got, strict=True):
+        torch.testing.assert_close(logits, logits_of(model, text), atol=1e-4, rtol=0)
 
 
 @on_a_card

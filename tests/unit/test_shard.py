@@ -129,6 +129,19 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
+def ragged(chain: Chain, ids: Sequence[list[int]], batches: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """All logits of each session; ``batches`` tell how many of its next tokens each has in a batch."""
+    got: list[list[torch.Tensor]] = [[] for _ in ids]
+    at = [0] * len(ids)
+    for counts in batches:
+        inputs = {s: (at[s], ids[s][at[s] : at[s] + count]) for s, count in enumerate(counts)}
+        for session, logits in chain.feed(inputs).items():
+            got[session].append(logits)
+            at[session] += counts[session]
+    assert at == [len(text) for text in ids]
+    return [torch.cat(logits) for logits in got]
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_shards_in_a_row_are_the_whole_model(family: str, tied: bool) -> None:
@@ -136,16 +149,9 @@ def test_shards_in_a_row_are_the_whole_model(family: str, tied: bool) -> None:
     model = whole(family, tied)
     chain = Chain(split(model, (0, 2), (2, 3), (3, 6)), sessions=3)
     ids = texts(3, 23)
-    got: list[list[torch.Tensor]] = [[], [], []]
-    at = [0, 0, 0]
-    for counts in ((7, 1, 3), (1, 9, 6), (14, 12, 13), (1, 1, 1)):
-        inputs = {s: (at[s], ids[s][at[s] : at[s] + counts[s]]) for s in range(3)}
-        for session, logits in chain.feed(inputs).items():
-            got[session].append(logits)
-            at[session] += counts[session]
-    assert at == [23, 23, 23]
-    for session in range(3):
-        close(torch.cat(got[session]), logits_of(model, ids[session]))
+    got = ragged(chain, ids, ((7, 1, 3), (1, 9, 6), (14, 12, 13), (1, 1, 1)))
+    for text, logits in zip(ids, got, strict=True):
+        close(logits, logits_of(model, text))
 
 
 def test_a_frame_before_the_end_truncates_and_runs() -> None:
