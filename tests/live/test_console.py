@@ -141,8 +141,9 @@ def test_a_prompt_streams_and_each_hop_has_its_bars(page: playwright.Page, gatew
 
 def test_escape_stops_it_and_a_hostile_prompt_stays_text(page: playwright.Page, gateway: str) -> None:
     page.goto(gateway)
-    hostile = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+    hostile = "<img src=x onerror=alert(1)><script>alert(1)</script> Tell me a long story about a bridge."
     page.fill("#max-tokens", "2000")
+    page.fill("#temperature", "0")  # the answer to this has more than 600 tokens; a sampled one may end before Escape
     page.fill("#prompt", hostile)
     page.press("#prompt", "Enter")
     page.locator("#timeline .bar-compute").nth(6).wait_for(state="attached")
