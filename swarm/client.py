@@ -181,8 +181,11 @@ class AsyncClient:
     def chat_prompt(self, messages: Iterable[Message]) -> list[int]:
         return self.tokenizer.apply_chat_template(list(messages))
 
-    def events(self, prompt: str | Sequence[int], *, stop: Sequence[str] = (), **options: Any) -> AsyncStream:
-        """The generation with its route changes, see :class:`AsyncStream`; options as for :meth:`request`."""
+    def events(self, prompt: str | Sequence[int], *, stop: str | Sequence[str] = (), **options: Any) -> AsyncStream:
+        """The generation with its route changes, see :class:`AsyncStream`; options as for :meth:`request`.
+
+        It ends before the first text of ``stop``, one or several, that it would contain.
+        """
         return AsyncStream(self, self.request(prompt, **options), stop)
 
     async def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Token, None]:

@@ -12,7 +12,9 @@ MAX_STOPS = 16
 class StopFinder:
     """Passes text on, except what is, or may yet become, a stop string."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        """``stops``: one or several. Raises ``BadRequest`` for an empty one, or too many."""
+        stops = [stops] if isinstance(stops, str) else stops
         if len(stops) > MAX_STOPS or not all(stops):
             raise BadRequest(f"at most {MAX_STOPS} stop texts, none of them empty")
         self._stops = tuple(stops)
