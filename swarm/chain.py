@@ -21,6 +21,7 @@ import logging
 import random
 
 from swarm import protocol_pb2 as pb
+from swarm.accusations import Accusations
 from swarm.config import Settings
 from swarm.control import HopControl, HopLost
 from swarm.errors import Busy, NoRoute, StreamLost, SwarmError
@@ -85,6 +86,7 @@ class Chain:
         self._lost_at = 0.0
         self._refused: dict[PeerId, SwarmError] = {}
         """Peers that failed since the route was last complete: not tried again while others have their layers."""
+        self._accusations = Accusations()
         self._returning: list[Hop] = []
         """Hops whose stages wait for us to come back: they were lost when our own daemon died."""
         self._ring_from = 0
@@ -243,15 +245,16 @@ class Chain:
     async def bury(self, loss: HopLost) -> str:
         """Take lost hops off the route and remember why; losses through our own daemon's death are forgiven."""
         self._interrupt()
-        if isinstance(loss.error, StreamLost):
+        if isinstance(loss.error, StreamLost) or loss.accuser is not None:
             await asyncio.sleep(SETTLE_S)
-        dead = [c for c in self.controls if c is loss.control or c.lost is not None]
+        guilty = self._guilty(loss)
+        dead = [c for c in self.controls if c is guilty or c.lost is not None]
         self.controls = [c for c in self.controls if c not in dead]
         for control in dead:
             self._stop_handovers(control)
         generation = await self._transport.ready()
         for control in dead:
-            error = loss.error if control is loss.control else control.lost or loss.error
+            error = loss.error if control is guilty else control.lost or loss.error
             control.abort()
             if generation != control.generation and isinstance(error, StreamLost):
                 self._returning.append(control.hop)
@@ -262,6 +265,14 @@ class Chain:
         names = ", ".join(f"{c.hop.peer.peer_id[-6:]} [{c.hop.layers}]" for c in dead)
         logger.info("session %s lost %s: %s", self._name, names, loss.error)
         return f"lost {names}: {loss.error}"
+
+    def _guilty(self, loss: HopLost) -> HopControl:
+        accused, accuser = loss.control, loss.accuser
+        if accuser is None:
+            return accused
+        heard = accused.is_heard(self.settings.timeouts)
+        guilty = self._accusations.guilty(accuser.hop.peer.peer_id, accused.hop.peer.peer_id, heard=heard)
+        return accused if guilty == accused.hop.peer.peer_id else accuser
 
     def praise(self) -> None:
         for control in self.controls:

@@ -21,11 +21,11 @@ Listener = Callable[["HopControl", Event], None]
 
 
 class HopLost(Exception):
-    """A hop of the route has to be replaced."""
+    """A hop of the route has to be replaced; ``accuser``: the other hop that says so, if it was not noticed here."""
 
-    def __init__(self, control: HopControl, error: SwarmError) -> None:
+    def __init__(self, control: HopControl, error: SwarmError, accuser: HopControl | None = None) -> None:
         super().__init__(str(error))
-        self.control, self.error = control, error
+        self.control, self.error, self.accuser = control, error, accuser
 
 
 class HopControl:
@@ -135,6 +135,11 @@ class HopControl:
             self.lost = reason or StreamLost("given up")
         self._stream.abort()
         self._end()
+
+    def is_heard(self, timeouts: TimeoutSettings) -> bool:
+        """Its stream lasts, and not two heartbeats in a row are missing."""
+        silent_s = asyncio.get_running_loop().time() - self.last_heard
+        return self.lost is None and silent_s < 2 * timeouts.heartbeat_s
 
     def check_heard(self, timeouts: TimeoutSettings) -> None:
         """Raises ``DeadlineExceeded`` after ``heartbeat_misses`` heartbeats of silence."""

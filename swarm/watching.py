@@ -108,7 +108,7 @@ class Watch:
             error = error_from_wire(event)
             blamed = self._blamed(control, event)
             if blamed is not None:
-                raise HopLost(blamed, error)
+                raise HopLost(blamed, error, control if control is not blamed else None)
             self._chain.give_up_warming(PeerId(event.peer_id), error)
         if isinstance(event, pb.Status) and event.draining:
             self._chain.prepare_handover(control, self._pace.latest_s)

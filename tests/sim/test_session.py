@@ -10,7 +10,7 @@ import pytest
 
 from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession
-from swarm.errors import Busy, NoRoute
+from swarm.errors import Busy, NoRoute, Unreachable
 from swarm.info import ask_for_plan
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
@@ -18,7 +18,7 @@ from swarm.session import Session
 from swarm.testing import SimTransport
 from swarm.transcript import Generated, GenerationRequest
 from swarm.transport import DELEGATE
-from swarm.types import SessionId
+from swarm.types import PeerId, SessionId
 from tests.sim.world import PROFILE, SETTINGS, LayerRange, Outcome, SimPeer, World, run_virtual
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -96,6 +96,56 @@ def test_a_healthy_replacement_is_not_blamed_for_the_death_that_it_repairs() -> 
         for peer in world.peers:
             peer_id = peer.node.address.peer_id
             assert (world.health.cause(peer_id) is not None) == (peer_id == dead)
+
+    run_virtual(main)
+
+
+def test_who_names_one_healthy_neighbour_after_another_is_replaced() -> None:
+    async def main() -> None:
+        world = World(22)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        liars: list[PeerId] = []
+
+        def lie(session: Session, index: int) -> None:
+            if index < 4:
+                return
+            liar = world.peer_of(session, 1)
+            if not liars:
+                liars.append(liar.node.address.peer_id)
+            if liar.node.address.peer_id == liars[0]:
+                [runner] = liar.service.table.runners.values()
+                runner.report(Unreachable("a lie"), session.route.hops[2].peer.peer_id)
+
+        outcome = await world.generate(PROMPT, 24, lie)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate(PROMPT, 24, 22, frozenset())
+        lost = [hop.peer.peer_id for rebuild in outcome.session.rebuilds for hop in rebuild.lost]
+        assert len(lost) == 2
+        assert lost[1] == liars[0] != lost[0]
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_who_tells_of_one_death_after_another_is_believed() -> None:
+    async def main() -> None:
+        world = World(23)
+        for layers in [*THIRDS, *[THIRDS[1]] * 5]:
+            await world.add_peer(layers)
+        victims: list[SimPeer] = []
+
+        def kill(session: Session, index: int) -> None:
+            if index % 6 == 5 and index // 6 == len(victims):
+                victims.append(world.peer_of(session, 1))
+                world.kill(victims[-1], forget=True)
+
+        outcome = await world.generate(PROMPT, 32, kill)
+        assert outcome.error is None
+        lost = [hop.peer for rebuild in outcome.session.rebuilds for hop in rebuild.lost]
+        assert lost == [victim.node.address for victim in victims]
+        assert len(lost) == 5
+        await world.settle()
 
     run_virtual(main)
 
