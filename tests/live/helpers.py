@@ -76,6 +76,13 @@ class Reference:
             self._known[key] = output[0, len(prompt) :].tolist()
         return self._known[key]
 
+    def agrees(self, prompt: Sequence[int], generated: Sequence[int]) -> bool:
+        """Whether each token is the likeliest after those before it: :meth:`greedy` in one pass, for long texts."""
+        tokens = [*prompt, *generated]
+        with torch.inference_mode():
+            logits = self._model(input_ids=torch.tensor([tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        return logits.argmax(-1).tolist() == list(generated)
+
     def sampled(self, prompt: Sequence[int], max_tokens: int, params: SamplingParams) -> list[int]:
         """The whole model's logits through our own sampler, whose noise depends on seed and position alone."""
         tokens, cache = list(prompt), None

@@ -22,7 +22,8 @@ async def test_sessions_that_have_to_give_way_come_to_the_same_tokens(tmp_path: 
             prompts = [text[start : start + length] for start, length in ((0, 50), (300, 40), (600, 30))]
             told = await asyncio.gather(*(watch(client, prompt, max_tokens=250, temperature=0) for prompt in prompts))
             for prompt, generation in zip(prompts, told, strict=True):
-                assert generation.token_ids == reference.greedy(prompt, 250)
+                assert len(generation.token_ids) == 250
+                assert reference.agrees(prompt, generation.token_ids)
             reasons = [route.reason for generation in told for route in generation.routes[1:]]
             # A neighbour may be the first to say that a stage which gave way is gone.
             assert any("KV budget" in reason or "no such stage" in reason for reason in reasons), reasons
