@@ -63,8 +63,8 @@ def _web(arguments: list[str]) -> int:
     if len(arguments) > 1 or not all(argument.isdecimal() for argument in arguments):
         print(USAGE, file=sys.stderr)
         return 2
-    _say(f"three peers with ten of {MODEL}'s thirty layers each, and a console, on this machine only")
-    starts = [part for layers in RANGES for part in ("--start", str(layers))]
+    _say(f"three peers with ten of {MODEL}'s thirty layers each, as many spares, and a console, on this machine only")
+    starts = [part for option in ("--start", "--spare") for layers in RANGES for part in (option, str(layers))]
     port = arguments[0] if arguments else PORT
     command = [*PYTHON, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
     os.execve(sys.executable, command, {k: v for k, v in os.environ.items() if not k.startswith("SWARM_")})

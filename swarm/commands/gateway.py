@@ -17,7 +17,9 @@ from swarm.config import Settings
 from swarm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from swarm.gateway.local_peers import LocalPeers
+    from collections.abc import Sequence
+
+    from swarm.gateway.local_peers import LocalPeers, PeerSpec
 
 
 def gateway(
@@ -36,6 +38,10 @@ def gateway(
         list[str] | None,
         typer.Option(help="First start a peer here with these layers: START:END or auto; repeatable."),
     ] = None,
+    spare: Annotated[
+        list[str] | None,
+        typer.Option(help="As --start, but nobody waits for it: for when another is lost."),
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Show the console in a browser.")] = False,
     log_format: LogFormat = None,
     config: ConfigFile = None,
@@ -46,7 +52,16 @@ def gateway(
 
     async def work(settings: Settings) -> None:
         await _serve(
-            settings, host, port, model, api_key or "", allow_remote_control, start or [], open_browser, as_json
+            settings,
+            host,
+            port,
+            model,
+            api_key or "",
+            allow_remote_control,
+            start or [],
+            spare or [],
+            open_browser,
+            as_json,
         )
 
     run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"log_format": log_format})
@@ -60,12 +75,13 @@ async def _serve(
     key: str,
     allow_remote_control: bool,
     start: list[str],
+    spare: list[str],
     open_browser: bool,
     as_json: bool,
 ) -> None:
     try:
         from swarm.gateway.app import create_app
-        from swarm.gateway.local_peers import LocalPeers
+        from swarm.gateway.local_peers import LocalPeers, PeerSpec
         from swarm.gateway.serve import Server, listen
         from swarm.gateway.state import Access, GatewayState
     except ModuleNotFoundError as error:
@@ -77,9 +93,15 @@ async def _serve(
         async with contextlib.AsyncExitStack() as stack:
             local = await stack.enter_async_context(LocalPeers())
             initial_peers = list(settings.network.initial_peers)
-            initial_peers += await _start_peers(local, start, initial_peers, model, settings)
+            specs, spares = (
+                [PeerSpec(model or settings.model.name, settings.model.dtype, layers) for layers in ranges]
+                for ranges in (start, spare)
+            )
+            initial_peers += await _start_peers(local, specs, initial_peers)
             say("joining the swarm")
             client = await stack.enter_async_context(AsyncClient(initial_peers, model, settings))
+            for spec in spares:
+                local.start(spec, initial_peers)
             access = Access(host, key, allow_remote_control)
             state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
 
@@ -101,13 +123,8 @@ async def _serve(
             await server.serve(sockets=[sock])
 
 
-async def _start_peers(
-    local: LocalPeers, ranges: list[str], joins: list[str], model: str | None, settings: Settings
-) -> list[str]:
+async def _start_peers(local: LocalPeers, specs: Sequence[PeerSpec], joins: Sequence[str]) -> list[str]:
     """Peers on this machine: the first, then the others at once, through it. Their addresses."""
-    from swarm.gateway.local_peers import PeerSpec
-
-    specs = [PeerSpec(model or settings.model.name, settings.model.dtype, layers) for layers in ranges]
     for group in (specs[:1], specs[1:]):
         started = [local.start(spec, [*joins, *local.addresses]) for spec in group]
         for peer in started:

@@ -34,8 +34,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a gateway that has started a peer for each third of the layers."""
-    starts = [part for layers in THIRDS for part in ("--start", str(layers))]
+    """Address of a gateway that has started a peer for each third of the layers, and starts one more for the second."""
+    starts = [part for layers in THIRDS for part in ("--start", str(layers))] + ["--spare", str(THIRDS[1])]
     log = tmp_path_factory.mktemp("gateway") / "log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
     with log.open("wb") as stderr:
@@ -115,17 +115,6 @@ def guesses(page: playwright.Page) -> int:
     return int(page.locator("#timeline .guess").count())
 
 
-def start_spare(page: playwright.Page, url: str) -> str:
-    """A peer for the middle third, started from the page; its id."""
-    page.goto(f"{url}/peers?layers=10:20")
-    before = page.locator(".own-peer").count()
-    page.get_by_role("button", name="Start a peer").click()
-    page.get_by_text("is starting.").wait_for()
-    started = page.locator(".own-peer").nth(before)
-    started.locator(".state.serving").wait_for()
-    return str(started.locator("code").get_attribute("title"))
-
-
 def test_a_prompt_streams_and_each_hop_has_its_bars(page: playwright.Page, gateway: str, expected: str) -> None:
     ask(page, gateway)
     page.locator("#chain .hop").nth(2).wait_for()
@@ -154,7 +143,13 @@ def test_escape_stops_it_and_a_hostile_prompt_stays_text(page: playwright.Page, 
 
 
 def test_a_peer_started_from_the_page_joins_and_is_on_the_map(page: playwright.Page, gateway: str) -> None:
-    peer_id = start_spare(page, gateway)
+    page.goto(f"{gateway}/peers?layers=10:20")
+    before = page.locator(".own-peer").count()
+    page.get_by_role("button", name="Start a peer").click()
+    page.get_by_text("is starting.").wait_for()
+    started = page.locator(".own-peer").nth(before)
+    started.locator(".state.serving").wait_for()
+    peer_id = started.locator("code").get_attribute("title")
     page.locator(".own-peer button", has_text="Log").last.click()
     page.locator("#log-text", has_text="serving layers 10:20").wait_for()
     page.goto(f"{gateway}/swarm")
@@ -167,7 +162,8 @@ def test_a_peer_started_from_the_page_joins_and_is_on_the_map(page: playwright.P
 def test_a_peer_killed_from_the_page_leaves_the_text_as_it_was(
     page: playwright.Page, gateway: str, expected: str
 ) -> None:
-    start_spare(page, gateway)
+    page.goto(f"{gateway}/peers")
+    page.locator(".own-peer").nth(len(THIRDS)).locator(".state.serving").wait_for()
     ask(page, gateway)
     middle = page.locator("#chain .hop").nth(1)
     victim = str(middle.get_attribute("data-peer"))
