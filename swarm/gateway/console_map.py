@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm.commands.status import STALE_S, Status
+from swarm.coverage import nobody_serves
 from swarm.types import Announcement, LayerRange, PeerId, PeerState
 
 TICKS = 6
@@ -58,6 +59,8 @@ class SwarmMap:
     complete: bool
     sentence: str
     missing: tuple[LayerRange, ...]
+    nobody: str
+    """Which layers nobody serves, in words; empty if there are none."""
     pill: str
 
 
@@ -77,6 +80,7 @@ def swarm_map(status: Status, own: Mapping[str, str]) -> SwarmMap:
         complete=coverage.complete,
         sentence=coverage.sentence(),
         missing=coverage.missing,
+        nobody="" if coverage.complete else nobody_serves(coverage.missing),
         pill=f"{peers}, {'all' if coverage.complete else f'{served} of'} {profile.num_layers} layers",
     )
 

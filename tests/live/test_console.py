@@ -190,3 +190,16 @@ def test_a_peer_killed_from_the_page_leaves_the_text_as_it_was(
     killed = next(peer for peer in listed if peer["peer_id"] == victim)
     assert (killed["state"], killed["detail"]) == ("left", "killed")
     assert is_gone(killed["pid"])
+
+
+def test_a_session_that_waits_for_layers_says_so(page: playwright.Page, gateway: str) -> None:
+    ask(page, gateway)
+    page.locator("#timeline .bar-compute").nth(6).wait_for(state="attached")
+    token = {"X-Swarm-Token": json.loads(page.request.get(f"{gateway}/api/token").text())["token"]}
+    for peer in json.loads(page.request.get(f"{gateway}/api/peers").text())["peers"]:
+        if peer["layers"] == [10, 20] and peer["state"] == "serving":
+            assert page.request.post(f"{gateway}/api/peers/{peer['name']}/kill", headers=token).ok
+    page.locator("#chain-empty", has_text="Waiting: nobody serves layers 10:20.").wait_for()
+    page.keyboard.press("Escape")
+    page.locator("#transcript .answer .end", has_text="stopped").wait_for()
+    assert not page.locator("#chain-empty").is_visible()

@@ -243,7 +243,9 @@ async def test_the_map_says_what_is_missing_and_what_would_fill_it() -> None:
     assert 'href="/peers?layers=10:20"' in html
     assert 'href="/peers' not in (await live.fragments("swarm", control=False))["map"]
     assert [run.count for run in (await live.map()).runs] == [1, 0, 1]
-    assert "3 peers, 20 of 30 layers" in html + (await live.fragments("swarm", control=True))["pill"]
+    pill = (await live.fragments("swarm", control=True))["pill"]
+    assert "3 peers, 20 of 30 layers" in pill
+    assert "nobody serves layers 10:20" in pill
 
 
 async def test_an_empty_swarm_and_an_old_announcement_are_told_in_words() -> None:

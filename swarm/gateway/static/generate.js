@@ -176,6 +176,10 @@ class Run {
     chain.classList.toggle("waiting", waiting);
     if (waiting && this.count) numbers.textContent = `no token for ${silent.toFixed(1)} s`;
     else if (waiting) numbers.textContent = `waiting for the first token, ${silent.toFixed(0)} s`;
+    const nobody = document.querySelector(".pill [data-nobody]").dataset.nobody;
+    if (this.hops.length) chainEmpty.hidden = !waiting || !nobody;
+    if (waiting && nobody)
+      chainEmpty.textContent = `Waiting: ${nobody}. The text goes on when a peer with them joins; the page Peers starts one here.`;
   }
 
   done(event) {
@@ -193,6 +197,7 @@ class Run {
   close(note) {
     clearInterval(this.ticking);
     chain.classList.remove("waiting");
+    if (this.hops.length) chainEmpty.hidden = true;
     this.answer.classList.remove("live");
     if (note) add("span", "end", note, this.answer);
     if (this.count) this.drawNumbers();
