@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swarm.client import AsyncClient, Client, Generation, connect, connect_async
+    from swarm.blocking_client import Client, connect
+    from swarm.client import AsyncClient, Generation, connect_async
     from swarm.types import Token
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "Generation", "Token", "__version__", "connect", "connect_async"]
 
+_HOMES = {
+    "AsyncClient": "swarm.client",
+    "Client": "swarm.blocking_client",
+    "Generation": "swarm.client",
+    "Token": "swarm.types",
+    "connect": "swarm.blocking_client",
+    "connect_async": "swarm.client",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Loaded on first use: ``import swarm.types`` in a peer must not import the client."""
-    if name == "Token":
-        from swarm.types import Token
-
-        return Token
-    if name in __all__:
-        from swarm import client
-
-        return getattr(client, name)
-    raise AttributeError(f"module 'swarm' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'swarm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The library: connect to a swarm, generate, look at it. ``AsyncClient`` for asyncio, ``Client`` for everybody else."""
+"""The library for asyncio: connect to a swarm, generate, look at it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import contextlib
 import functools
 import os
 import secrets
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,18 +19,17 @@ from swarm.config_loader import load_settings
 from swarm.coverage import explained
 from swarm.delegation import DelegatedSession
 from swarm.discovery import SwarmView
-from swarm.errors import BadRequest, Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
+from swarm.errors import Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
 from swarm.generation import AsyncStream, Generation
 from swarm.health import Health
 from swarm.info import Description, describe, fetch_files
 from swarm.knowledge import known
 from swarm.models import ModelProfile, resolve, tokenizer_files
 from swarm.multiaddrs import peer_addresses
-from swarm.network_thread import NetworkThread
 from swarm.plans import Demand, Knowledge, PlannedHop
 from swarm.routing import plan_route, price
 from swarm.sampling import SamplingParams
-from swarm.session import GenerationRequest, RouteChanged, Session
+from swarm.session import GenerationRequest, Session
 from swarm.stepping import StepSession
 from swarm.tokenizer import TextTokenizer
 from swarm.transcript import token_ids
@@ -40,7 +38,7 @@ from swarm.wire import Wire, encoding_of, row_bytes
 
 T = TypeVar("T")
 
-__all__ = ["AsyncClient", "AsyncStream", "Client", "Generation", "Message", "connect", "connect_async"]
+__all__ = ["AsyncClient", "AsyncStream", "Generation", "Message", "connect_async"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -277,140 +275,3 @@ def connect_async(
 
 def _listed(addresses: str | Sequence[str]) -> list[str]:
     return [addresses] if isinstance(addresses, str) else list(addresses)
-
-
-class Client:
-    """The same for programs without asyncio: the network runs on a thread of its own, from the first use until
-    :meth:`close`. A context manager."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._network: NetworkThread | None = None
-        """While the client is open."""
-        self._closed = False
-        self._changing = threading.RLock()
-
-    def __enter__(self) -> Self:
-        self._opened()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends what still runs. May be called again."""
-        with self._changing:
-            self._closed = True
-            network, self._network = self._network, None
-            if network is None:
-                return
-            try:
-                network.begin(self._client.__aexit__(None, None, None))()
-            finally:
-                network.end()
-
-    @property
-    def profile(self) -> ModelProfile:
-        return self._opened().profile
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        return self._opened().tokenizer
-
-    @property
-    def settings(self) -> Settings:
-        return self._client.settings
-
-    @property
-    def tokenizer_files(self) -> Mapping[str, bytes]:
-        return self._opened().tokenizer_files
-
-    def step_session(self, capacity: int) -> StepSession:
-        """See :meth:`AsyncClient.step_session`; its methods are for :meth:`run`."""
-        return self._opened().step_session(capacity)
-
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        return self.run(self._opened().generate(prompt, **options))
-
-    def chat(self, messages: Iterable[Message], **options: Any) -> Generation:
-        return self.run(self._opened().chat(messages, **options))
-
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Token]:
-        """Tokens as they come; breaking out of the loop frees the stages."""
-        with contextlib.closing(self.events(prompt, **options)) as events:
-            for event in events:
-                if isinstance(event, Token):
-                    yield event
-
-    def events(self, prompt: str | Sequence[int], **options: Any) -> Generator[RouteChanged | Token]:
-        """Tokens, and each change of the route."""
-        events = aiter(self._opened().events(prompt, **options))
-
-        async def following() -> RouteChanged | Token:
-            return await anext(events)  # on the network's thread, whose loop learns here that it is to end them
-
-        try:
-            while True:
-                try:
-                    yield self.run(following())
-                except StopAsyncIteration:
-                    return
-        finally:
-            if not self._closed:  # which has ended them
-                self.run(events.aclose())
-
-    def peers(self) -> list[Announcement]:
-        return self.run(self._opened().peers())
-
-    def plan(self, tokens: int = 0) -> Route:
-        return self.run(self._opened().plan(tokens))
-
-    def run(self, work: Awaitable[T]) -> T:
-        """Wait for ``work`` on the network's thread. Ctrl-C cancels it, and waits until it has cleaned up.
-
-        Raises :class:`BadRequest` if the client is closed, :class:`Cancelled` if it is closed meanwhile.
-        """
-        with self._changing:
-            try:
-                wait = self._open().begin(work)
-            except BaseException:
-                if isinstance(work, Coroutine):
-                    work.close()  # Python warns of one that is never awaited
-                raise
-        return wait()
-
-    def _opened(self) -> AsyncClient:
-        with self._changing:
-            self._open()
-        return self._client
-
-    def _open(self) -> NetworkThread:
-        """Joins the swarm if that is still to be done."""
-        if self._closed:
-            raise BadRequest("this client is closed")
-        if self._network is None:
-            network = NetworkThread(self._client.settings.timeouts.send_s)
-            network.start()
-            try:
-                network.begin(self._client.__aenter__())()
-            except BaseException:
-                network.end()
-                raise
-            self._network = network
-        return self._network
-
-
-def connect(
-    initial_peers: str | Sequence[str] | None = None,
-    model: str | None = None,
-    settings: Settings | None = None,
-    *,
-    via: str | Sequence[str] = (),
-) -> Client:
-    """``with swarm.connect(["/ip4/.../p2p/..."]) as client: print(client.generate("Hello").text)``
-
-    Without ``with``: the first call joins the swarm, :meth:`Client.close` leaves it.
-    """
-    return Client(connect_async(initial_peers, model, settings, via=via))

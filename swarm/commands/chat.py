@@ -29,7 +29,7 @@ from swarm.commands.shared import failing_well, load, log_to_stderr, say
 from swarm.errors import SwarmError, TooLong
 
 if TYPE_CHECKING:
-    from swarm.client import Client
+    from swarm.blocking_client import Client
 
 ANSWER_TOKENS = 512
 """An answer may be longer than what ``generate`` gives by default: it usually ends by itself."""
@@ -71,7 +71,7 @@ def chat(
     }
     with failing_well(as_json=False):
         say("joining the swarm")
-        from swarm.client import connect
+        from swarm.blocking_client import connect
 
         with connect(list(settings.network.initial_peers), model, settings) as client:
             limit = min(client.profile.max_positions, settings.peer.max_cache_tokens_per_session)

@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from swarm.client import Client, connect
+from swarm.blocking_client import Client, connect
 from swarm.config import Settings
 from swarm.errors import BadRequest
 from swarm.huggingface.cache import SwarmCache

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache
 
-from swarm.client import Client
+from swarm.blocking_client import Client
 from swarm.errors import BadRequest
 from swarm.stepping import StepAnswer, StepSession
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 import swarm
 from peers.cli import app as peer_app
-from swarm.client import Client, connect_async
+from swarm.blocking_client import Client
+from swarm.client import connect_async
 from swarm.identity import Identity
 from swarm.local import PEER_COMMAND, LocalSwarm
 from swarm.types import LayerRange

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import swarm
-from swarm.client import Client
+from swarm.blocking_client import Client
 from swarm.local import LocalSwarm
 from swarm.sampling import SamplingParams
 from tests.checkpoints import make_checkpoint

@@ -11,7 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from swarm.client import AsyncClient, Client, connect_async
+from swarm.blocking_client import Client
+from swarm.client import AsyncClient, connect_async
 from swarm.config import Settings
 from swarm.errors import BadRequest, Cancelled, Unreachable
 from swarm.models import load_profile, resolve, tokenizer_files

@@ -31,7 +31,8 @@ from transformers import (
 from peers.engine import Engine
 from peers.service import PeerService
 from peers.shard import Shard
-from swarm.client import AsyncClient, Client
+from swarm.blocking_client import Client
+from swarm.client import AsyncClient
 from swarm.config import Settings
 from swarm.errors import BadRequest, NoRoute, TooLong
 from swarm.health import Health

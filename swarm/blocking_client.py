@@ -1,0 +1,159 @@
+"""The library for programs without asyncio."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from swarm.client import AsyncClient, Message, connect_async
+from swarm.config import Settings
+from swarm.errors import BadRequest
+from swarm.generation import Generation
+from swarm.models import ModelProfile
+from swarm.network_thread import NetworkThread
+from swarm.session import RouteChanged
+from swarm.stepping import StepSession
+from swarm.tokenizer import TextTokenizer
+from swarm.types import Announcement, Route, Token
+
+T = TypeVar("T")
+
+
+class Client:
+    """Does what :class:`AsyncClient` does, with the network on a thread of its own, from the first use until
+    :meth:`close`. A context manager."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._network: NetworkThread | None = None
+        """While the client is open."""
+        self._closed = False
+        self._changing = threading.RLock()
+
+    def __enter__(self) -> Self:
+        self._opened()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what still runs. May be called again."""
+        with self._changing:
+            self._closed = True
+            network, self._network = self._network, None
+            if network is None:
+                return
+            try:
+                network.begin(self._client.__aexit__(None, None, None))()
+            finally:
+                network.end()
+
+    @property
+    def profile(self) -> ModelProfile:
+        return self._opened().profile
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self._opened().tokenizer
+
+    @property
+    def settings(self) -> Settings:
+        return self._client.settings
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        return self._opened().tokenizer_files
+
+    def step_session(self, capacity: int) -> StepSession:
+        """See :meth:`AsyncClient.step_session`; its methods are for :meth:`run`."""
+        return self._opened().step_session(capacity)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        return self.run(self._opened().generate(prompt, **options))
+
+    def chat(self, messages: Iterable[Message], **options: Any) -> Generation:
+        return self.run(self._opened().chat(messages, **options))
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Token]:
+        """Tokens as they come; breaking out of the loop frees the stages."""
+        with contextlib.closing(self.events(prompt, **options)) as events:
+            for event in events:
+                if isinstance(event, Token):
+                    yield event
+
+    def events(self, prompt: str | Sequence[int], **options: Any) -> Generator[RouteChanged | Token]:
+        """Tokens, and each change of the route."""
+        events = aiter(self._opened().events(prompt, **options))
+
+        async def following() -> RouteChanged | Token:
+            return await anext(events)  # on the network's thread, whose loop learns here that it is to end them
+
+        try:
+            while True:
+                try:
+                    yield self.run(following())
+                except StopAsyncIteration:
+                    return
+        finally:
+            if not self._closed:  # which has ended them
+                self.run(events.aclose())
+
+    def peers(self) -> list[Announcement]:
+        return self.run(self._opened().peers())
+
+    def plan(self, tokens: int = 0) -> Route:
+        return self.run(self._opened().plan(tokens))
+
+    def run(self, work: Awaitable[T]) -> T:
+        """Wait for ``work`` on the network's thread. Ctrl-C cancels it, and waits until it has cleaned up.
+
+        Raises :class:`BadRequest` if the client is closed, :class:`Cancelled` if it is closed meanwhile.
+        """
+        with self._changing:
+            try:
+                wait = self._open().begin(work)
+            except BaseException:
+                if isinstance(work, Coroutine):
+                    work.close()  # Python warns of one that is never awaited
+                raise
+        return wait()
+
+    def _opened(self) -> AsyncClient:
+        with self._changing:
+            self._open()
+        return self._client
+
+    def _open(self) -> NetworkThread:
+        """Joins the swarm if that is still to be done."""
+        if self._closed:
+            raise BadRequest("this client is closed")
+        if self._network is None:
+            network = NetworkThread(self._client.settings.timeouts.send_s)
+            network.start()
+            try:
+                network.begin(self._client.__aenter__())()
+            except BaseException:
+                network.end()
+                raise
+            self._network = network
+        return self._network
+
+
+def connect(
+    initial_peers: str | Sequence[str] | None = None,
+    model: str | None = None,
+    settings: Settings | None = None,
+    *,
+    via: str | Sequence[str] = (),
+) -> Client:
+    """``with swarm.connect(["/ip4/.../p2p/..."]) as client: print(client.generate("Hello").text)``
+
+    Without ``with``: the first call joins the swarm, :meth:`Client.close` leaves it.
+    """
+    return Client(connect_async(initial_peers, model, settings, via=via))
