@@ -171,19 +171,15 @@ class Chain:
     async def _assemble(self) -> None:
         """Dial new hops wherever layers have none; ``controls`` then cover the model in order. Raises ``NoRoute``."""
         returning, self._returning = self._returning, []
-        returned = await asyncio.gather(*(self.dial(hop) for hop in returning), return_exceptions=True)
-        for hop, result in zip(returning, returned, strict=True):
-            if isinstance(result, HopControl):
-                self.controls.append(result)
-            elif isinstance(result, SwarmError):
-                self._refuse(hop, result)
-            else:
-                raise result
+        returned = await asyncio.gather(*(self._return(hop) for hop in returning), return_exceptions=True)
+        for hop, problem in zip(returning, returned, strict=True):
+            if isinstance(problem, SwarmError):
+                self._refuse(hop, problem)
+            elif problem is not None:
+                raise problem
         reached = await asyncio.gather(*(self._reach(layers) for layers in self._gaps()), return_exceptions=True)
-        self.controls += [control for result in reached if isinstance(result, list) for control in result]
-        self.controls.sort(key=_layers)
         for problem in reached:
-            if isinstance(problem, BaseException):
+            if problem is not None:
                 raise problem
 
     def _gaps(self) -> list[LayerRange]:
@@ -192,11 +188,18 @@ class Chain:
         starts = [*(control.hop.layers.start for control in self.controls), self._num_layers]
         return [LayerRange(end, start) for end, start in zip(sorted(ends), sorted(starts), strict=True) if end < start]
 
-    async def _reach(self, layers: LayerRange) -> list[HopControl]:
+    async def _return(self, hop: Hop) -> None:
+        self._add(await self.dial(hop))
+
+    async def _reach(self, layers: LayerRange) -> None:
         def plan(silent: set[PeerId]) -> tuple[Hop, ...]:
             return self.planner.plan(layers, self._refused.keys() | silent, self.hops)
 
-        return await Rivals(plan, self.dial, self._refuse).reach()
+        self._add(*await Rivals(plan, self.dial, self._refuse).reach())
+
+    def _add(self, *controls: HopControl) -> None:
+        """At once, whatever becomes of the others that are dialled: from now on :meth:`close` closes them."""
+        self.controls = sorted([*self.controls, *controls], key=_layers)
 
     def _refuse(self, hop: Hop, error: SwarmError) -> None:
         self.planner.blame(hop, error)

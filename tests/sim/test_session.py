@@ -216,6 +216,37 @@ def test_a_peer_that_fell_silent_is_not_asked_again_while_another_has_its_layers
     assert rebuild.duration_s < SETTINGS.timeouts.open_s / 2
 
 
+def test_a_session_that_ends_while_it_is_mended_waits_for_none_of_those_that_it_dials() -> None:
+    """One replacement was reached and lost its network, another one does not answer the dial."""
+
+    async def main() -> None:
+        world = World(24)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        owner, lost = world.owner.address.peer_id, asyncio.Event()
+
+        def lose_two(session: Session, index: int) -> None:
+            if index == 2:
+                world.network.partition(owner, world.peers[4].node.address.peer_id)
+                for peer in (world.peers[0], world.peers[2]):
+                    world.kill(peer, forget=True)
+                lost.set()
+
+        generating = asyncio.create_task(world.generate(PROMPT, 50, lose_two))
+        await asyncio.sleep(0.01)
+        for layers in (THIRDS[0], THIRDS[2]):
+            await world.add_peer(layers)
+        await lost.wait()
+        await asyncio.sleep(0.3)
+        world.network.partition(owner, world.peers[3].node.address.peer_id)
+        generating.cancel()
+        done, _ = await asyncio.wait((generating,), timeout=1.0)
+        assert done
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_losing_all_hops_but_one() -> None:
     def kill(world: World, session: Session, index: int) -> None:
         if index == 4 and not session.rebuilds:
