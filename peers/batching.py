@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from peers.drafting import MAX_DRAFT
@@ -143,6 +143,9 @@ class Batching:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._waiting)
 
     def add(self, *waiting: Waiting) -> None:
         self._waiting.extend(waiting)

@@ -111,6 +111,8 @@ class Engine:
         """Batches that the device failed, since the last one that it did not."""
         self._given = self._taken = 0
         """Steps that the loop has submitted, and those of them that the thread knows of."""
+        self._running: Sequence[Waiting] = ()
+        """What the thread has taken and not answered yet."""
         self._thread = threading.Thread(target=self._work, name="swarm-engine", daemon=True)
 
     async def __aenter__(self) -> Engine:
@@ -123,7 +125,8 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._arrived.put([])
-        self._broken.cancel()
+        if not self._broken.cancel():
+            self._broken.exception()  # whoever waited for a step has heard it
         await self._loop.run_in_executor(None, self._thread.join, 30.0)
 
     async def broken(self) -> None:
@@ -163,6 +166,9 @@ class Engine:
         self._arrived.put(id(cache))
 
     def submit(self, step: StepRequest, done: Done) -> None:
+        if self._broken.done():
+            self._loop.call_soon(done, Internal("the engine has stopped"))
+            return
         if not self._submitted:
             self._loop.call_soon(self._hand_over)
         self._submitted.append(Waiting(step, done, time.perf_counter()))
@@ -184,13 +190,22 @@ class Engine:
             self._loop.call_soon_threadsafe(self._break, Internal(f"the engine has stopped: {type(error).__name__}"))
 
     def _break(self, error: SwarmError) -> None:
-        if not self._broken.done():
-            self._broken.set_exception(error)
+        """The thread is at its end: nobody waits for a step that it had, or was to get."""
+        if self._broken.done():
+            return
+        self._broken.set_exception(error)
+        self._hand_over()
+        while not self._arrived.empty():
+            if not isinstance(arrived := self._arrived.get_nowait(), int):
+                self._batching.add(*arrived)
+        for waiting in (*self._running, *self._batching):
+            waiting.done(error)
 
     def _work_off(self) -> None:
         use_device(self._shard.device)
         threads = 0
         while batch := self._next_batch():
+            self._running = batch
             started = time.perf_counter()
             many = sum(waiting.piece.rows for waiting in batch) >= MANY_ROWS
             wanted = self._prefill_threads if many else self._threads
@@ -203,6 +218,7 @@ class Engine:
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
             self.pace.note(batch, waits_s, now - started, now)
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
+            self._running = ()
             self._batching.add(*[waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None])
             if self._failures >= MOST_FAILURES:
                 raise RuntimeError("the device is lost")

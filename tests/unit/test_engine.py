@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peers.engine import MOST_FAILURES, Engine
 from peers.executor import SampleRequest, StepReply, StepRequest, run
 from peers.kv_cache import SequenceCache
+from peers.machine import measure
 from peers.shard import Shard, StepOutput
 from swarm.config import EngineSettings, Settings
 from swarm.errors import Internal, SwarmError
@@ -169,3 +170,22 @@ async def test_an_engine_says_when_its_device_is_lost(engine: Engine, monkeypatc
     with pytest.raises(Internal, match="the engine has stopped"):
         async with asyncio.timeout(5):
             await broken
+
+
+@pytest.mark.parametrize("place", ["use_device", "Batching.take", "Waiting.take"])
+async def test_whoever_waits_for_a_step_hears_that_the_engine_has_stopped(
+    shard: Shard, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first batch, with steps that wait, and with a batch that was run: a peer that starts has nobody else
+    who looks."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(f"peers.engine.{place}", fail)
+    async with Engine(shard, Settings()) as engine, asyncio.timeout(5):
+        steps = [run(engine, step(engine, [1, 2])) for _ in range(2)]
+        for found in await asyncio.gather(*steps, return_exceptions=True):
+            assert isinstance(found, Internal)
+        with pytest.raises(Internal, match="the engine has stopped"):
+            await measure(engine)
