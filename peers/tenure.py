@@ -54,7 +54,10 @@ async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | No
     settings = peer.room.settings_for(peer.settings, plan)
     async with Engine(shard, settings) as engine:
         began = time.perf_counter()
-        speed = await measure(engine)
+        measuring = asyncio.create_task(measure(engine))
+        if not await peer.stopping.unless(measuring):
+            return None
+        speed = measuring.result()
         measuring_s = time.perf_counter() - began
         _adopt(speed, peer, engine)
         return_freed_heap()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from peers.admission import Admission
+from peers.engine import Engine
 from peers.kv_budget import KVBudget
-from peers.machine import Report
+from peers.machine import Report, Speed
 from peers.peer import Peer
 from peers.seat import Room
 from peers.stopping import Stopping
-from peers.tenure import Move, Tenure
+from peers.tenure import Move, Tenure, serve_range
 from swarm.config import PeerSettings, PlacementSettings, Settings
 from swarm.dht_time import dht_time
 from swarm.identity import Identity
@@ -139,6 +142,20 @@ async def test_a_gap_is_closed_whatever_the_others_do() -> None:
     goes, move, _ = await ahead(100, [], urgent=True)
     assert goes
     assert move.loading is not None
+
+
+async def test_a_peer_that_is_told_to_stop_while_it_measures_itself_does_not_finish_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def measured(engine: Engine) -> Speed:
+        peer.stopping.asked.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr("peers.tenure.measure", measured)
+    peer, shard = peer_among([]), SimpleNamespace(profile=MODEL, layers=OLD, device=torch.device("cpu"))
+    async with asyncio.timeout(5):
+        assert await serve_range(peer, OLD, cast(Any, shard)) is None
 
 
 @pytest.mark.parametrize(("offset_s", "told"), [(0.0, None), (300.0, "300 s behind"), (-300.0, "300 s ahead of")])
