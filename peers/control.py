@@ -55,6 +55,8 @@ class ControlHandler:
             while True:
                 kind = message.WhichOneof("kind")
                 if kind == "open":
+                    if key not in (None, (message.open.session, message.open.start)):
+                        raise ProtocolError("a control stream is for one stage")
                     key = await self._open(stream.remote, message.open, tell)
                     # The stage is this stream's by now, so that it is let go of if the owner can't hear this.
                     await tell(pb.ControlReply(opened=self._opened(self._table.runners[key])))

@@ -174,3 +174,24 @@ def test_tokens_that_end_a_text_are_few() -> None:
         asked(range(MAX_END_IDS + 1))
     with pytest.raises(BadRequest, match=str(MAX_END_IDS)):  # before any peer is blamed for its refusal
         GenerationRequest((1,), 1, SamplingParams(), frozenset(range(MAX_END_IDS + 1)))
+
+
+def test_a_control_stream_is_for_one_stage() -> None:
+    """The stages of all others would outlive it: only the last one was let go of at its end."""
+
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+        codes = []
+        for session in ("one", "two"):
+            opening = pb.Open(session=session, model=PROFILE.model_id, end=6, max_positions=8, token_ids=[1])
+            await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+            codes.append(decode(pb.ControlReply, await stream.receive() or b"").error.code)
+        await stream.close()
+        await asyncio.sleep(2 * world.settings.timeouts.owner_grace_s)
+        assert not peer.service.table.runners
+        assert codes == ["", "protocol"]
+        await world.settle()
+
+    run_virtual(main)
