@@ -140,12 +140,10 @@ class CompletionFormat(_Common):
     ) -> None:
         super().__init__(asked, profile, tokenizer, alternatives)
         self._echo = echo
-        self._texts_a_prompt = max(1, len(asked.requests) // len(asked.prompts))
         self._offsets: dict[int, int] = {}
         """Characters of each text that were streamed already."""
 
     def whole(self, texts: Sequence[Text], tokens: int) -> Chunk:
-        self._texts_a_prompt = max(1, len(texts) // len(self._asked.prompts))  # best_of leaves some out
         choices = [
             self._choice(index, self._echoed(index) + text.text, self._logprobs(text.tokens, 0), text.finish_reason)
             for index, text in enumerate(texts)
@@ -169,7 +167,7 @@ class CompletionFormat(_Common):
         return self._head("cmpl", "text_completion") | {"choices": [], "usage": self._usage(tokens)}
 
     def _echoed(self, index: int) -> str:
-        return self._asked.texts[index // self._texts_a_prompt] if self._echo else ""
+        return self._asked.texts[index // self._asked.n] if self._echo else ""
 
     def _chunk(self, index: int, text: str, logprobs: Chunk | None = None, finish_reason: str | None = None) -> Chunk:
         choice = self._choice(index, text, logprobs, finish_reason)

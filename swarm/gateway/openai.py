@@ -69,14 +69,14 @@ async def _answer(
         return await streamed(request, chunks, state.settings.gateway.slow_reader_s, headers)
     texts = await while_connected(request, _texts(state, asked, form.source))
     tokens = sum(len(text.tokens) for text in texts)
-    if best_of > (body.n or 1):
-        texts = _best(texts, best_of, body.n or 1)
+    if best_of > asked.n and asked.requests:
+        texts = _best(texts, best_of, asked.n)
     return JSONResponse(form.whole(texts, tokens), headers=headers)
 
 
 async def _texts(state: GatewayState, asked: Asked, source: Source) -> list[Text]:
     if not asked.requests:  # max_tokens is 0
-        return [Text(finish_reason="length") for _ in asked.prompts]
+        return [Text(finish_reason="length") for _ in range(len(asked.prompts) * asked.n)]
     async with state.generations.reserve(len(asked.requests)) as places:
         live = [
             places.stream(one, asked.stops, source=source, generation=asked.generation(index))
@@ -91,7 +91,7 @@ async def _chunks(
     tokens = 0
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     if not asked.requests:
-        for index in range(len(asked.prompts)):
+        for index in range(len(asked.prompts) * asked.n):
             for chunk in (*form.opening(index), form.closing(index, "length")):
                 yield chunk | usage
     else:

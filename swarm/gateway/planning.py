@@ -32,6 +32,8 @@ class Asked:
     requests: list[GenerationRequest]
     """One for each text: all of the first prompt, then all of the second ..."""
     stops: Sequence[str]
+    n: int
+    """Texts of each prompt in the answer."""
     name: str = field(default_factory=lambda: secrets.token_hex(16))
     """Of the answer; its generations are called the same, with the number of the text after the first."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -67,7 +69,7 @@ async def plan_completion(body: CompletionBody, client: AsyncClient, settings: S
     for ids in prompts:
         _check_length(len(ids), max_tokens, "prompt", client, settings)
     requests = _requests(body, prompts, best_of, max_tokens, logprobs, client) if max_tokens else []
-    return Asked(prompts, texts, requests, body.stops)
+    return Asked(prompts, texts, requests, body.stops, n)
 
 
 async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> Asked:
@@ -89,7 +91,7 @@ async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> 
     max_tokens = asked or max(1, min(settings.gateway.chat_tokens, room))
     logprobs = max(1, body.top_logprobs or 0) if body.logprobs else 0
     _check_length(len(ids), max_tokens, "messages", client, settings)
-    return Asked([ids], [], _requests(body, [ids], n, max_tokens, logprobs, client), body.stops)
+    return Asked([ids], [], _requests(body, [ids], n, max_tokens, logprobs, client), body.stops, n)
 
 
 def check_model(name: str, client: AsyncClient) -> None:

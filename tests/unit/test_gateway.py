@@ -316,6 +316,13 @@ async def test_echo_repeats_the_prompt(gateway: Gateway) -> None:
     nothing = await gateway.completion(prompt="Once upon", echo=True, max_tokens=0)
     assert nothing["choices"][0] == {"text": "Once upon", "index": 0, "logprobs": None, "finish_reason": "length"}
     assert nothing["usage"]["completion_tokens"] == 0
+    none = {"prompt": ["Once", "upon", "a"], "echo": True, "max_tokens": 0}
+    for fields, n in (({}, 1), ({"best_of": 2}, 1), ({"n": 2}, 2), ({"n": 2, "best_of": 3}, 2)):
+        texts = [choice["text"] for choice in (await gateway.completion(**none, **fields))["choices"]]
+        assert texts == [text for text in none["prompt"] for _ in range(n)]
+        if "best_of" not in fields:
+            chunks = await gateway.chunks("/v1/completions", GREEDY | none | fields)
+            assert [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"][0]["text"]] == texts
     body = GREEDY | {"prompt": "Once upon", "echo": True, "max_tokens": 3}
     chunks = await gateway.chunks("/v1/completions", body)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
