@@ -27,7 +27,7 @@ from swarm.protocol import (
 )
 from swarm.rebuilds import Rebuild
 from swarm.session import RouteChanged
-from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
+from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript, length_of
 from swarm.transport import DELEGATE, Stream, Transport
 from swarm.types import Hop, LayerRange, PeerAddress, Route
 from swarm.wire import MODEL, Wire
@@ -60,10 +60,11 @@ class DelegatedSession:
         request: GenerationRequest,
         settings: Settings,
     ) -> None:
+        """Raises :class:`TooLong`, as the owner would."""
         if not via:
             raise BadRequest("a delegated session needs a peer to delegate to")
         self.rebuilds: list[Rebuild] = []
-        self.transcript = Transcript(request, len(request.prompt) + request.max_tokens, profile.vocab_size)
+        self.transcript = Transcript(request, length_of(request, profile, settings), profile.vocab_size)
         self._transport = transport
         self._via = list(via)
         self._profile = profile

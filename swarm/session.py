@@ -17,13 +17,12 @@ from swarm import protocol_pb2 as pb
 from swarm.chain import Chain
 from swarm.config import Settings
 from swarm.control import HopLost
-from swarm.errors import TooLong
 from swarm.health import Health
 from swarm.knowledge import View
 from swarm.models import ModelProfile
 from swarm.prefix import Prefixes
 from swarm.rebuilds import Patience, Rebuild
-from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript
+from swarm.transcript import FinishReason, Generated, GenerationRequest, Transcript, length_of
 from swarm.transport import Transport
 from swarm.types import Announcement, PeerId, Route, SessionId
 from swarm.watching import HandoverReady, Watch
@@ -56,16 +55,9 @@ class Session:
         health: Health,
         prefixes: Prefixes | None = None,
     ) -> None:
-        """``prefixes``: of who asked for the session, if that is not this process."""
-        total = len(request.prompt) + request.max_tokens
-        limit = min(profile.max_positions, settings.peer.max_cache_tokens_per_session)
-        if len(request.prompt) + len(request.generated) >= limit:
-            raise TooLong(
-                f"the text has {len(request.prompt) + len(request.generated)} tokens; "
-                f"the limit is {limit} with at least one to come"
-            )
+        """``prefixes``: of who asked for the session, if that is not this process. Raises :class:`TooLong`."""
         self.session_id = SessionId(secrets.token_hex(16))
-        self.transcript = Transcript(request, min(total, limit), profile.vocab_size)
+        self.transcript = Transcript(request, length_of(request, profile, settings), profile.vocab_size)
         self._settings = settings
         self._view = view
         self._health = health

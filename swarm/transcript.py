@@ -11,7 +11,9 @@ from typing import Literal, Protocol
 
 from swarm import kv
 from swarm import protocol_pb2 as pb
-from swarm.errors import BadRequest, ProtocolError
+from swarm.config import Settings
+from swarm.errors import BadRequest, ProtocolError, TooLong
+from swarm.models import ModelProfile
 from swarm.protocol import check_end_ids, logprobs_from_wire, timings_from_wire
 from swarm.sampling import SamplingParams
 from swarm.types import HopTiming
@@ -97,6 +99,15 @@ class GenerationRequest:
             raise BadRequest(f"max_tokens must be a whole number, at least 1, not {self.max_tokens!r}")
         if len(self.generated) >= self.max_tokens:
             raise BadRequest(f"all {self.max_tokens} tokens were generated already")
+
+
+def length_of(request: GenerationRequest, profile: ModelProfile, settings: Settings) -> int:
+    """Number of tokens, prompt included, at which the text ends; raises :class:`TooLong` if it has them already."""
+    limit = min(profile.max_positions, settings.peer.max_cache_tokens_per_session)
+    known = len(request.prompt) + len(request.generated)
+    if known >= limit:
+        raise TooLong(f"the text has {known} tokens; the limit is {limit} with at least one to come")
+    return min(len(request.prompt) + request.max_tokens, limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -348,6 +348,23 @@ def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_commit
     run_virtual(main)
 
 
+def test_a_thin_client_knows_that_a_token_is_the_last_one_that_there_is_room_for() -> None:
+    """Else it holds back what may still become a stop text, for ever."""
+
+    async def main() -> None:
+        world = World(33)
+        peer = await world.add_peer(LayerRange(0, 6))
+        request = GenerationRequest(tuple(PROMPT), 2 * PROFILE.max_positions, SamplingParams(), frozenset())
+        transport = SimTransport(world.owner)
+        session = DelegatedSession(transport, [peer.node.address], PROFILE, request, world.settings)
+        async with session:
+            reasons = [session.finish_reason async for event in session.events() if isinstance(event, Generated)]
+        assert reasons == [None] * (PROFILE.max_positions - len(PROMPT) - 1) + ["length"]
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_thin_client_that_goes_away_frees_every_stage() -> None:
     async def main() -> None:
         world = World(32)
