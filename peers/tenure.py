@@ -129,6 +129,7 @@ class Tenure:
                 if self.move is None or await self._load_ahead(self.move):
                     break
                 self.move = None
+                await self._announce()
             service.drain()
             peer.report({"event": "draining", "sessions": len(service.table.runners)})
             await self._announce()
@@ -244,18 +245,32 @@ class Tenure:
         try:
             budget.reserve(key, size)  # until the stages are freed together with the old range
         except Busy:
-            return True
+            return await self._may_go(move)
         if not peer.room.capped and size > free_bytes(peer.device):
             budget.release(key)
-            return True
+            return await self._may_go(move)
         await self._announce()
         loading = peer.load(move.layers)
         if not await peer.stopping.unless(loading):
             return True  # the next range is cut short, too
-        own = self.announcement()
-        if not move.urgent and not may_drop(peer.view.announcements(), own.peer.peer_id, own.layers, move.layers):
+        if not await self._may_go(move):
             budget.release(key)
-            peer.report({"event": "staying", "layers": [own.layers.start, own.layers.end]})
             return False
         move.loading = loading
         return True
+
+    async def _may_go(self, move: Move) -> bool:
+        """Says where we go, then asks: of two that leave the same layers, one at least reads it of the other."""
+        peer = self._peer
+        if move.urgent:
+            return True
+        await self._announce()
+        try:
+            await peer.view.refresh()
+        except SwarmError as error:
+            logger.info("the view could not be refreshed: %s", error)
+        own = self.announcement()
+        if may_drop(peer.view.announcements(), own.peer.peer_id, own.layers, move.layers):
+            return True
+        peer.report({"event": "staying", "layers": [own.layers.start, own.layers.end]})
+        return False

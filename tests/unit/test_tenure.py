@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -44,6 +45,13 @@ class Service:
 @dataclass
 class View:
     known: list[Announcement] = field(default_factory=list)
+    news: list[Announcement] = field(default_factory=list)
+    """Not read yet; they take the place of what the same peers said before."""
+
+    async def refresh(self) -> list[Announcement]:
+        said = {a.peer.peer_id: a for a in (*self.known, *self.news)}
+        self.known = list(said.values())
+        return self.known
 
     def announcements(self) -> list[Announcement]:
         return self.known
@@ -108,10 +116,13 @@ def peer_among(others: list[Announcement], report: Report = lambda event: None) 
     return Loading(**given)
 
 
-async def ahead(kv_mb: int, others: list[LayerRange], *, urgent: bool = False) -> tuple[bool, Move, KVBudget]:
+async def ahead(
+    kv_mb: int, others: list[LayerRange], *, urgent: bool = False, news: Sequence[Announcement] = ()
+) -> tuple[bool, Move, KVBudget]:
     """Whether the peer goes, with what it has loaded."""
     budget = KVBudget(kv_mb * MB, 8, "lru")
     peer = peer_among([announced(f"peer{index}", layers) for index, layers in enumerate(others)])
+    cast(View, peer.view).news += news
     tenure, move = Announced(peer, OLD, *cast(Any, (None, None, Service(Table(budget))))), Move(NEW, urgent)
     return await tenure._load_ahead(move), move, budget
 
@@ -136,6 +147,18 @@ async def test_a_peer_stays_if_the_others_have_left_its_layers_meanwhile() -> No
     assert not goes
     assert move.loading is None
     assert budget.used_bytes == 0, "the room is for sessions again"
+
+
+@pytest.mark.parametrize("kv_mb", [100, 30])
+@pytest.mark.parametrize(("name", "stays"), [("0", True), ("z", False)])
+async def test_of_two_that_leave_the_same_layers_at_once_one_stays(kv_mb: int, name: str, stays: bool) -> None:
+    """Whether the new range fits beside the old one or not. Peer ids begin with 1: the other one's is before or after
+    ours, and those with smaller ids go first."""
+    going = replace(announced(name, OLD), moving_to=NEW)
+    goes, move, budget = await ahead(kv_mb, [], news=[going])
+    assert goes is not stays
+    assert (move.loading is not None) is (goes and kv_mb == 100)
+    assert budget.used_bytes == 0 or goes
 
 
 async def test_a_gap_is_closed_whatever_the_others_do() -> None:
