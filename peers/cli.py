@@ -215,8 +215,8 @@ def _sentence(event: dict[str, object]) -> str:
             return f"warning: {message}"
         case {"event": "reachability", "message": message}:
             return f"this machine {message}"
-        case {"event": "staying", "layers": [start, end]}:
-            return f"stays with layers {start}:{end}: others have left them meanwhile"
+        case {"event": "staying", "layers": [start, end], "reason": reason}:
+            return f"stays with layers {start}:{end}: {reason}"
         case {"event": "draining", "sessions": sessions}:
             return f"leaving: {sessions} sessions move to other peers first; once more to end at once"
         case {"event": "left"}:

@@ -237,7 +237,8 @@ class Tenure:
         return Move(target, urgent)
 
     async def _load_ahead(self, move: Move) -> bool:
-        """Load the new range beside the old one where both fit; False: others have left meanwhile, we have to stay."""
+        """Load the new range beside the old one where both fit; False: others have left meanwhile, or it can't be
+        loaded, and we have to stay. Raises what keeps us from loading layers that are missing."""
         peer, budget = self._peer, self._service.table.budget
         target = peer.room.divide(peer.profile, move.layers)
         size = target.weights_bytes + target.buffers_bytes
@@ -251,13 +252,19 @@ class Tenure:
             return await self._may_go(move)
         await self._announce()
         loading = peer.load(move.layers)
-        if not await peer.stopping.unless(loading):
-            return True  # the next range is cut short, too
-        if not await self._may_go(move):
-            budget.release(key)
-            return False
-        move.loading = loading
-        return True
+        try:
+            if not await peer.stopping.unless(loading):
+                return True  # the next range is cut short, too
+        except SwarmError as error:
+            if move.urgent:
+                raise
+            self._report_staying(f"layers {move.layers} could not be loaded: {error.message}")
+        else:
+            if await self._may_go(move):
+                move.loading = loading
+                return True
+        budget.release(key)
+        return False
 
     async def _may_go(self, move: Move) -> bool:
         """Says where we go, then asks: of two that leave the same layers, one at least reads it of the other."""
@@ -272,5 +279,8 @@ class Tenure:
         own = self.announcement()
         if may_drop(peer.view.announcements(), own.peer.peer_id, own.layers, move.layers):
             return True
-        peer.report({"event": "staying", "layers": [own.layers.start, own.layers.end]})
+        self._report_staying("others have left them meanwhile")
         return False
+
+    def _report_staying(self, reason: str) -> None:
+        self._peer.report({"event": "staying", "layers": [self._layers.start, self._layers.end], "reason": reason})

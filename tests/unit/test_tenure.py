@@ -21,6 +21,7 @@ from peers.stopping import Stopping
 from peers.tenure import Move, Tenure, serve_range
 from swarm.config import PeerSettings, PlacementSettings, Settings
 from swarm.dht_time import dht_time
+from swarm.errors import ModelError
 from swarm.identity import Identity
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState
 from tests.sim.world import PROFILE
@@ -159,6 +160,22 @@ async def test_of_two_that_leave_the_same_layers_at_once_one_stays(kv_mb: int, n
     assert goes is not stays
     assert (move.loading is not None) is (goes and kv_mb == 100)
     assert budget.used_bytes == 0 or goes
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+async def test_a_peer_stays_where_it_is_if_a_better_range_can_not_be_loaded(
+    urgent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable() -> None:
+        raise ModelError("the Hub can't be asked")
+
+    monkeypatch.setattr(Loading, "load", lambda peer, layers: asyncio.create_task(unreachable()))
+    if urgent:
+        with pytest.raises(ModelError):
+            await ahead(100, [OLD], urgent=True)
+    else:
+        goes, move, budget = await ahead(100, [OLD])
+        assert (goes, move.loading, budget.used_bytes) == (False, None, 0)
 
 
 async def test_a_gap_is_closed_whatever_the_others_do() -> None:
