@@ -135,6 +135,11 @@ class Shard:
         profile = self.profile
         return SequenceCache(layers, profile.num_kv_heads, profile.head_dim, capacity, self.dtype, self.device, kind)
 
+    def release(self) -> None:
+        """Let go of the weights; there are no more passes. Whoever still refers to the shard sees what it was."""
+        self._model = None
+        self._views.clear()
+
     def run(self, steps: Sequence[Step]) -> list[StepOutput]:
         """One forward pass for all steps, which must share one layer range; the results are in their order.
 

@@ -75,6 +75,8 @@ async def serve_range(peer: Peer, layers: LayerRange, shard: Shard) -> Move | No
             tenure = Tenure(peer, layers, engine, speed, service)
             await tenure.run(plan, shard.size_bytes, measuring_s)
             peer.cut_off = len(service.table.runners)
+    shard.release()  # our handlers, which stand until the next range has its own, lead to it
+    return_freed_heap()
     move = tenure.move
     if move is not None:
         going = peer.announcement(move.layers, PeerState.JOINING)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import random
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -10,20 +13,25 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peers.admission import Admission
 from peers.engine import Engine
 from peers.kv_budget import KVBudget
 from peers.machine import Report, Speed
+from peers.memory import MemoryPlan
 from peers.peer import Peer
 from peers.seat import Room
+from peers.shard import Shard
 from peers.stopping import Stopping
 from peers.tenure import Move, Tenure, serve_range
 from swarm.config import PeerSettings, PlacementSettings, Settings
 from swarm.dht_time import dht_time
 from swarm.errors import ModelError
 from swarm.identity import Identity
+from swarm.testing import Faults, SimNetwork, SimTransport
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState
+from tests.reference import ModelSource, profile_of
 from tests.sim.world import PROFILE
 
 MB = 1_000_000
@@ -196,6 +204,36 @@ async def test_a_peer_that_is_told_to_stop_while_it_measures_itself_does_not_fin
     peer, shard = peer_among([]), SimpleNamespace(profile=MODEL, layers=OLD, device=torch.device("cpu"))
     async with asyncio.timeout(5):
         assert await serve_range(peer, OLD, cast(Any, shard)) is None
+
+
+async def test_a_range_that_was_served_holds_no_weights_while_the_next_one_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where both don't fit, its memory is what the next one takes; the network's handlers still lead to it."""
+
+    class Short(Tenure):
+        async def run(self, plan: MemoryPlan, weights_bytes: int, measuring_s: float) -> None:
+            pass
+
+    async def measured(engine: Engine) -> Speed:
+        return Speed(0.001, 0.001)
+
+    monkeypatch.setattr("peers.tenure.measure", measured)
+    monkeypatch.setattr("peers.tenure.store_speed", lambda *_: None)
+    monkeypatch.setattr("peers.tenure.Tenure", Short)
+    peer = peer_among([])
+    peer.device = torch.device("cpu")
+    peer.transport = cast(Any, SimTransport(SimNetwork(random.Random(1), Faults()).add("peer")))
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config).eval()
+    shard = Shard.load(profile_of(config), config.to_dict(), ModelSource(model), LayerRange(0, 2))
+    weights = weakref.ref(shard._model)
+    assert await serve_range(peer, OLD, shard) is None
+    del shard
+    gc.collect()
+    assert weights() is None
 
 
 @pytest.mark.parametrize(("offset_s", "told"), [(0.0, None), (300.0, "300 s behind"), (-300.0, "300 s ahead of")])
