@@ -266,7 +266,7 @@ class LocalPeers:
             peer_id=str(said.get("peer_id", "")),
             addresses=tuple(str(address) for address in said.get("addresses", ())),
             model=str(said.get("model", "")),
-            layers=_range(_latest(child, "ready", "loading", "moving")),
+            layers=_range(_latest(child, "ready", "loading", "moving", "staying")),
             memory_mb=_memory_mb(child.pid) if child.alive else 0,
             started_s=self._clock() - running.began,
         )
@@ -286,7 +286,7 @@ def _range(event: dict[str, Any]) -> LayerRange | None:
 def _state(running: _Running) -> tuple[str, str, int]:
     """State, a sentence, and how much is loaded in percent."""
     child = running.child
-    last = _latest(child, "loading", "ready", "moving", "draining")
+    last = _latest(child, "loading", "ready", "moving", "staying", "draining")
     percent = int(last.get("percent", 0)) if last.get("event") == "loading" else 100 if last else 0
     if not child.alive:
         code = child.wait(0)
@@ -299,7 +299,7 @@ def _state(running: _Running) -> tuple[str, str, int]:
     match last.get("event"):
         case "draining":
             return "draining", f"hands over {last.get('sessions', 0)} sessions", percent
-        case "ready":
+        case "ready" | "staying":
             return "serving", "serving", percent
         case "moving":
             return "loading", f"moves: {last.get('reason', '')}", 0

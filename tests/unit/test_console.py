@@ -45,6 +45,10 @@ time.sleep(0.05)
 arguments = " ".join(sys.argv[1:])
 say(event="ready", peer_id="12D3KooWfake", addresses=["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWfake"], model="m@1",
     layers=[0, 10], arguments=arguments)
+if "--threads 7" in arguments:
+    say(event="moving", layers=[10, 20], reason="the layers there are the weakest of the swarm")
+    say(event="loading", layers=[10, 20], percent=100)
+    say(event="staying", layers=[0, 10], reason="others have left them meanwhile")
 while not going: time.sleep(0.01)
 say(event="draining", sessions=0)
 say(event="left")
@@ -423,6 +427,14 @@ async def test_a_peer_is_given_what_was_asked_for_and_ways_to_join(tmp_path: Pat
         *("serve", "--json", "--model", "smollm2-135m", "--layers", "5:9", "--device", "cpu", "--dtype", "float32"),
         *("--threads", "2", "--max-memory-mb", "700", "--initial-peers", "/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"),
     ]
+
+
+async def test_a_peer_that_stays_where_it_is_serves(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        local.start(PeerSpec(model="m", threads=7), [])
+        assert await asyncio.to_thread(local._find("p1").child.event, "staying", 10.0)
+        peer = local.peer("p1")
+        assert (peer.state, peer.percent, peer.layers) == ("serving", 100, LayerRange(0, 10))
 
 
 async def test_a_killed_peer_is_gone_at_once_and_nothing_outlives_the_gateway(tmp_path: Path) -> None:
