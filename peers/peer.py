@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -89,5 +90,10 @@ class Peer:
         return_freed_heap()
 
     async def _load(self, layers: LayerRange, report: Report) -> Shard:
-        stopped = self.stopping.asked.is_set
-        return await asyncio.to_thread(load_shard, self.reference, self.profile, layers, self.settings, report, stopped)
+        """Once nobody waits for it any more the thread ends, too, and with it what it has in memory."""
+        given_up = threading.Event()
+        arguments = self.reference, self.profile, layers, self.settings, report, given_up.is_set
+        try:
+            return await asyncio.to_thread(load_shard, *arguments)
+        finally:
+            given_up.set()

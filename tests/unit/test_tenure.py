@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -190,6 +192,24 @@ async def test_a_gap_is_closed_whatever_the_others_do() -> None:
     goes, move, _ = await ahead(100, [], urgent=True)
     assert goes
     assert move.loading is not None
+
+
+async def test_a_load_that_nobody_waits_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that takes too long is cancelled, and its memory is for sessions again."""
+    began, ended = threading.Event(), threading.Event()
+
+    def load(*arguments: Any) -> None:
+        began.set()
+        for _ in range(500):
+            time.sleep(0.01)
+            if arguments[-1]():
+                return ended.set()
+
+    monkeypatch.setattr("peers.peer.load_shard", load)
+    borrowing = asyncio.create_task(peer_among([]).borrow(LayerRange(3, 4)).__aenter__())
+    assert await asyncio.to_thread(began.wait, 5)
+    borrowing.cancel()
+    assert await asyncio.to_thread(ended.wait, 5)
 
 
 async def test_a_peer_that_is_told_to_stop_while_it_measures_itself_does_not_finish_that(
