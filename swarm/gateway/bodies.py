@@ -22,6 +22,8 @@ COMPLETION_TOKENS = 16
 
 Penalty = Annotated[float | None, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Some = Field(min_length=1, fail_fast=True)
+"""Of lists: the first bad item is told. An error for each of half a million would hold up everybody for seconds."""
 Count = Annotated[int | None, Field(ge=1, le=MAX_N)]
 
 
@@ -51,7 +53,7 @@ class GenerationBody(Body):
     presence_penalty: Penalty = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=MAX_REPETITION_PENALTY)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float | None, Field(ge=0, le=MAX_TEMPERATURE)] = None
@@ -67,7 +69,7 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Some]
 
 
 class CompletionBody(GenerationBody):
@@ -75,7 +77,7 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] = None
     max_tokens: Annotated[int | None, Field(ge=0)] = None
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Annotated[list[str], Some] | Annotated[list[TokenIds], Some]
     suffix: str | None = None
 
 
@@ -88,7 +90,7 @@ class Part(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Some]
 
 
 class ResponseFormat(Body):
@@ -100,8 +102,8 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    modalities: list[str] | None = None
+    messages: Annotated[list[Message], Some]
+    modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None

@@ -18,6 +18,7 @@ import openai
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from swarm import protocol_pb2 as pb
 from swarm.client import AsyncClient
@@ -25,6 +26,7 @@ from swarm.config import Settings
 from swarm.coverage import Coverage
 from swarm.errors import NoRoute, PortInUse, SwarmError
 from swarm.gateway.app import create_app
+from swarm.gateway.bodies import Body, ChatBody, CompletionBody
 from swarm.gateway.hub import Began, Ended, RouteTaken, TokenOut
 from swarm.gateway.serve import Server, listen
 from swarm.gateway.state import Access, GatewayState
@@ -501,6 +503,27 @@ async def test_a_rebuild_is_not_seen_in_the_stream(gateway: Gateway) -> None:
 # ---- wrong requests -----------------------------------------------------------------------------------------
 
 USER = [{"role": "user", "content": "x"}]
+
+
+MANY = 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionBody, {"prompt": [0.5] * MANY}),
+        (CompletionBody, {"prompt": [[0.5] * MANY]}),
+        (CompletionBody, {"prompt": "x", "stop": [0] * MANY}),
+        (ChatBody, {"messages": [{}] * MANY}),
+        (ChatBody, {"messages": [{"role": "user", "content": [0] * MANY}]}),
+        (ChatBody, {"messages": USER, "modalities": [0] * MANY}),
+    ],
+)
+def test_of_many_wrong_items_the_first_one_is_told(kind: type[Body], fields: dict[str, Any]) -> None:
+    """All those of a megabyte took seconds and most of a gigabyte, while everybody else waited for their tokens."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": MODEL} | fields)
+    assert caught.value.error_count() < 10
 
 
 @pytest.mark.parametrize(
