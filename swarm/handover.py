@@ -51,6 +51,7 @@ class Handover:
                 return
             except NoRoute as error:
                 logger.info("no successor for %s yet: %s", leaver[-6:], error)
+                self.abort()  # a peer may say so, too
                 self._refused = {leaver: self._refused[leaver]}
                 await asyncio.sleep(chain.settings.timeouts.heartbeat_s)
                 await chain.planner.refresh()

@@ -6,8 +6,10 @@ import asyncio
 
 import pytest
 
+from peers.runner import StageRunner
 from swarm.chain import Chain
 from swarm.control import HopControl
+from swarm.errors import NoRoute
 from swarm.rebuilds import Patience
 from swarm.session import Session
 from swarm.testing import Faults, run_virtual
@@ -82,5 +84,35 @@ def test_a_leaving_peer_may_be_lost_while_a_rebuild_pauses(monkeypatch: pytest.M
         assert [route.cause for route in outcome.routes][1:] == ["stream_lost"]
         assert outcome.error is None
         assert outcome.tokens == world.decoder.generate([1, 2, 3], 60, 3, frozenset())
+
+    run_virtual(scenario)
+
+
+def test_a_peer_that_answers_with_an_error_of_ours_is_a_successor_once_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that there is no route, which only a planner can say."""
+
+    async def scenario() -> None:
+        world = World(3)
+        for layers in (FIRST, SECOND, SECOND):
+            await world.add_peer(layers)
+
+        def refuse(*_: object) -> StageRunner:
+            raise NoRoute("nobody serves layers 3:6")
+
+        most = 0
+
+        def schedule(session: Session, index: int) -> None:
+            nonlocal most
+            if index == 20:
+                leaving = world.peer_of(session, 1)
+                liar = next(peer for peer in world.peers[1:] if peer is not leaving)
+                monkeypatch.setattr(liar.service.table, "admit", refuse)
+                world.drain(leaving)
+            warming = [control for handover, _ in session._chain._handovers.values() for control in handover.fresh]
+            most = max(most, len(warming))
+
+        outcome = await world.generate([1, 2, 3], 4 * TOKENS, schedule)
+        assert outcome.error is None or outcome.error.code == "no_route"
+        assert most == 1
 
     run_virtual(scenario)
