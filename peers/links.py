@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from swarm import protocol_pb2 as pb
 from swarm.config import TimeoutSettings
-from swarm.errors import DeadlineExceeded, SwarmError
+from swarm.errors import DeadlineExceeded, StreamLost, SwarmError
 from swarm.protocol import decode
 from swarm.transport import LINK, Stream, Transport
 from swarm.types import PeerAddress, PeerId
@@ -135,8 +135,8 @@ class Links:
         link.last_used = _now()
         try:
             await link.stream.send(message.SerializeToString())
-        except SwarmError:
-            self._drop(peer.peer_id, link)
+        except StreamLost as error:
+            self._lose(peer.peer_id, link, error)  # what others have sent on it is lost, too
             raise
 
     async def _dial(self, peer: PeerAddress) -> _Link:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 
 import pytest
 
 from peers.links import Links
+from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import Unreachable
+from swarm.errors import ProtocolError, StreamLost, SwarmError, Unreachable
+from swarm.protocol import decode
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
 from swarm.transport import LINK, Stream
 from swarm.types import PeerAddress, PeerId
@@ -42,6 +45,47 @@ def test_dials_that_fail_leave_nothing_and_those_at_once_open_one_link() -> None
             assert len(opened) == 1
             del early, results
             assert not links._dialling
+            await links.aclose()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("error", [StreamLost("it took nothing"), ProtocolError("too large a frame")])
+def test_a_link_that_a_frame_breaks_is_lost_to_all_who_use_it(error: SwarmError) -> None:
+    """What they have sent on it may not have left; a frame that is refused here breaks nothing."""
+
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        own, remote = network.add("own"), network.add("remote")
+
+        async def handle(stream: Stream) -> None:
+            with contextlib.suppress(StreamLost):
+                while await stream.receive() is not None:
+                    pass
+
+        await SimTransport(remote).serve(LINK, handle)
+        lost: list[tuple[PeerId, SwarmError]] = []
+        async with asyncio.TaskGroup() as tasks:
+            links = Links(
+                SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *told: lost.append(told)
+            )
+            await links.reach(remote.address)
+            stream = links._links[remote.address.peer_id].stream
+            works = stream.send
+
+            async def send(frame: bytes) -> None:
+                if decode(pb.LinkMessage, frame).WhichOneof("kind") == "ping":
+                    return await works(frame)
+                if isinstance(error, StreamLost):
+                    stream.abort()
+                raise error
+
+            stream.send = send  # type: ignore[method-assign]
+            with pytest.raises(type(error)):
+                await links.send(remote.address, pb.LinkMessage(frame=pb.Frame()))
+            await asyncio.sleep(0.1)
+            assert lost == ([(remote.address.peer_id, error)] if isinstance(error, StreamLost) else [])
+            assert (remote.address.peer_id in links._links) is not isinstance(error, StreamLost)
             await links.aclose()
 
     run_virtual(main)
