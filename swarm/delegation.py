@@ -18,12 +18,12 @@ from swarm.config import Settings
 from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import (
-    MAX_MESSAGE_CHARS,
     address_from_wire,
     address_to_wire,
     check_end_ids,
     decode,
     error_from_wire,
+    one_line,
 )
 from swarm.rebuilds import Rebuild
 from swarm.session import RouteChanged
@@ -45,7 +45,7 @@ def route_to_wire(epoch: int, route: Route, reason: str) -> pb.RouteNews:
 def route_from_wire(news: pb.RouteNews) -> RouteChanged:
     """Raises :class:`BadRequest` or :class:`WrongRange` if the hops are no route."""
     hops = tuple(Hop(address_from_wire(hop.peer), LayerRange(hop.start, hop.end)) for hop in news.hops)
-    reason = news.reason[:MAX_MESSAGE_CHARS]
+    reason = one_line(news.reason)
     return RouteChanged(news.epoch, Route(hops), reason, "opened" if reason == "opened" else "lost")
 
 

@@ -13,9 +13,12 @@ from swarm.delegation import route_from_wire
 from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost
 from swarm.models import ModelProfile
 from swarm.multiaddrs import is_dialable
-from swarm.protocol import MAX_ADDRESSES, address_to_wire, decode, error_from_wire
+from swarm.protocol import MAX_ADDRESSES, address_to_wire, decode, error_from_wire, one_line
 from swarm.transport import INFO, Stream, Transport
 from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Route, Voucher
+
+MAX_FAILURE_CHARS = 200
+"""Of why an address could not be dialled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ async def describe(transport: Transport, peer: PeerAddress, settings: Settings) 
         raise ProtocolError("a description of another model than its profile's")
     layers = LayerRange(d.start, d.end)
     held = d.sessions, d.kv_bytes_used, d.kv_bytes_kept
-    return Description(peer, profile, layers, d.state, d.version, dict(d.files), *held)
+    return Description(peer, profile, layers, one_line(d.state), one_line(d.version), dict(d.files), *held)
 
 
 async def fetch_files(
@@ -164,13 +167,8 @@ async def ask_to_dial_back(transport: Transport, peer: PeerAddress, settings: Se
     if told.dials and (kind.startswith("dns") or any(a.split("/")[1:3] != [kind, *host] for a in addresses)):
         raise ProtocolError("it dialled another host than the one that asked")
     reached = next((dial.multiaddr for dial in told.dials if not dial.error), "")
-    failures = tuple((dial.multiaddr, _one_line(dial.error)) for dial in told.dials if dial.error)
+    failures = tuple((dial.multiaddr, one_line(dial.error, MAX_FAILURE_CHARS)) for dial in told.dials if dial.error)
     return DialledBack(peer.peer_id, told.seen_at, reached, failures)
-
-
-def _one_line(text: str) -> str:
-    """Of a stranger, to be shown on a terminal."""
-    return "".join(c for c in text[:200] if c.isprintable())
 
 
 async def round_trip_s(transport: Transport, peer: PeerAddress, settings: Settings) -> float:

@@ -64,7 +64,12 @@ def error_to_wire(error: SwarmError, peer_id: PeerId | None = None, epoch: int =
 
 
 def error_from_wire(error: pb.Error) -> SwarmError:
-    return from_code(error.code[:MAX_CODE_CHARS], error.message[:MAX_MESSAGE_CHARS])
+    return from_code(one_line(error.code, MAX_CODE_CHARS), one_line(error.message))
+
+
+def one_line(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
+    """What a stranger says, so that it may be shown on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 def check_end_ids(ids: Sized) -> None:

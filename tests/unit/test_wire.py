@@ -197,6 +197,14 @@ def test_what_a_hop_says_of_times_and_reasons_is_cut() -> None:
     )
 
 
+def test_what_a_peer_says_in_words_is_one_line_without_commands_to_a_terminal() -> None:
+    said = "gone\x1b]0;a title\x07\n\x1b[2Jswarm: all is well"
+    told = error_from_wire(pb.Error(code="new\x1b", message=said)).message
+    news = pb.RouteNews(hops=[pb.RouteHop(peer=pb.Address(peer_id="peer"), end=6)], reason=said)
+    assert route_from_wire(news).reason == "gone ]0;a title   [2Jswarm: all is well"
+    assert told == f"new : {route_from_wire(news).reason}"
+
+
 def test_a_session_rounds_where_its_first_route_was_cut() -> None:
     wire = Wire("int8").cut_at([0, 2, 4])
     assert wire.cut_at([0, 3]) is wire, "the first route counts"
