@@ -20,6 +20,8 @@ LEAST_TOP_P = 1e-6
 """OpenAI's API allows 0, which means the same: only the likeliest token."""
 LONG_TEXT_CHARS = 8192
 """Tokenised on another thread, so that nobody else's tokens wait for it."""
+MESSAGE_CHARS = 32
+"""What a template adds to a message, about: many empty ones are a long text, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> 
     _check_choices(n, "n", settings)
     messages = [{"role": _role(m), "content": _content(m, place)} for place, m in enumerate(body.messages)]
     try:
-        if sum(len(m["content"]) for m in messages) > LONG_TEXT_CHARS:
+        if sum(MESSAGE_CHARS + len(m["content"]) for m in messages) > LONG_TEXT_CHARS:
             ids = await asyncio.to_thread(client.chat_prompt, messages)
         else:
             ids = client.chat_prompt(messages)

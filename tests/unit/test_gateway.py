@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import sys
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -308,6 +309,21 @@ async def test_several_prompts_and_several_texts(gateway: Gateway, as_ids: bool)
 async def test_one_prompt_as_token_ids(gateway: Gateway) -> None:
     ids = TOKENIZER.encode("Once upon")
     assert (await gateway.completion(prompt=ids))["choices"][0]["text"] == text_of("Once upon", 8)
+
+
+async def test_a_long_conversation_keeps_nobody_waiting(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short its messages are."""
+    threads: list[threading.Thread] = []
+    works = TextTokenizer.apply_chat_template
+
+    def apply(self: TextTokenizer, *arguments: Any, **options: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return works(self, *arguments, **options)
+
+    monkeypatch.setattr(TextTokenizer, "apply_chat_template", apply)
+    for messages, here in (([*USER], True), ([{"role": "user", "content": ""}] * 500, False)):
+        await gateway.post("/v1/chat/completions", GREEDY | {"messages": messages, "max_tokens": 1})
+        assert (threads.pop() is threading.current_thread()) is here
 
 
 async def test_echo_repeats_the_prompt(gateway: Gateway) -> None:
