@@ -68,9 +68,15 @@ class SwarmCache(Cache):
         self.close()
 
     def close(self) -> None:
-        """Free the stages of all sessions. The tokens stay: used again, the cache computes them again."""
+        """Free the stages of all sessions. The tokens stay: used again, the cache computes them again.
+
+        A session that has ended, with the model at the latest, has none.
+        """
         sessions, self._sessions = self._sessions, []
-        self._client.run(self._end(sessions))
+        self._computed_before += sum(session.computed for session in sessions)
+        left = [session for session in sessions if session.error is None]
+        if left:
+            self._client.run(_close(left))
 
     def reserve(self, capacity: int) -> None:
         """Sessions that are opened from now on have room for so many tokens at least."""
@@ -195,7 +201,9 @@ class SwarmCache(Cache):
             if row not in taken and number not in taken.values():
                 taken[row] = number
         kept = [usable[number] for number in taken.values()]
-        await self._end([session for session in self._sessions if session not in kept])
+        others = [session for session in self._sessions if session not in kept]
+        self._computed_before += sum(session.computed for session in others)
+        await _close(others)
         self._sessions = kept
         matched = []
         for row in range(len(sequences)):
@@ -207,6 +215,6 @@ class SwarmCache(Cache):
                 matched.append(session)
         return matched
 
-    async def _end(self, sessions: Sequence[StepSession]) -> None:
-        self._computed_before += sum(session.computed for session in sessions)
-        await asyncio.gather(*(session.close() for session in sessions))
+
+async def _close(sessions: Sequence[StepSession]) -> None:
+    await asyncio.gather(*(session.close() for session in sessions))

@@ -387,3 +387,11 @@ def test_what_can_not_be_is_refused_in_words(model: SwarmForCausalLM) -> None:
     with pytest.raises(BadRequest, match="batch"):
         model(PROMPT.repeat(2, 1), past_key_values=cache)
     cache.close()
+
+
+def test_a_cache_may_be_closed_after_its_model(local: Any) -> None:
+    with connected(local) as (model, _):
+        with model.new_cache() as cache:
+            model.generate(PROMPT, past_key_values=cache, max_new_tokens=2)
+            model.close()
+        assert cache.positions_computed == PROMPT.shape[1] + 1
