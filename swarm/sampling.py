@@ -77,7 +77,7 @@ class SamplingParams:
         _whole("seed", self.seed, 2**64 - 1)
         _whole("logprobs", self.logprobs, MAX_LOGPROBS)
         for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
-            if value == 0:
+            if np.float32(value) == 0:  # as it would come off the wire
                 raise BadRequest(f"{name} must be above 0; 1 switches it off")
         if len(self.logit_bias) > MAX_BIASES:
             raise BadRequest(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_BIASES}")

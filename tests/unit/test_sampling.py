@@ -31,6 +31,7 @@ def logits_of(seed: int, vocab: int = VOCAB, scale: float = 3.0) -> np.ndarray:
     [
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
         ("top_k", -1), ("top_k", 1.5), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
+        ("top_p", 1e-50), ("repetition_penalty", 1e-50),
         ("min_p", -0.1), ("min_p", math.nan), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("seed", -1), ("seed", 2**64), ("logprobs", 21),
         ("logit_bias", {-1: 1.0}), ("logit_bias", {1: math.nan}), ("logit_bias", {1: 101.0}),
