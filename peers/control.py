@@ -97,7 +97,7 @@ class ControlHandler:
                 if done:
                     return receiving.result()
                 runner = self._table.runners.get(key)
-                if runner is None or runner.to_owner is not tell:
+                if runner is None or runner.owner.stream is not tell:
                     raise Evicted("this stage gave its memory to another session, or was opened again elsewhere")
                 reply = pb.ControlReply(status=self._status(runner))
                 await stream.send(reply.SerializeToString())
@@ -113,9 +113,9 @@ class ControlHandler:
     def _detach(self, key: StageKey | None, tell: Tell, *, clean: bool, prefix: bytes) -> None:
         """The control stream ended. A clean end frees the stage; else it lingers for the owner's return."""
         runner = self._table.runners.get(key) if key is not None else None
-        if key is None or runner is None or runner.to_owner is not tell:
+        if key is None or runner is None or runner.owner.stream is not tell:
             return
-        runner.to_owner = None
+        runner.owner.stream = None
         if clean:
             self._table.free(key, prefix)
         else:
@@ -136,7 +136,7 @@ class ControlHandler:
             if self._table.runners.get(key) is not runner:
                 raise Evicted("this stage is gone")
         self._table.attach(key)
-        runner.to_owner = tell
+        runner.owner.stream = tell
         return key
 
     def _opened(self, runner: StageRunner) -> pb.Opened:

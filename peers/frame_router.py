@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class FrameRouter:
-    """What runners call :class:`peers.runner.Outside`. A frame to a stage of this very peer takes no network."""
+    """What runners call :class:`peers.outside.Outside`. A frame to a stage of this very peer takes no network."""
 
     def __init__(self, transport: Transport, table: StageTable, tasks: asyncio.TaskGroup) -> None:
         self._transport = transport
@@ -113,7 +113,7 @@ class FrameRouter:
             if runner is None:
                 self._refuse(sender, frame, error)
             else:
-                runner.report(error, sender)
+                runner.owner.report(error, sender)
 
     def _to_work(self, stage: Stage, sender: PeerId, frame: pb.Frame) -> Work:
         profile = self._table.executor.profile
@@ -161,7 +161,7 @@ class FrameRouter:
             refusal = message.refusal
             for runner in self._table.of_session(refusal.session):
                 if refusal.epoch == runner.stage.epoch:
-                    runner.report(error_from_wire(refusal.error), peer)
+                    runner.owner.report(error_from_wire(refusal.error), peer)
         else:
             raise ProtocolError("a link is answered with acks and refusals")
 
@@ -169,7 +169,7 @@ class FrameRouter:
         """The owners of all sessions that go on at ``peer`` hear at once that it can't be reached from here."""
         for runner in list(self._table.runners.values()):
             if any(target.peer is not None and target.peer.peer_id == peer for target in runner.stage.targets):
-                runner.report(error, peer)
+                runner.owner.report(error, peer)
 
     async def aclose(self) -> None:
         for stream in list(self._incoming.values()):

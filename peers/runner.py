@@ -9,49 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from peers.executor import Executor, StepReply, StepRequest
 from peers.outgoing import frame_of, output_of
+from peers.outside import Outside
+from peers.owner_line import OwnerLine
 from peers.row_codec import DTYPES, decoded, encoded
 from peers.stage import OpenRequest, Stage, Target, Work
 from peers.step_answers import StepAnswers
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import BadRequest, BadTensor, Internal, StreamLost, SwarmError
-from swarm.protocol import error_to_wire, logprobs_to_wire, rows_to_wire, timing_to_wire, timings_from_wire
-from swarm.types import HopTiming, PeerAddress, PeerId
+from swarm.errors import BadRequest, BadTensor, Internal, SwarmError
+from swarm.protocol import logprobs_to_wire, rows_to_wire, timing_to_wire, timings_from_wire
+from swarm.types import HopTiming, PeerId
 from swarm.wire import encoding_of, row_bytes
 
 logger = logging.getLogger(__name__)
 
 
-class Outside(Protocol):
-    """What a runner may say to the world."""
-
-    @property
-    def local_id(self) -> PeerId: ...
-
-    def try_to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> bool:
-        """Send without waiting. ``False``: nothing was sent, because the link isn't open or is congested."""
-
-    async def reach(self, peer: PeerAddress) -> None:
-        """Open the link to ``peer``, if there is none."""
-
-    async def to_peer(self, peer: PeerAddress, message: pb.LinkMessage) -> None: ...
-
-    def acknowledge(self, sender: PeerId, ack: pb.Ack) -> None: ...
-
-    def link_s(self, peer: PeerId) -> float:
-        """Measured time one way to ``peer``; 0: not measured."""
-
-
 MakeRoom = Callable[["StageRunner", int], bool]
 """Have memory for the stage's positions up to this one. ``False``: there is none; the stage gave way, and is closed."""
-
-ToOwner = Callable[[pb.ControlReply], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -93,8 +72,7 @@ class StageRunner:
         self.executor = executor
         self.outside = outside
         self.settings = settings
-        self.to_owner: ToOwner | None = None
-        """The owner's control stream; ``None`` while the owner is away."""
+        self.owner = OwnerLine(stage, tasks)
         self.last_used = self._now()
         self._tasks = tasks
         self._make_room = make_room
@@ -107,8 +85,6 @@ class StageRunner:
         self._answers = StepAnswers(executor.profile, settings.limits.max_frame_bytes // 2)
         self._round = (0, 0, 0.0)
         """What went round the ring last: position, rows, and when."""
-        self._reporting: set[int] = set()
-        """Epochs of which the owner is being told an error."""
         self._closed = False
 
     @staticmethod
@@ -314,7 +290,7 @@ class StageRunner:
         stage.inbox.clear()
         stage.expected = stage.have
         blamed = job.work.sender if isinstance(error, BadTensor) else None
-        self.report(error, blamed)
+        self.owner.report(error, blamed)
         self._take_next()
 
     def _logit_rows(self, start: int, end: int) -> int:
@@ -362,7 +338,7 @@ class StageRunner:
                     await follower.wake.wait()
                     follower.wake.clear()
         except SwarmError as error:
-            self.report(error, target.peer.peer_id if target.peer else None)
+            self.owner.report(error, target.peer.peer_id if target.peer else None)
 
     async def _send_rows(self, target: Target, chunk: int) -> bool:
         span = self.stage.next_rows(target, chunk)
@@ -371,7 +347,7 @@ class StageRunner:
         if target.peer is None:
             output = output_of(self.stage, target, *span)
             target.cursor = span[1]
-            await self._tell_owner(pb.ControlReply(output=output))
+            await self.owner.tell(pb.ControlReply(output=output))
         else:
             message = self._frame(target, *span)
             self._sent(target, span[1])
@@ -399,40 +375,8 @@ class StageRunner:
             return False
         end = output.start + output.tensor.shape[0]
         output.hops.extend(self.stage.trace.get(end, ()))
-        await self._tell_owner(pb.ControlReply(output=output))
+        await self.owner.tell(pb.ControlReply(output=output))
         return True
-
-    def report(self, error: SwarmError, blamed: PeerId | None) -> None:
-        """Tell the owner, who decides; if the owner is away, its return will show the state.
-
-        The error is one of the epoch in which this is called, whenever it is sent. One of an epoch ends it: while that
-        is on its way to an owner that takes its time, others are passed over.
-        """
-        epoch = self.stage.epoch
-        if epoch not in self._reporting:
-            self._reporting.add(epoch)
-            self._tasks.create_task(self._report(error, blamed, epoch))
-
-    async def tell_status(self, draining: bool) -> None:
-        """A heartbeat out of turn."""
-        try:
-            await self._tell_owner(pb.ControlReply(status=self.status(draining)))
-        except SwarmError as lost:
-            logger.info("session %s: the owner could not be told: %s", self.stage.session[:8], lost)
-
-    async def _report(self, error: SwarmError, blamed: PeerId | None, epoch: int) -> None:
-        logger.info("session %s layers %s: %s", self.stage.session[:8], self.stage.layers, error)
-        try:
-            await self._tell_owner(pb.ControlReply(error=error_to_wire(error, blamed, epoch)))
-        except SwarmError as lost:
-            logger.info("session %s: the owner could not be told: %s", self.stage.session[:8], lost)
-        finally:
-            self._reporting.discard(epoch)
-
-    async def _tell_owner(self, reply: pb.ControlReply) -> None:
-        if self.to_owner is None:
-            raise StreamLost("the owner's control stream is gone")
-        await self.to_owner(reply)
 
     def _acknowledge(self, work: Work) -> None:
         if work.want_ack and work.sender is not None:

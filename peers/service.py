@@ -79,7 +79,7 @@ class PeerService:
         self.state = PeerState.DRAINING
         self.table.prefixes.close()
         for runner in self.table.runners.values():
-            self._tasks.create_task(runner.tell_status(draining=True))
+            self._tasks.create_task(runner.owner.tell_status(runner.status(draining=True)))
 
     def _description(self) -> pb.Description:
         profile, layers = self.executor.profile, self.executor.layers

@@ -19,8 +19,9 @@ from typing import Final
 from peers.checkpoints import CheckpointLog
 from peers.executor import Executor
 from peers.kv_budget import KVBudget
+from peers.outside import Outside
 from peers.prefix_cache import PrefixCache
-from peers.runner import Outside, StageRunner
+from peers.runner import StageRunner
 from peers.stage import OpenRequest, Stage
 from swarm.config import Settings
 from swarm.errors import Busy, Evicted, SwarmError
@@ -198,7 +199,7 @@ class StageTable:
             now = asyncio.get_running_loop().time()
             end = now + self.settings.recovery.wait_s  # its owner waits no longer, either
             self._owed[runner.stage.session] = Debt(min(now + OWED_S, end), end)
-        runner.report(error, None)
+        runner.owner.report(error, None)
         self.free(key)
 
     # ---- memory -----------------------------------------------------------------------------------------

@@ -40,15 +40,25 @@ class Rivals:
 
     async def reach(self) -> list[HopControl]:
         """Hops in order, all of them dialled. Raises :class:`NoRoute`."""
+        won: list[HopControl] = []
         try:
-            return await self._race()
+            won = await self._race()
         finally:
-            losers = list(self._dials.values())
-            for task in losers:
-                task.cancel()
-            for result in await asyncio.gather(*losers, return_exceptions=True):
-                if isinstance(result, HopControl):
-                    result.abort()
+            try:
+                await self._end_losers()
+            except asyncio.CancelledError:
+                for control in won:  # nobody will hear of them
+                    control.abort()
+                raise
+        return won
+
+    async def _end_losers(self) -> None:
+        losers = list(self._dials.values())
+        for task in losers:
+            task.cancel()
+        for result in await asyncio.gather(*losers, return_exceptions=True):
+            if isinstance(result, HopControl):
+                result.abort()
 
     async def _race(self) -> list[HopControl]:
         rival_at = self._add_plan()

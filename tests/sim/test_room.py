@@ -98,7 +98,7 @@ def test_sessions_that_grow_together_all_finish_with_the_tokens_of_a_quiet_run()
 
 def test_that_nobody_gives_way_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def tell_only(self: StageTable, key: StageKey, error: SwarmError) -> None:
-        self.runners[key].report(error, None)
+        self.runners[key].owner.report(error, None)
 
     monkeypatch.setattr(StageTable, "_give_way", tell_only)
     assert caught_within(MUTATION_SEEDS) is not None

@@ -115,7 +115,7 @@ def test_who_names_one_healthy_neighbour_after_another_is_replaced() -> None:
                 liars.append(liar.node.address.peer_id)
             if liar.node.address.peer_id == liars[0]:
                 [runner] = liar.service.table.runners.values()
-                runner.report(Unreachable("a lie"), session.route.hops[2].peer.peer_id)
+                runner.owner.report(Unreachable("a lie"), session.route.hops[2].peer.peer_id)
 
         outcome = await world.generate(PROMPT, 24, lie)
         assert outcome.error is None

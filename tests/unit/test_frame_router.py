@@ -110,17 +110,17 @@ def test_an_owner_who_takes_his_time_is_told_one_error_of_an_epoch() -> None:
             await listening.wait()
             told.append(reply.error)
 
-        runner.to_owner = slow
+        runner.owner.stream = slow
         tasks = len(asyncio.all_tasks())
         for _ in range(100):
-            runner.report(Gap("one"), None)
+            runner.owner.report(Gap("one"), None)
         runner.stage.epoch = 2
         for _ in range(100):
-            runner.report(Gap("two"), None)
+            runner.owner.report(Gap("two"), None)
         assert len(asyncio.all_tasks()) == tasks + 2
         listening.set()
         await asyncio.sleep(0.1)
-        runner.report(Gap("three"), None)
+        runner.owner.report(Gap("three"), None)
         await asyncio.sleep(0.1)
         assert [(error.epoch, error.message) for error in told] == [(1, "one"), (2, "two"), (2, "three")]
         stream.abort()

@@ -9,7 +9,8 @@ from typing import cast
 
 import pytest
 
-from peers.runner import Outside, StageRunner
+from peers.outside import Outside
+from peers.runner import StageRunner
 from peers.stage import OpenRequest, Work
 from peers.stage_table import OWED_S, StageTable
 from swarm.errors import Busy
