@@ -211,9 +211,12 @@ class Chain:
 
     async def _open_and_start(self) -> None:
         """Raises ``HopLost``."""
+        known = len(self.transcript)
         await self.opener.open(self.controls, self.epoch)
         self._commit_what_came()
         if self.transcript.finish_reason is None:
+            if len(self.transcript) > known:
+                await self.opener.tell_last(self.controls, self.epoch)
             self._ring_from = await self.opener.start(self.controls, self.epoch)
             await self._feed(self.controls[0].have)
 

@@ -35,6 +35,14 @@ class Opener:
                 await self._open(controls, index - 1, epoch, control.have)
                 before.came_with = min(before.came_with or 0, before.have)
 
+    async def tell_last(self, controls: Sequence[HopControl], epoch: int) -> None:
+        """Of tokens that were still on their way when the hops were opened. The last stage put them out, but keeps only
+        the one that follows the positions which it was to keep: after a draft, or in a late epoch, there are more, and
+        it would sample them again and wait for the ring to come to where the owner is. Raises ``HopLost``."""
+        last = controls[-1]
+        if len(self._transcript) > last.have + 1:
+            await self._open(controls, len(controls) - 1, epoch, last.have)
+
     async def start(self, controls: Sequence[HopControl], epoch: int) -> int:
         """Tell every hop its targets; returns the position from which outputs go round the ring. Raises ``HopLost``.
 
