@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from swarm.types import LayerRange, PeerId, PeerState, Route
 WAKE_AFTER_TOKENS = 10
 """A frozen peer goes on when this many more tokens have come, or at the end: its late frames must do no harm."""
 SETTLE_S = 40.0
+MOST_AT_ONCE = 8
+"""Tokens of one pass, about: those of a draft come without a gap."""
 """For peers that joined to be seen, and for stages to be freed."""
 
 
@@ -192,8 +195,11 @@ class _Ordeal:
             self._kill(fresh[0], seen, tasks)
 
     def _on_token(self, index: int, tasks: asyncio.TaskGroup) -> None:
+        gaps_s = (after - before for before, after in itertools.pairwise(self._times[-MOST_AT_ONCE:]))
+        gap_s = max(gaps_s, default=0.0)
         while self._pending and self._pending[0].token <= index:
-            self._strike(self._pending.pop(0), tasks)
+            fault = self._pending.pop(0)
+            tasks.create_task(self._later(fault.share * gap_s, fault, tasks))
         for peer, token in list(self._wake.items()):
             if token <= index:
                 del self._wake[peer]

@@ -25,14 +25,14 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One of ``KINDS``, at a position of the route, when this token has arrived."""
+    """One of ``KINDS``, at a position of the route, when this token has arrived and the next is on its way."""
 
     kind: str
     hop: int
     token: int
     """-1 for ``prefill``."""
     share: float = 0.0
-    """``prefill``: when, as a share of the undisturbed time to the first token."""
+    """When, as a share of the time of a pass; ``prefill``: of the undisturbed time to the first."""
 
 
 @dataclass(frozen=True, slots=True)
