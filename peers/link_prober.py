@@ -26,6 +26,8 @@ FOLLOWERS = 6
 """Of those, at most so many that can follow on us, if there are others as well."""
 LOOK_S = 1.0
 """How often the view is searched for newcomers; that costs nothing."""
+AGAIN_S = 5.0
+"""Newcomers are measured a second time after so long: while they started, their machine was busy."""
 AT_ONCE = 4
 NEWS_PAUSE_S = 1.0
 
@@ -59,7 +61,8 @@ class LinkProber:
         self._view = view
         self._own, self._layers, self._num_layers = own, layers, num_layers
         self._settings = settings
-        self._tried: dict[PeerId, float] = {}
+        self._tried: dict[PeerId, list[float]] = {}
+        """When we last began to measure each, twice at most."""
         self._chosen: list[PeerId] = []
 
     async def run(self) -> None:
@@ -76,17 +79,21 @@ class LinkProber:
         self.news.clear()
 
     async def look(self) -> None:
-        """Measure those that are new, or were measured longer than ``discovery.ping_period_s`` ago."""
+        """Measure those that are new, once more soon after, and then every ``discovery.ping_period_s``."""
         peers = worth_measuring(self._own, self._layers, self._num_layers, self._view.announcements())
         self._chosen = [peer.peer_id for peer in peers]
-        self._tried = {peer: at for peer, at in self._tried.items() if peer in self._chosen}
-        period_s, now = self._settings.discovery.ping_period_s, asyncio.get_running_loop().time()
-        due = [peer for peer in peers if now - self._tried.get(peer.peer_id, -period_s) >= period_s]
+        self._tried = {peer: times for peer, times in self._tried.items() if peer in self._chosen}
+        due = [peer for peer in peers if self._is_due(peer.peer_id)]
         for first in range(0, len(due), AT_ONCE):
             await asyncio.gather(*(self._probe(peer) for peer in due[first : first + AT_ONCE]))
 
+    def _is_due(self, peer: PeerId) -> bool:
+        times, period_s = self._tried.get(peer, []), self._settings.discovery.ping_period_s
+        pause_s = min(AGAIN_S, period_s) if len(times) == 1 else period_s
+        return not times or asyncio.get_running_loop().time() - times[-1] >= pause_s
+
     async def _probe(self, peer: PeerAddress) -> None:
-        self._tried[peer.peer_id] = asyncio.get_running_loop().time()
+        self._tried[peer.peer_id] = [*self._tried.get(peer.peer_id, [])[-1:], asyncio.get_running_loop().time()]
         new = peer.peer_id not in self._links.measured
         try:
             await self._links.probe(peer)

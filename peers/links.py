@@ -23,7 +23,7 @@ ReplyHandler = Callable[[PeerId, pb.LinkMessage], None]
 LostHandler = Callable[[PeerId, SwarmError], None]
 
 SAMPLES = 8
-"""Newest round trips that count; their median, because a ping that met a busy process says nothing of the link."""
+"""Newest round trips that count, of this link and of those before to the same peer."""
 PROBE_PINGS = 5
 """The first of a link does not count: it may wait until the remote has accepted the stream."""
 MOST_MEASURED = 256
@@ -42,7 +42,8 @@ class Measured:
     def add(self, round_trip_s: float, at: float) -> None:
         self.at = at
         self.round_trips.append(round_trip_s)
-        self.one_way_s = statistics.median(self.round_trips) / 2
+        # The lower quartile: pings that met a busy process, perhaps all of one probe, say nothing of the link.
+        self.one_way_s = sorted(self.round_trips)[(len(self.round_trips) - 1) // 4] / 2
 
     @property
     def jitter_s(self) -> float:
@@ -199,8 +200,8 @@ class Links:
         if number == 1:
             return
         known = self.measured.pop(peer, None)
-        if known is None or number == 2:
-            known = Measured()  # a new link may go another way
+        if known is None:
+            known = Measured()
         known.add(round_trip_s, now)
         self.measured[peer] = known
         while len(self.measured) > MOST_MEASURED:

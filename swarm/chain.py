@@ -151,12 +151,11 @@ class Chain:
                     if full is not None:
                         raise Busy(f"{full.message}, and nobody had room within {wait_s:.0f} s") from None
                     raise NoRoute(f"{error.message}, and nobody came within {wait_s:.0f} s") from None
+                if not first and pause == 2 * RETRY_FIRST_S:  # a moment ago a spare may just not have been in the view
+                    self._tell_of_wait(full or error, deadline)
                 if full is not None:
                     # Sessions that wait for room hold none: else two might wait for each other.
                     await self.release()
-                if not first and pause == RETRY_FIRST_S:
-                    left_s = max(0.0, deadline - _now())
-                    logger.warning("session %s waits up to %.0f s: %s", self._name, left_s, error)
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, RETRY_MOST_S)
                 self._refused.clear()
@@ -167,6 +166,12 @@ class Chain:
             self.reused = min(control.came_with or 0 for control in self.controls)
         else:
             self._record(reason, keep, survivors)
+
+    def _tell_of_wait(self, problem: SwarmError, deadline: float) -> None:
+        left_s, told = max(0.0, deadline - _now()), problem.message
+        if isinstance(problem, NoRoute):
+            told += f"; a peer started with --layers {max(self._gaps(), key=len)} would help"
+        logger.warning("session %s waits up to %.0f s: %s", self._name, left_s, told)
 
     async def _assemble(self) -> None:
         """Dial new hops wherever layers have none; ``controls`` then cover the model in order. Raises ``NoRoute``."""

@@ -26,9 +26,9 @@ from swarm.types import LayerRange, PeerId, PeerState, Route
 
 WAKE_AFTER_TOKENS = 10
 """A frozen peer goes on when this many more tokens have come, or at the end: its late frames must do no harm."""
-SETTLE_S = 40.0
 MOST_AT_ONCE = 8
 """Tokens of one pass, about: those of a draft come without a gap."""
+SETTLE_S = 40.0
 """For peers that joined to be seen, and for stages to be freed."""
 
 

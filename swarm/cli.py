@@ -14,9 +14,10 @@ def main() -> None:
             sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; the tokenizer refuses it
         try:
             from swarm.commands.app import app  # takes long enough for a Ctrl-C
+
+            app()
         except KeyboardInterrupt:
             sys.exit(130)
-        app()
 
 
 if __name__ == "__main__":

@@ -26,9 +26,12 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def log_to_stderr(level: int, log_format: str) -> None:
-    """``log_format``: ``text`` or ``json``. What was set up before is replaced."""
+STAMPED = "%(asctime)s %(name)s: %(message)s"
+
+
+def log_to_stderr(level: int, log_format: str, text_format: str = STAMPED) -> None:
+    """``log_format``: ``text``, in ``text_format``, or ``json``. What was set up before is replaced."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(name)s: %(message)s")
+    text = logging.Formatter(text_format)
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)

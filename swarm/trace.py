@@ -36,9 +36,13 @@ class Trace:
 
     @property
     def route(self) -> Route:
-        """That of the last token; raises :class:`BadRequest` if its hops are not known."""
-        hops = self.tokens[-1].hops if self.tokens else ()
-        return Route(tuple(Hop(PeerAddress(hop.peer_id), hop.layers) for hop in hops))
+        """The last one; raises :class:`BadRequest` if no token's hops are known."""
+        return Route(tuple(Hop(PeerAddress(hop.peer_id), hop.layers) for hop in self.last_hops))
+
+    @property
+    def last_hops(self) -> tuple[HopTiming, ...]:
+        """Of the newest pass: tokens of a draft come without any."""
+        return next((token.hops for token in reversed(self.tokens) if token.hops), ())
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -104,7 +108,7 @@ class Why:
 def explain(trace: Trace) -> Why:
     """Raises :class:`BadRequest` if the trace has no decoded token with hop times."""
     # Tokens that were guessed right came with the one before them, and have no hop times of their own.
-    route = next((token.hops for token in reversed(trace.tokens) if token.hops), ())
+    route = trace.last_hops
     where = [(hop.peer_id, hop.layers) for hop in route]
     same = [t for t in trace.tokens[1:] if [(h.peer_id, h.layers) for h in t.hops] == where]
     if not where or not same:

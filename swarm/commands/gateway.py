@@ -64,7 +64,7 @@ def gateway(
             as_json,
         )
 
-    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"log_format": log_format})
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"log_format": log_format}, stamped=True)
 
 
 async def _serve(

@@ -59,7 +59,9 @@ class GatewayApi:
         except urllib.error.HTTPError as error:
             raise _refusal(error) from None
         except (OSError, ValueError) as error:
-            raise NoGateway(f"no gateway answers at {self._url} ({error}); 'swarm gateway' starts one") from None
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            why = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
+            raise NoGateway(f"no gateway answers at {self._url} ({why}); 'swarm gateway' starts one") from None
         if not isinstance(answer, dict):
             raise NoGateway(f"what answers at {self._url} is no gateway")
         return answer
@@ -168,7 +170,7 @@ def _table(peers: list[dict[str, Any]]) -> list[str]:
             ":".join(map(str, peer["layers"])) if peer["layers"] else peer["asked"]["layers"],
             peer["peer_id"][-6:] or "-",
             f"{peer['memory_mb']} MB",
-            peer["detail"].splitlines()[0][:80] if peer["detail"] else "",
+            peer["detail"].splitlines()[0][:80] if peer["detail"] not in ("", peer["state"]) else "",
         ]
         for peer in peers
     ]

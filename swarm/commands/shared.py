@@ -42,13 +42,14 @@ def run(
     as_json: bool,
     verbose: bool,
     flags: Mapping[str, object] | None = None,
+    stamped: bool = False,
 ) -> None:
     """Run ``work`` with the settings; a :class:`SwarmError` becomes one line on stderr and its exit code.
 
     ``flags``: of settings that are the command's own, as :func:`swarm.config_loader.load_settings` takes them.
     """
     settings = load(config, {"initial_peers": initial_peers, **(flags or {})}, as_json=as_json).settings
-    log_to_stderr(verbose, settings.log.format)
+    log_to_stderr(verbose, settings.log.format, stamped=stamped)
     with failing_well(as_json):
         run_async(work(settings))
 
@@ -60,8 +61,10 @@ def run_async(work: Coroutine[Any, Any, None]) -> None:
         runner.run(work)
 
 
-def log_to_stderr(verbose: bool, log_format: str = "text") -> None:
-    logs.log_to_stderr(logging.INFO if verbose else logging.WARNING, log_format)
+def log_to_stderr(verbose: bool, log_format: str = "text", *, stamped: bool = False) -> None:
+    """``stamped``: with the time, as it suits what runs for days; else warnings look like what :func:`say` says."""
+    text_format = logs.STAMPED if stamped or verbose else "swarm: %(message)s"
+    logs.log_to_stderr(logging.INFO if verbose else logging.WARNING, log_format, text_format)
 
 
 @contextmanager

@@ -116,8 +116,18 @@ def rendered(status: Status, pen: Pen, width: int, *, coloured: bool = False) ->
         head, [*rows, ["peers", counts_line(coverage.counts, columns), *[""] * 7]], right=right, coloured=coloured
     )
     verdict = paint(coverage.sentence(), "green" if coverage.complete else "red", coloured=coloured)
+    silent = [a.peer.peer_id[-6:] for a, age_s in status.peers if STALE_S < age_s < math.inf]
+    doubt = [f"not heard of for {STALE_S:.0f} s, perhaps gone: {', '.join(silent)}"] if silent else []
     refused = [f"not used: {peer[-6:]}: {reason}" for peer, reason in status.refused.items()]
-    return [f"{profile.model_id}, {profile.num_layers} layers, {profile.dtype}", "", *lines, "", verdict, *refused]
+    return [
+        f"{profile.model_id}, {profile.num_layers} layers, {profile.dtype}",
+        "",
+        *lines,
+        "",
+        verdict,
+        *doubt,
+        *refused,
+    ]
 
 
 def as_event(status: Status) -> dict[str, Any]:

@@ -294,8 +294,9 @@ def _state(running: _Running) -> tuple[str, str, int]:
             return "left", "killed", percent
         if code == 0:
             return "left", "left the swarm", percent
-        said = _latest(child, "error")
-        return "failed", str(said.get("message") or child.tail(1) or f"ended with exit code {code}"), percent
+        said = _latest(child, "error").get("message") or (child.tail(1) if code and code > 0 else "")
+        ended = f"ended by signal {-code}" if code and code < 0 else f"ended with exit code {code}"
+        return "failed", str(said or ended), percent
     match last.get("event"):
         case "draining":
             return "draining", f"hands over {last.get('sessions', 0)} sessions", percent

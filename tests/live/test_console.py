@@ -142,6 +142,27 @@ def test_escape_stops_it_and_a_hostile_prompt_stays_text(page: playwright.Page, 
     assert page.locator("#transcript img, #transcript script").count() == 0
 
 
+def test_new_forgets_an_answer_that_is_under_way_and_a_reload_does_not(page: playwright.Page, gateway: str) -> None:
+    def say(text: str) -> None:
+        page.fill("#max-tokens", "2000")
+        page.fill("#temperature", "0")
+        page.fill("#prompt", text)
+        page.press("#prompt", "Enter")
+        page.locator("#timeline .bar-compute").nth(4).wait_for(state="attached")
+
+    page.goto(gateway)
+    say("Tell me a long story about a bridge.")
+    page.reload()
+    assert len(page.locator("#transcript .answer").inner_text()) > 8
+    say("Tell me a long story about a ship.")
+    page.click("#new")
+    page.locator("#send").wait_for()
+    assert page.locator("#transcript .turn").count() == page.locator("#chain .hop").count() == 0
+    assert page.locator("#empty").is_visible()
+    page.reload()
+    assert page.locator("#transcript .turn").count() == 0
+
+
 def test_a_peer_started_from_the_page_joins_and_is_on_the_map(page: playwright.Page, gateway: str) -> None:
     page.goto(f"{gateway}/peers?layers=10:20")
     before = page.locator(".own-peer").count()
@@ -200,6 +221,8 @@ def test_a_session_that_waits_for_layers_says_so(page: playwright.Page, gateway:
         if peer["layers"] == [10, 20] and peer["state"] == "serving":
             assert page.request.post(f"{gateway}/api/peers/{peer['name']}/kill", headers=token).ok
     page.locator("#chain-empty", has_text="Waiting: nobody serves layers 10:20.").wait_for()
+    assert page.locator("#chain .hop.missing").count() == 1
+    assert page.locator("#chain-empty a").get_attribute("href") == "/peers?layers=10:20"
     page.keyboard.press("Escape")
     page.locator("#transcript .answer .end", has_text="stopped").wait_for()
     assert not page.locator("#chain-empty").is_visible()

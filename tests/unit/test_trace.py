@@ -53,6 +53,12 @@ def test_the_route_of_a_trace_is_that_of_its_last_token() -> None:
     assert [hop.peer.peer_id for hop in trace(500.0, 70.0).route.hops] == [FIRST, SECOND]
 
 
+def test_a_token_of_a_draft_has_no_hops_of_its_own() -> None:
+    known = trace(500.0, 70.0)
+    drafted = Trace("toy@0", 3, (*known.tokens, TracedToken(2, 0.0, ())))
+    assert drafted.route == known.route
+
+
 def test_tokens_of_an_older_route_do_not_count() -> None:
     moved = trace(500.0, 70.0, 70.0)
     old = TracedToken(1, 0.5, hops(10.0)[:1])

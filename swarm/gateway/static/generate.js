@@ -7,6 +7,8 @@ const at = (id) => document.getElementById(id);
 const [transcript, form, prompt, send, stop] = ["transcript", "composer", "prompt", "send", "stop"].map(at);
 const [chain, chainEmpty, numbers, events, eventsEmpty] =
   ["chain", "chain-empty", "numbers", "events", "events-empty"].map(at);
+const empty = at("empty");
+const ABOUT_CHAIN = chainEmpty.textContent;
 const timeline = new Timeline(at("timeline"), at("readout"));
 const MEMORY = "swarm-conversation";
 const QUIET_S = 1; // without a token for so long, the page says so
@@ -40,22 +42,29 @@ async function* sentEvents(response) {
   }
 }
 
+function clearWork(aboutChain) {
+  timeline.clear();
+  events.replaceChildren();
+  chain.replaceChildren();
+  eventsEmpty.hidden = false;
+  chainEmpty.hidden = false;
+  chainEmpty.textContent = aboutChain;
+  numbers.textContent = "";
+}
+
 class Run {
-  constructor(answer) {
+  constructor(answer, chat) {
     this.abort = new AbortController();
     this.answer = answer;
+    this.chat = chat;
+    this.forgotten = false; // somebody has begun anew meanwhile
     this.text = "";
     this.count = 0;
     this.rebuilds = 0;
     this.began = this.lastAt = performance.now();
     this.hops = [];
     this.open = null;
-    timeline.clear();
-    events.replaceChildren();
-    chain.replaceChildren();
-    eventsEmpty.hidden = false;
-    chainEmpty.hidden = false;
-    chainEmpty.textContent = "Looking for a route…";
+    clearWork("Looking for a route…");
     this.ticking = setInterval(() => this.tick(), 200);
   }
 
@@ -176,10 +185,21 @@ class Run {
     chain.classList.toggle("waiting", waiting);
     if (waiting && this.count) numbers.textContent = `no token for ${silent.toFixed(1)} s`;
     else if (waiting) numbers.textContent = `waiting for the first token, ${silent.toFixed(0)} s`;
-    const nobody = document.querySelector(".pill [data-nobody]").dataset.nobody;
-    if (this.hops.length) chainEmpty.hidden = !waiting || !nobody;
-    if (waiting && nobody)
-      chainEmpty.textContent = `Waiting: ${nobody}. The text goes on when a peer with them joins; the page Peers starts one here.`;
+    this.tellMissing(waiting ? document.querySelector(".pill [data-nobody]").dataset.nobody : "");
+  }
+
+  tellMissing(nobody) {
+    const gaps = (nobody.match(/\d+:\d+/g) ?? []).map((gap) => gap.split(":").map(Number));
+    for (const { hop, classList } of chain.children)
+      classList.toggle("missing", gaps.some(([start, end]) => start < hop.layers[1] && hop.layers[0] < end));
+    if (this.hops.length) chainEmpty.hidden = !nobody;
+    const told = nobody && `Waiting: ${nobody}. The text goes on when a peer with them joins. `;
+    if (!nobody || chainEmpty.textContent.startsWith(told)) return;
+    chainEmpty.textContent = told;
+    if (!form.dataset.control) return;
+    const link = add("a", "", "Start one here", chainEmpty);
+    link.href = `/peers?layers=${gaps[0].join(":")}`;
+    link.target = "_blank"; // leaving this page would stop the text
   }
 
   done(event) {
@@ -189,6 +209,7 @@ class Run {
 
   fail(message) {
     this.close("");
+    if (this.forgotten) return;
     if (!this.text) this.answer.remove();
     add("div", "turn problem", message, transcript);
     if (!this.hops.length) chainEmpty.textContent = "No route.";
@@ -196,6 +217,7 @@ class Run {
 
   close(note) {
     clearInterval(this.ticking);
+    if (this.forgotten) return;
     chain.classList.remove("waiting");
     if (this.hops.length) chainEmpty.hidden = true;
     this.answer.classList.remove("live");
@@ -211,7 +233,7 @@ async function start() {
   const text = prompt.value.trim();
   if (!text || running || !form.reportValidity()) return;
   const chat = form.elements.mode.value === "chat";
-  at("empty")?.remove();
+  empty.remove();
   if (!chat) clear();
   messages.push({ role: "user", content: text });
   add("div", chat ? "turn user" : "turn prompt", text, transcript);
@@ -222,20 +244,27 @@ async function start() {
   if (chat) body.messages = messages;
   else body.prompt = text;
   prompt.value = "";
-  running = new Run(answer);
+  const run = (running = new Run(answer, chat));
   busy(true);
   try {
-    await running.follow(body);
+    await run.follow(body);
   } catch (error) {
-    if (error.name === "AbortError") running.close("stopped");
-    else running.fail("The gateway does not answer.");
+    if (error.name === "AbortError") run.close("stopped");
+    else run.fail("The gateway does not answer.");
   }
-  if (chat && running.text) messages.push({ role: "assistant", content: running.text });
-  else if (chat) messages.pop();
-  else messages = [];
-  sessionStorage.setItem(MEMORY, JSON.stringify(messages));
   running = null;
   busy(false);
+  if (run.forgotten) return;
+  if (chat && run.text) messages.push({ role: "assistant", content: run.text });
+  else if (chat) messages.pop();
+  else messages = [];
+  remember();
+}
+
+/** For when this page is loaded again in this tab: what was said, and of an answer under way what there is of it. */
+function remember() {
+  const answer = running?.text ? [{ role: "assistant", content: running.text }] : [];
+  sessionStorage.setItem(MEMORY, JSON.stringify(running && !running.chat ? [] : [...messages, ...answer]));
 }
 
 function busy(is) {
@@ -266,11 +295,17 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort.abort();
 });
 at("new").addEventListener("click", () => {
-  running?.abort.abort();
+  if (running) {
+    running.forgotten = true;
+    running.abort.abort();
+  }
   clear();
+  clearWork(ABOUT_CHAIN);
+  transcript.append(empty);
   prompt.focus();
 });
+addEventListener("pagehide", remember);
 
 messages = JSON.parse(sessionStorage.getItem(MEMORY) ?? "[]");
-if (messages.length) at("empty").remove();
+if (messages.length) empty.remove();
 for (const { role, content } of messages) add("div", role === "user" ? "turn user" : "turn answer", content, transcript);
