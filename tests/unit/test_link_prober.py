@@ -130,9 +130,9 @@ def test_newcomers_are_measured_within_seconds_and_everybody_again_after_the_per
         first = links.measured[PeerId("near")].at
         await asyncio.sleep(AGAIN_S + 3)
         second = links.measured[PeerId("near")].at
-        assert second >= first + AGAIN_S, "once more when it has started"
+        assert second > first + AGAIN_S - 0.1, "once more when it has started"
         await asyncio.sleep(SETTINGS.discovery.ping_period_s)
-        assert links.measured[PeerId("near")].at >= second + SETTINGS.discovery.ping_period_s
+        assert links.measured[PeerId("near")].at > second + SETTINGS.discovery.ping_period_s - 0.1
         network.nodes[PeerId("near")].kill()
         await asyncio.sleep(2 * SETTINGS.discovery.ping_period_s)
         assert prober.reports() == (), "what is old is not told"
