@@ -24,6 +24,7 @@ from swarm.errors import Cancelled, WrongRange
 from swarm.identity import Identity
 from swarm.libp2p import Libp2pTransport
 from swarm.models import ModelProfile, load_profile, resolve, tokenizer_files
+from swarm.multiaddrs import peer_addresses
 from swarm.types import LayerRange, PeerState
 
 
@@ -47,7 +48,8 @@ async def serve(settings: Settings, report: Report) -> None:
             identity = stack.enter_context(Identity.load_or_create(settings.network.identity))
         transport = await stack.enter_async_context(Libp2pTransport(identity, settings, listen=True))
         dht = await stack.enter_async_context(Dht(transport, settings, check_record))
-        joining = asyncio.create_task(dht.connect(settings.network.initial_peers))
+        given = settings.network.initial_peers
+        joining = asyncio.create_task(dht.connect(given))
         view = SwarmView(
             dht,
             profile.model_id,
@@ -87,7 +89,9 @@ async def serve(settings: Settings, report: Report) -> None:
         if not await stopping.unless(loading):
             joining.cancel()
             return _stopped_early(stopping)
-        await joining
+        if not await joining and any(to.peer_id != identity.peer_id for to in peer_addresses(given)):
+            told = "none of the initial peers answered: a swarm of its own until one of them does"
+            report({"event": "warning", "code": "alone", "message": told})
         if settings.peer.layers != "auto":
             await _begin_announcing(peer, stack)
         transport.on_restart(peer.announcer.renew)

@@ -363,3 +363,22 @@ def test_a_peer_that_is_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Pa
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)  # nobody is left in its group
         assert is_gone(process.pid)
+
+
+def test_a_peer_whose_initial_peers_are_all_silent_says_so_and_serves() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nobody = f"/ip4/127.0.0.1/tcp/{port}/p2p/12D3KooWGSHzBE7nQxcTQ3SyQe5J1GwsvDcsgXSxjk1tC6ebSSdM"
+    serve = [*PEER_COMMAND, "serve", "--json", "--layers", "0:1", "--initial-peers", nobody]
+    with started(serve) as process:
+        assert process.stdout is not None
+        seen: list[dict[str, Any]] = []
+        for line in process.stdout:  # ends with the process
+            seen.append(json.loads(line))
+            if seen[-1]["event"] == "ready":
+                process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, stderr
+    assert any(event.get("code") == "alone" for event in seen)
+    assert f"tcp/{port}" in stderr
