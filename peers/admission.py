@@ -11,7 +11,7 @@ from peers.probe import obtain_voucher
 from peers.reachability import Reachability, find_out
 from swarm.dht_time import dht_time
 from swarm.errors import NotAdmitted, SwarmError
-from swarm.types import LayerRange, PeerState, Voucher
+from swarm.types import LayerRange, PeerAddress, PeerState, Voucher
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,25 @@ class Admission:
 
     async def reachability(self) -> Reachability:
         """As a few serving peers see it."""
-        peer = self._peer
-        others = [a.peer for a in peer.view.announcements() if a.state is PeerState.SERVING]
-        others = [other for other in others if other.peer_id != peer.identity.peer_id]
+        others = self._others()
         random.shuffle(others)
-        return await find_out(peer.transport, others, peer.settings)
+        return await find_out(self._peer.transport, others, self._peer.settings)
+
+    def _others(self) -> list[PeerAddress]:
+        serving = (a.peer for a in self._peer.view.announcements() if a.state is PeerState.SERVING)
+        return [other for other in serving if other.peer_id != self._peer.identity.peer_id]
 
     async def tell_reachability(self) -> None:
+        """Again, if nobody was there to tell, as soon as somebody is."""
+        alone = not self._others()
         found = await self.reachability()
+        self._tell(found)
+        if alone and found.dialled is None:
+            while True:
+                await asyncio.sleep(self._peer.settings.discovery.view_period_s)
+                if self._others():
+                    break
+            self._tell(await self.reachability())
+
+    def _tell(self, found: Reachability) -> None:
         self._peer.report({"event": "reachability", "dialled": found.dialled, "message": found.sentence})

@@ -213,6 +213,8 @@ def _sentence(event: dict[str, object]) -> str:
             return f"moves to layers {start}:{end}: {reason}"
         case {"event": "warning", "message": message}:
             return f"warning: {message}"
+        case {"event": "coverage", "message": message}:
+            return str(message)
         case {"event": "reachability", "message": message}:
             return f"this machine {message}"
         case {"event": "staying", "layers": [start, end], "reason": reason}:

@@ -24,7 +24,7 @@ from peers.service import PeerService
 from peers.shard import Shard
 from peers.speed_cache import store_speed
 from swarm.admission import require
-from swarm.coverage import served
+from swarm.coverage import Coverage, served
 from swarm.errors import Busy, SwarmError
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerState, SessionId
 
@@ -119,8 +119,9 @@ class Tenure:
             renewing = asyncio.create_task(self._renew())
             stack.callback(renewing.cancel)
             self._report_ready(plan, weights_bytes, joining.result().verifier)
-            telling = asyncio.create_task(self._admission.tell_reachability())
-            stack.callback(telling.cancel)
+            for news in (self._admission.tell_reachability(), self._tell_coverage()):
+                telling = asyncio.create_task(news)
+                stack.callback(telling.cancel)
             if measuring_s < LONGEST_MEASURING_S:
                 measuring = asyncio.create_task(self._measure_again())
                 stack.callback(measuring.cancel)
@@ -191,10 +192,24 @@ class Tenure:
         _adopt(self._speed, peer, engine)
         await self._announce()
 
+    def _coverage(self) -> Coverage:
+        peer = self._peer
+        others = [a for a in peer.view.announcements() if a.peer.peer_id != peer.identity.peer_id]
+        return served([*others, self.announcement()], peer.profile, peer.view.check)
+
+    async def _tell_coverage(self) -> None:
+        """For ever, whenever layers come to be missing, and when none is missing any more; what is so at first is in
+        the report that we are ready."""
+        complete = self._coverage().complete
+        while True:
+            await asyncio.sleep(self._peer.settings.discovery.view_period_s)
+            coverage = self._coverage()
+            if coverage.complete is not complete:
+                complete = coverage.complete
+                self._peer.report({"event": "coverage", "complete": complete, "message": coverage.sentence()})
+
     def _report_ready(self, plan: MemoryPlan, weights_bytes: int, verifier: str) -> None:
         peer, local = self._peer, self._peer.transport.local
-        others = [a for a in peer.view.announcements() if a.peer.peer_id != local.peer_id]
-        coverage = served([*others, self.announcement()], peer.profile, peer.view.check)
         peer.report(
             {
                 "event": "ready",
@@ -207,7 +222,7 @@ class Tenure:
                 "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                 "memory": plan.in_mb(),
                 "vouched_by": verifier,
-                "coverage": coverage.sentence(),
+                "coverage": self._coverage().sentence(),
             }
         )
 

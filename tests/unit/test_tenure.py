@@ -31,7 +31,7 @@ from swarm.config import PeerSettings, PlacementSettings, Settings
 from swarm.dht_time import dht_time
 from swarm.errors import ModelError
 from swarm.identity import Identity
-from swarm.testing import Faults, SimNetwork, SimTransport
+from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState
 from tests.reference import ModelSource, profile_of
 from tests.sim.world import PROFILE
@@ -66,6 +66,9 @@ class View:
 
     def announcements(self) -> list[Announcement]:
         return self.known
+
+    def check(self, announcement: Announcement) -> str | None:
+        return None
 
 
 @dataclass
@@ -192,6 +195,23 @@ async def test_a_gap_is_closed_whatever_the_others_do() -> None:
     goes, move, _ = await ahead(100, [], urgent=True)
     assert goes
     assert move.loading is not None
+
+
+def test_a_peer_tells_when_layers_come_to_be_missing_and_when_none_is_any_more() -> None:
+    async def main() -> None:
+        told: list[dict[str, object]] = []
+        others = [announced("peer1", LayerRange(0, 2)), announced("peer2", LayerRange(6, 30))]
+        peer = peer_among(list(others), told.append)
+        tenure, view = Announced(peer, OLD, *cast(Any, (None, None, None))), cast(View, peer.view)
+        telling = asyncio.create_task(tenure._tell_coverage())
+        for known in (others, others[:1], others[:1], others):
+            view.known = list(known)
+            await asyncio.sleep(2 * SETTINGS.discovery.view_period_s)
+        telling.cancel()
+        assert [event["complete"] for event in told] == [False, True]
+        assert "nobody serves layers 6:30" in str(told[0]["message"])
+
+    run_virtual(main)
 
 
 async def test_a_load_that_nobody_waits_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
