@@ -16,6 +16,7 @@ from swarm.types import LayerRange
 MODEL = "smollm2-135m"
 RANGES = (LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30))
 PROMPT = "Why is the sky blue? Answer in two sentences."
+TOKENS = "200"
 USAGE = """\
 usage: bin/quickstart [PROMPT...]    answer a prompt, then stop
        bin/quickstart --web [PORT]   a console in the browser; Ctrl-C stops it"""
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         with LocalSwarm(MODEL, RANGES, report=_say) as swarm:
             _say(f"asking: {prompt}")
             joins = [part for address in swarm.initial_peers for part in ("--initial-peers", address)]
-            command = [*PYTHON, "-m", "swarm.cli", "generate", "--chat", *joins, "--", prompt]
+            command = [*PYTHON, "-m", "swarm.cli", "generate", "--chat", "--max-tokens", TOKENS, *joins, "--", prompt]
             code = subprocess.run(command, check=False).returncode
     except SwarmError as error:
         _say(error.message)

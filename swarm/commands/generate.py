@@ -140,9 +140,11 @@ def _show_result(result: Generation, as_json: bool) -> None:
         )
         return
     print()
+    rebuilds = f"{len(result.rebuilds)} rebuild{'' if len(result.rebuilds) == 1 else 's'}"
+    limit = "; cut at the limit of tokens (--max-tokens)" if result.finish_reason == "length" else ""
     say(
         f"{len(result.token_ids)} tokens, first after {timings.ttft_s:.2f} s, "
-        f"{timings.tokens_per_second:.1f} a second, {len(result.rebuilds)} rebuilds"
+        f"{timings.tokens_per_second:.1f} a second, {rebuilds}{limit}"
     )
 
 
