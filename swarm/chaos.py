@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import signal
+import statistics
 from collections.abc import Sequence
 
 import psutil
@@ -26,8 +27,8 @@ from swarm.types import LayerRange, PeerId, PeerState, Route
 
 WAKE_AFTER_TOKENS = 10
 """A frozen peer goes on when this many more tokens have come, or at the end: its late frames must do no harm."""
-MOST_AT_ONCE = 8
-"""Tokens of one pass, about: those of a draft come without a gap."""
+AT_ONCE_S = 0.002
+"""Tokens of a draft come with hardly a gap."""
 SETTLE_S = 40.0
 """For peers that joined to be seen, and for stages to be freed."""
 
@@ -195,11 +196,11 @@ class _Ordeal:
             self._kill(fresh[0], seen, tasks)
 
     def _on_token(self, index: int, tasks: asyncio.TaskGroup) -> None:
-        gaps_s = (after - before for before, after in itertools.pairwise(self._times[-MOST_AT_ONCE:]))
-        gap_s = max(gaps_s, default=0.0)
+        gaps_s = [after - before for before, after in itertools.pairwise(self._times)]
+        pass_s = statistics.median([gap_s for gap_s in gaps_s if gap_s > AT_ONCE_S] or [0.0])
         while self._pending and self._pending[0].token <= index:
             fault = self._pending.pop(0)
-            tasks.create_task(self._later(fault.share * gap_s, fault, tasks))
+            tasks.create_task(self._later(fault.share * pass_s, fault, tasks))
         for peer, token in list(self._wake.items()):
             if token <= index:
                 del self._wake[peer]
