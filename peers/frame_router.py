@@ -29,6 +29,8 @@ class FrameRouter:
         self._table = table
         self._links = Links(transport, tasks, table.settings.timeouts, self._on_reply, self._on_lost)
         self._incoming: dict[PeerId, Stream] = {}
+        """The newest link of each."""
+        self._closed = False
 
     @property
     def local_id(self) -> PeerId:
@@ -74,6 +76,11 @@ class FrameRouter:
     async def handle_link(self, stream: Stream) -> None:
         """Until its owner ends it, or is silent for so long that it should have; the next frame comes on a new one."""
         timeouts, clock = self._table.settings.timeouts, asyncio.get_running_loop().time
+        if self._closed:
+            stream.abort()  # else it would stay here, where no stage is any more, whatever this peer serves next
+            return
+        if (older := self._incoming.get(stream.remote)) is not None:
+            older.abort()
         self._incoming[stream.remote] = stream
         try:
             async with asyncio.timeout(2 * timeouts.link_idle_s) as silence:
@@ -172,6 +179,7 @@ class FrameRouter:
                 runner.owner.report(error, peer)
 
     async def aclose(self) -> None:
+        self._closed = True
         for stream in list(self._incoming.values()):
             stream.abort()  # who sends again opens a new one, to whatever is served here then
         await self._links.aclose()

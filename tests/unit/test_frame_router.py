@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from swarm import protocol_pb2 as pb
 from swarm.errors import Gap, StreamLost
 from swarm.protocol import decode
@@ -70,11 +72,44 @@ def test_a_stranger_who_takes_no_replies_loses_his_link() -> None:
     run_virtual(main)
 
 
+def test_a_link_that_is_opened_while_a_peer_moves_does_not_outlast_that() -> None:
+    """The handlers of the old range stand until the new one has its own. A link that came meanwhile was answered there
+    for ever after, and each frame on it refused."""
+
+    async def main() -> None:
+        world, peer = await alone()
+        peer.life.cancel()
+        await asyncio.gather(peer.life, return_exceptions=True)
+        stranger = SimTransport(world.network.add("other"))
+        link = await stranger.open(peer.node.address, LINK)
+        await link.send(pb.LinkMessage(ping=1).SerializeToString())
+        with pytest.raises(StreamLost):
+            await link.receive()
+
+    run_virtual(main)
+
+
+def test_of_two_links_of_one_peer_the_older_one_ends() -> None:
+    async def main() -> None:
+        world, peer = await alone()
+        other = SimTransport(world.network.add("other"))
+        first, second = [await other.open(peer.node.address, LINK) for _ in range(2)]
+        with pytest.raises(StreamLost):
+            await first.receive()
+        await second.send(pb.LinkMessage(ping=7).SerializeToString())
+        answer = await second.receive()
+        assert answer is not None
+        assert decode(pb.LinkMessage, answer).pong == 7
+
+    run_virtual(main)
+
+
 def test_a_silent_link_is_closed_and_one_that_is_used_stays() -> None:
     async def main() -> None:
         world, peer = await alone()
         idle_s = world.settings.timeouts.link_idle_s
-        silent, used = [await SimTransport(world.owner).open(peer.node.address, LINK) for _ in range(2)]
+        nodes = world.network.add("other"), world.owner
+        silent, used = [await SimTransport(node).open(peer.node.address, LINK) for node in nodes]
         for number in range(1, 11):
             await asyncio.sleep(idle_s)
             await used.send(pb.LinkMessage(ping=number).SerializeToString())
