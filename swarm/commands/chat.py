@@ -61,7 +61,7 @@ def chat(
     flags: dict[str, object] = {"initial_peers": initial_peers, "speculation": speculation, "wire": wire, "kv": kv}
     settings = load(config, flags, as_json=False).settings
     options: dict[str, Any] = {
-        "max_tokens": max_tokens or ANSWER_TOKENS,
+        "max_tokens": ANSWER_TOKENS if max_tokens is None else max_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,

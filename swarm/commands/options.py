@@ -32,7 +32,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell more on std
 
 # ---- what is generated
 
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Tokens to generate at most.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0: all.")]

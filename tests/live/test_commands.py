@@ -139,6 +139,12 @@ def test_chat_puts_the_prompt_through_the_template(thirds: LocalSwarm, client: C
     assert last["token_ids"] == reference.greedy(prompt, 6)
 
 
+def test_no_tokens_at_all_are_no_conversation(thirds: LocalSwarm) -> None:
+    done = run("chat", "--max-tokens", "0", peers=thirds.initial_peers, stdin="Say hi.\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "max_tokens must be a whole number, at least 1" in done.stderr
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_ends_a_peer_that_loads(times: int) -> None:
     with started([*PEER_COMMAND, "serve", "--model", MODEL, "--layers", "0:30"], stdout=None) as process:
