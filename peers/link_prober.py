@@ -61,8 +61,8 @@ class LinkProber:
         self._view = view
         self._own, self._layers, self._num_layers = own, layers, num_layers
         self._settings = settings
-        self._tried: dict[PeerId, list[float]] = {}
-        """When we last began to measure each, twice at most."""
+        self._due_at: dict[PeerId, float] = {}
+        """When each that was measured, or tried in vain, is measured again."""
         self._chosen: list[PeerId] = []
 
     async def run(self) -> None:
@@ -82,18 +82,16 @@ class LinkProber:
         """Measure those that are new, once more soon after, and then every ``discovery.ping_period_s``."""
         peers = worth_measuring(self._own, self._layers, self._num_layers, self._view.announcements())
         self._chosen = [peer.peer_id for peer in peers]
-        self._tried = {peer: times for peer, times in self._tried.items() if peer in self._chosen}
-        due = [peer for peer in peers if self._is_due(peer.peer_id)]
+        self._due_at = {peer: at for peer, at in self._due_at.items() if peer in self._chosen}
+        now = asyncio.get_running_loop().time()
+        due = [peer for peer in peers if self._due_at.get(peer.peer_id, now) <= now]
         for first in range(0, len(due), AT_ONCE):
             await asyncio.gather(*(self._probe(peer) for peer in due[first : first + AT_ONCE]))
 
-    def _is_due(self, peer: PeerId) -> bool:
-        times, period_s = self._tried.get(peer, []), self._settings.discovery.ping_period_s
-        pause_s = min(AGAIN_S, period_s) if len(times) == 1 else period_s
-        return not times or asyncio.get_running_loop().time() - times[-1] >= pause_s
-
     async def _probe(self, peer: PeerAddress) -> None:
-        self._tried[peer.peer_id] = [*self._tried.get(peer.peer_id, [])[-1:], asyncio.get_running_loop().time()]
+        period_s = self._settings.discovery.ping_period_s
+        pause_s = period_s if peer.peer_id in self._due_at else min(AGAIN_S, period_s)
+        self._due_at[peer.peer_id] = asyncio.get_running_loop().time() + pause_s
         new = peer.peer_id not in self._links.measured
         try:
             await self._links.probe(peer)

@@ -196,15 +196,18 @@ class _Ordeal:
             self._kill(fresh[0], seen, tasks)
 
     def _on_token(self, index: int, tasks: asyncio.TaskGroup) -> None:
-        gaps_s = [after - before for before, after in itertools.pairwise(self._times)]
-        pass_s = statistics.median([gap_s for gap_s in gaps_s if gap_s > AT_ONCE_S] or [0.0])
         while self._pending and self._pending[0].token <= index:
             fault = self._pending.pop(0)
-            tasks.create_task(self._later(fault.share * pass_s, fault, tasks))
+            tasks.create_task(self._later(fault.share * self._pass_s(), fault, tasks))
         for peer, token in list(self._wake.items()):
             if token <= index:
                 del self._wake[peer]
                 self._chaos.swarm.resume(peer)
+
+    def _pass_s(self) -> float:
+        """Median time of a pass through all hops, so far."""
+        gaps_s = (after - before for before, after in itertools.pairwise(self._times))
+        return statistics.median([gap_s for gap_s in gaps_s if gap_s > AT_ONCE_S] or [0.0])
 
     async def _later(self, delay_s: float, fault: Fault, tasks: asyncio.TaskGroup) -> None:
         await asyncio.sleep(delay_s)
