@@ -10,7 +10,7 @@ from peers.peer import Peer
 from peers.probe import obtain_voucher
 from peers.reachability import Reachability, find_out
 from swarm.dht_time import dht_time
-from swarm.errors import NotAdmitted, SwarmError
+from swarm.errors import NotAdmitted
 from swarm.types import LayerRange, PeerAddress, PeerState, Voucher
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,7 @@ class Admission:
 
     async def _probed(self) -> Voucher:
         peer = self._peer
-        try:
-            await peer.view.refresh()
-        except SwarmError as error:
-            logger.info("the view could not be refreshed: %s", error)
+        await peer.refresh_view()
         known = peer.view.announcements()
         return await obtain_voucher(peer.transport, known, peer.profile, self._layers, peer.identity, peer.settings)
 

@@ -289,10 +289,7 @@ class Tenure:
         if move.urgent:
             return True
         await self._announce()
-        try:
-            await peer.view.refresh()
-        except SwarmError as error:
-            logger.info("the view could not be refreshed: %s", error)
+        await peer.refresh_view()
         own = self.announcement()
         if may_drop(peer.view.announcements(), own.peer.peer_id, own.layers, move.layers):
             return True
