@@ -16,9 +16,12 @@ class Accusations:
     def __init__(self) -> None:
         self._believed: dict[PeerId, PeerId] = {}
 
-    def guilty(self, accuser: PeerId, accused: PeerId, *, heard: bool) -> PeerId:
-        """``heard``: the owner hears the accused well; one that it doesn't hear is lost, whoever says so."""
+    def believed(self, accuser: PeerId, accused: PeerId, *, heard: bool) -> bool:
+        """Whether the accused is to be replaced, not the accuser.
+
+        ``heard``: the owner hears the accused well; one that it doesn't hear is lost, whoever says so.
+        """
         if not heard or self._believed.setdefault(accuser, accused) == accused:
-            return accused
+            return True
         del self._believed[accuser]
-        return accuser
+        return False

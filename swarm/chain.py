@@ -282,8 +282,8 @@ class Chain:
         if accuser is None:
             return accused
         heard = accused.is_heard(self.settings.timeouts)
-        guilty = self._accusations.guilty(accuser.hop.peer.peer_id, accused.hop.peer.peer_id, heard=heard)
-        return accused if guilty == accused.hop.peer.peer_id else accuser
+        believed = self._accusations.believed(accuser.hop.peer.peer_id, accused.hop.peer.peer_id, heard=heard)
+        return accused if believed else accuser
 
     def praise(self) -> None:
         for control in self.controls:

@@ -13,12 +13,13 @@ import os
 import signal
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import psutil
 
 from swarm.client import AsyncClient, AsyncStream, Generation
 from swarm.errors import DeadlineExceeded, SwarmError
-from swarm.faults import Fault, Observation, Trial, judge
+from swarm.faults import AT_ONCE_S, Fault, Observation, Trial, judge, last_pass
 from swarm.info import describe
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.multiaddrs import peer_addresses
@@ -27,8 +28,6 @@ from swarm.types import LayerRange, PeerId, PeerState, Route
 
 WAKE_AFTER_TOKENS = 10
 """A frozen peer goes on when this many more tokens have come, or at the end: its late frames must do no harm."""
-AT_ONCE_S = 0.002
-"""Tokens of a draft come with hardly a gap."""
 SETTLE_S = 40.0
 """For peers that joined to be seen, and for stages to be freed."""
 
@@ -43,24 +42,24 @@ class Chaos:
         self.swarm = swarm
         self._client = client
         self._requests = requests
-        self._expected: dict[bool, tuple[list[int], float]] = {}
-        """Tokens and time to the first one of the undisturbed run, for greedy and for sampled."""
+        self._expected: dict[bool, _Undisturbed] = {}
+        """For greedy and for sampled."""
         self._complement = [peer.layers for peer in swarm.peers]
 
     async def undisturbed(self) -> Generation:
         """Run both requests; the first run also warms everything up. Returns the greedy one."""
         await self._generate(False)
         for sampled in (True, False):
-            generation = await self._generate(sampled)
-            self._expected[sampled] = (generation.token_ids, generation.timings.ttft_s)
+            generation, times = await self._generate(sampled)
+            self._expected[sampled] = _Undisturbed(generation.token_ids, generation.timings.ttft_s, last_pass(times))
         return generation
 
-    async def _generate(self, sampled: bool) -> Generation:
+    async def _generate(self, sampled: bool) -> tuple[Generation, list[float]]:
+        """With the times of its tokens."""
         stream = AsyncStream(self._client, self._requests[sampled], ())
-        async for _ in stream:
-            pass
+        times = [_now() async for event in stream if not isinstance(event, RouteChanged)]
         assert stream.result is not None  # it is set when the iteration ends without an error
-        return stream.result
+        return stream.result, times
 
     async def run(self, number: int, trial: Trial) -> list[Observation]:
         """One observation for each fault. Raises only when the swarm itself can't be mended afterwards."""
@@ -76,7 +75,7 @@ class Chaos:
             if restarting is not None:
                 restarting.cancel()
                 await asyncio.gather(restarting, return_exceptions=True)
-        ordeal.judge(*self._expected[trial.sampled])
+        ordeal.judge()
         return ordeal.observations
 
     async def _restart_dead(self) -> None:
@@ -142,6 +141,15 @@ class Chaos:
         return self._client.transport.daemon_pid
 
 
+@dataclass(frozen=True, slots=True)
+class _Undisturbed:
+    """A run without faults."""
+
+    token_ids: list[int]
+    ttft_s: float
+    last_pass: int
+
+
 class _Ordeal:
     """One trial under way."""
 
@@ -150,7 +158,10 @@ class _Ordeal:
         self._chaos = chaos
         self._number = number
         self._trial = trial
-        self._pending = list(trial.faults)
+        self._expected = chaos._expected[trial.sampled]
+        # A draft's tokens come at once: after the last one of them nothing is on its way that could be struck.
+        last = self._expected.last_pass
+        self._pending = [replace(fault, token=min(fault.token, last)) for fault in trial.faults]
         self._route: Route | None = None
         self._times: list[float] = []
         self._tokens: list[int] = []
@@ -184,7 +195,7 @@ class _Ordeal:
         if before is None:
             for fault in [fault for fault in self._pending if fault.kind == "prefill"]:
                 self._pending.remove(fault)
-                delay = fault.share * self._chaos._expected[self._trial.sampled][1]
+                delay = fault.share * self._expected.ttft_s
                 tasks.create_task(self._later(delay, fault, tasks))
             return
         if self.observations:
@@ -257,15 +268,15 @@ class _Ordeal:
         except SwarmError as error:
             seen.note = error.message
 
-    def judge(self, expected: list[int], ttft_s: float) -> None:
+    def judge(self) -> None:
         error = self._error or (f"{self._pending[0].kind} did not happen" if self._pending else "")
         judge(
             self.observations,
             self._tokens,
             self._times,
-            expected,
+            self._expected.token_ids,
             began=self._began,
-            ttft_s=ttft_s,
+            ttft_s=self._expected.ttft_s,
             error=error,
         )
         for seen, replayed in zip(self._rebuilds, self._replayed, strict=False):

@@ -23,6 +23,10 @@ KINDS = {
 }
 
 
+AT_ONCE_S = 0.002
+"""Tokens of a draft come with hardly a gap."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One of ``KINDS``, at a position of the route, when this token has arrived and the next is on its way."""
@@ -83,6 +87,12 @@ def plan_trials(
 
 def _fault(kind: str, token: int, hops: int, draw: random.Random) -> Fault:
     return Fault(kind, draw.randrange(hops), -1 if kind == "prefill" else token, draw.uniform(0.1, 0.9))
+
+
+def last_pass(times: Sequence[float]) -> int:
+    """The newest token after which others take another pass; ``times``: when they came."""
+    passes = (index for index, (a, b) in enumerate(itertools.pairwise(times)) if b - a > AT_ONCE_S)
+    return max(passes, default=0)
 
 
 def judge(

@@ -143,7 +143,7 @@ def _until(api: GatewayApi, peer: dict[str, Any], states: tuple[str, ...], *, as
     said = ""
     while peer["state"] not in states:
         if peer["state"] in ("failed", "left"):
-            raise SwarmError(f"peer {peer['name']}: {peer['detail']}")
+            raise from_code(peer["code"] or SwarmError.code, f"peer {peer['name']}: {peer['detail']}")
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"peer {peer['name']} is {peer['state']} after {READY_S:g} s")
         now = f"{peer['state']}, {peer['percent']}%" if peer["state"] == "loading" else peer["state"]

@@ -77,6 +77,8 @@ class OwnPeer:
     """starting, loading, serving, draining, left or failed"""
     detail: str
     """One sentence for a person."""
+    code: str
+    """Of the error with which it failed, or empty."""
     percent: int
     """Of the layers' weights, while it loads."""
     pid: int
@@ -100,6 +102,7 @@ class OwnPeer:
             "name": self.name,
             "state": self.state,
             "detail": self.detail,
+            "code": self.code,
             "percent": self.percent,
             "pid": self.pid,
             "peer_id": self.peer_id,
@@ -261,6 +264,7 @@ class LocalPeers:
             spec=running.spec,
             state=state,
             detail=detail,
+            code=str(_latest(child, "error").get("code", "")) if state == "failed" else "",
             percent=percent,
             pid=child.pid,
             peer_id=str(said.get("peer_id", "")),

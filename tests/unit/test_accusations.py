@@ -11,7 +11,7 @@ A, B, C, D = map(PeerId, "ABCD")
 
 
 @pytest.mark.parametrize(
-    ("said", "guilty"),
+    ("said", "replaced"),
     [
         ([(A, B, True)], [B]),
         ([(A, B, True), (A, B, True)], [B, B]),  # it came back, and still can't be reached
@@ -22,6 +22,7 @@ A, B, C, D = map(PeerId, "ABCD")
         ([(A, B, True), (C, D, True), (C, A, True)], [B, D, C]),
     ],
 )
-def test_a_hop_is_believed_once(said: list[tuple[PeerId, PeerId, bool]], guilty: list[PeerId]) -> None:
+def test_a_hop_is_believed_once(said: list[tuple[PeerId, PeerId, bool]], replaced: list[PeerId]) -> None:
     accusations = Accusations()
-    assert [accusations.guilty(accuser, accused, heard=heard) for accuser, accused, heard in said] == guilty
+    verdicts = [accusations.believed(accuser, accused, heard=heard) for accuser, accused, heard in said]
+    assert [said[i][1] if believed else said[i][0] for i, believed in enumerate(verdicts)] == replaced

@@ -43,6 +43,9 @@ say(event="loading", layers=[0, 10], percent=50)
 print("it loads", file=sys.stderr, flush=True)
 time.sleep(0.05)
 arguments = " ".join(sys.argv[1:])
+if "--layers 40:50" in arguments:
+    say(event="error", code="config", message="layers 40:50 are none of this model, which has 30")
+    sys.exit(2)
 say(event="ready", peer_id="12D3KooWfake", addresses=["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWfake"], model="m@1",
     layers=[0, 10], arguments=arguments)
 if "--threads 7" in arguments:
@@ -475,6 +478,9 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             code, out, _ = await swarm_peers("list")
             assert out.splitlines()[1].split()[:4] == ["p1", "serving", "0:10", "KooWfake"[-6:]]
             assert (await swarm_peers("start", "--layers", "9"))[0] == 2
+            code, _, err = await swarm_peers("start", "--layers", "40:50")  # of a model that the peer alone has read
+            assert code == 2
+            assert "layers 40:50 are none of this model" in err
             assert (await swarm_peers("stop", "p7"))[0] == 2
             assert (await swarm_peers("list", key="wrong"))[0] == 2
             code, out, _ = await swarm_peers("stop", "p1", "--json")

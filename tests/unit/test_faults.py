@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swarm.errors import BadRequest
-from swarm.faults import KINDS, Observation, judge, medians, plan_trials
+from swarm.faults import KINDS, Observation, judge, last_pass, medians, plan_trials
 
 
 def test_a_schedule_repeats_with_its_seed_and_changes_with_it() -> None:
@@ -74,3 +74,16 @@ def test_no_token_at_all_is_no_stall() -> None:
     judge(seen, [], [], [1, 2], began=0.0, ttft_s=0.2, error="unreachable: gone")
     assert seen[0].stall_s is None
     assert not medians(seen)
+
+
+@pytest.mark.parametrize(
+    ("times", "last"),
+    [
+        ([], 0),
+        ([1.0], 0),
+        ([1.0, 1.1, 1.2, 1.3], 2),
+        ([1.0, 1.1, 1.1001, 1.2, 1.2001, 1.2002], 2),  # a draft's tokens come at once
+    ],
+)
+def test_the_last_fault_strikes_while_tokens_are_still_on_their_way(times: list[float], last: int) -> None:
+    assert last_pass(times) == last
