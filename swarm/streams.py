@@ -101,7 +101,7 @@ class FramedStream:
             raise ProtocolError(f"frame of {size} bytes exceeds limits.max_frame_bytes ({self._max_frame_bytes})")
         transport = self._transport
         if self._failure is not None or transport.is_closing():
-            raise self._broken("connection closed")
+            raise self._broken("is closed")
         self._write(frame)
         if self._unsent_bytes > HIGH_WATER_BYTES:
             self._flush()
@@ -157,15 +157,15 @@ class FramedStream:
         except TimeoutError:
             raise self._lost(f"stalled for {self._send_s:g} s in the middle of a frame") from None
         except asyncio.IncompleteReadError:
-            raise self._lost("stream ended without its end frame") from None
+            raise self._lost("ended without its end frame") from None
         except OSError as error:
-            raise self._lost(str(error) or type(error).__name__) from None
+            raise self._lost(f"failed: {str(error) or type(error).__name__}") from None
 
     async def close(self) -> None:
         if self._failure is not None:
             return
         self._flush()
-        self._fail("closed here", drop=False)
+        self._fail("was closed here", drop=False)
         transport = self._transport
         try:
             if transport.is_closing():
@@ -180,7 +180,7 @@ class FramedStream:
             transport.abort()
 
     def abort(self) -> None:
-        self._fail("aborted here")
+        self._fail("was aborted here")
 
     async def _payload(self) -> bytes:
         need, reader = self._need, self._reader
@@ -217,11 +217,11 @@ class FramedStream:
                 if self._transport.get_write_buffer_size() >= before:
                     raise self._lost(f"took nothing for {self._send_s:g} s") from None
             except OSError as error:
-                raise self._broken(str(error) or type(error).__name__) from None
+                raise self._broken(f"failed: {str(error) or type(error).__name__}") from None
 
     def _broken(self, reason: str) -> StreamLost:
         """Sending is over; what the remote sent before can still be received."""
-        return StreamLost(f"stream to peer {self._remote[-6:]} is lost: {self._failure or reason}")
+        return StreamLost(f"the stream to {self._remote[-6:]} {self._failure or reason}")
 
     def _lost(self, reason: str) -> StreamLost:
         self._fail(reason)

@@ -157,7 +157,7 @@ class ToldGenerations:
             if index == self.lost_at:
                 await asyncio.sleep(10 * self.token_s)
                 route = _route("ADC")
-                yield RouteChanged(2, route, "lost BBBBBB [10:20]: stream ended without its end frame")
+                yield RouteChanged(2, route, "lost BBBBBB [10:20]: the stream to BBBBBB ended without its end frame")
             wave = 1 + 0.2 * ((index * 7919) % 10) / 10
             hops = tuple(
                 HopTiming(hop.peer.peer_id, hop.layers, 0.002 * wave, 0.018 * wave, 1, 0.0011) for hop in route.hops
