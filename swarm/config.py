@@ -205,6 +205,8 @@ class GatewaySettings:
     """Of one text, for a client that reads slowly; then its generation waits ..."""
     slow_reader_s: float = 30.0
     """... and ends after this, as does an answer of which nothing is taken for so long."""
+    keep_alive_s: float = 10.0
+    """A stream in which nothing is sent for so long gets a comment, lest a proxy on the way take it for dead."""
     watch_events: int = 1024
     """How far a page of the console may be behind before it misses events."""
     kept_traces: int = 64

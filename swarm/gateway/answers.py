@@ -20,6 +20,10 @@ CLIENT_GONE = 499
 """nginx's status for a client that closed its connection; it is not read by anybody."""
 
 
+STILL_HERE = ": still here\n\n"
+"""A comment among server-sent events: no client reads it, and proxies see that the answer goes on."""
+
+
 class ClientGone(Cancelled):
     """The client went away before it got an answer."""
 
@@ -53,8 +57,9 @@ async def _end(*tasks: asyncio.Task[Any]) -> None:
 class EventStream(Response):
     """Server-sent events. The first chunk is there before the status is sent, so an error until then has its own.
 
-    ``chunks`` is closed when the client goes away, or takes nothing for ``patience_s``. An error in the middle becomes
-    the last event; a client can tell it from the end, which is ``[DONE]``.
+    None among ``chunks`` becomes a comment. ``chunks`` is closed when the client goes away, or takes nothing for
+    ``patience_s``. An error in the middle becomes the last event; a client can tell it from the end, which is
+    ``[DONE]``.
     """
 
     media_type = "text/event-stream"
@@ -62,7 +67,7 @@ class EventStream(Response):
     def __init__(
         self,
         first: dict[str, Any],
-        chunks: AsyncGenerator[dict[str, Any], None],
+        chunks: AsyncGenerator[dict[str, Any] | None, None],
         patience_s: float,
         headers: dict[str, str],
     ) -> None:
@@ -87,8 +92,11 @@ class EventStream(Response):
             async with asyncio.timeout(self._patience_s):
                 await send(message)
 
+        async def part(body: bytes) -> None:
+            await write({"type": "http.response.body", "body": body, "more_body": True})
+
         async def event(data: bytes) -> None:
-            await write({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+            await part(b"data: " + data + b"\n\n")
 
         # A reader that is too slow is left alone with its half answer: the connection is closed without an end.
         with contextlib.suppress(TimeoutError):
@@ -97,7 +105,7 @@ class EventStream(Response):
                 try:
                     await event(as_json(self._first))
                     async for chunk in self._chunks:
-                        await event(as_json(chunk))
+                        await (part(STILL_HERE.encode()) if chunk is None else event(as_json(chunk)))
                     await event(b"[DONE]")
                 except SwarmError as error:
                     await event(as_json(error_body(error)))
@@ -105,12 +113,14 @@ class EventStream(Response):
 
 
 async def streamed(
-    request: Request, chunks: AsyncGenerator[dict[str, Any], None], patience_s: float, headers: dict[str, str]
+    request: Request, chunks: AsyncGenerator[dict[str, Any] | None, None], patience_s: float, headers: dict[str, str]
 ) -> EventStream:
     """Wait for the first chunk; what is raised until then is raised here."""
 
     async def begin() -> dict[str, Any]:
-        return await anext(chunks)
+        while (chunk := await anext(chunks)) is None:
+            pass
+        return chunk
 
     try:
         first = await while_connected(request, begin())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -45,12 +46,16 @@ class Buffer(Generic[T]):
         self._error = self._error or error
         self._filled.set()
 
-    async def get(self) -> T:
-        """The next item, or raises what :meth:`fail` was given."""
-        while not self._items and self._error is None:
-            self._filled.clear()
-            await self._filled.wait()
+    async def get(self, within_s: float) -> T | None:
+        """The next item, None if none comes ``within_s``, or raises what :meth:`fail` was given."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while not self._items and self._error is None:
+                    self._filled.clear()
+                    await self._filled.wait()
         if self._error is not None:
             raise self._error
+        if not self._items:
+            return None
         self._room.set()
         return self._items.popleft()

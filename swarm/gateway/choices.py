@@ -40,8 +40,10 @@ class Text:
         return sum(known) / len(known) if known else 0.0
 
 
-async def pieces(live: Sequence[LiveGeneration], settings: GatewaySettings) -> AsyncGenerator[Piece, None]:
-    """Each text's pieces in order, texts mixed. Raises what the first one that fails raises; the others end with it.
+async def pieces(live: Sequence[LiveGeneration], settings: GatewaySettings) -> AsyncGenerator[Piece | None, None]:
+    """Each text's pieces in order, texts mixed; None whenever there was none for ``gateway.keep_alive_s``.
+
+    Raises what the first one that fails raises; the others end with it.
 
     Closing it frees the stages of all. The first piece of each text says that it has a route.
     """
@@ -50,8 +52,8 @@ async def pieces(live: Sequence[LiveGeneration], settings: GatewaySettings) -> A
     ended = 0
     try:
         while ended < len(live):
-            piece = await buffer.get()
-            ended += piece.finish_reason is not None
+            piece = await buffer.get(settings.keep_alive_s)
+            ended += piece is not None and piece.finish_reason is not None
             yield piece
     finally:
         for task in tasks:
@@ -82,6 +84,8 @@ async def collected(live: Sequence[LiveGeneration], settings: GatewaySettings) -
     texts = [Text() for _ in live]
     async with contextlib.aclosing(pieces(live, settings)) as coming:
         async for piece in coming:
+            if piece is None:
+                continue
             if piece.token is not None:
                 texts[piece.index].tokens.append(piece.token)
             if piece.finish_reason is not None:

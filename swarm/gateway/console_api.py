@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from swarm.commands.status import as_event
 from swarm.errors import BadRequest, SwarmError
+from swarm.gateway.answers import STILL_HERE
 from swarm.gateway.buffer import Buffer
 from swarm.gateway.console_events import Story, began_message, end_message, error_message
 from swarm.gateway.console_guard import check_change, check_control, why_no_control
@@ -161,8 +162,8 @@ async def _generation(state: GatewayState, request: GenerationRequest) -> AsyncI
     buffer: Buffer[str] = Buffer(settings.max_buffered_tokens, settings.slow_reader_s)
     telling = asyncio.create_task(_tell(state, request, buffer))
     try:
-        while message := await buffer.get():
-            yield message
+        while (message := await buffer.get(settings.keep_alive_s)) != "":
+            yield STILL_HERE if message is None else message
     except SwarmError as error:
         yield error_message(error.code, error.message)
     finally:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from swarm.commands.status import Status, status_of
 from swarm.errors import SwarmError
+from swarm.gateway.answers import STILL_HERE
 from swarm.gateway.console_events import sse
 from swarm.gateway.console_map import SwarmMap, swarm_map
 from swarm.gateway.state import GatewayState
@@ -24,7 +25,6 @@ REFRESH_S = 2.0
 """The swarm view is read from the DHT at most this often for all watchers together."""
 TICK_S = 0.5
 """How often a page is brought up to date."""
-KEEP_ALIVE_S = 15.0
 MAX_JOIN_ADDRESSES = 4
 
 
@@ -112,9 +112,9 @@ class Live:
                     sent[name] = html
                     silent_s = 0.0
                     yield sse(name, html)
-            if silent_s >= KEEP_ALIVE_S:
+            if silent_s >= self._state.settings.gateway.keep_alive_s:
                 silent_s = 0.0
-                yield ": still here\n\n"
+                yield STILL_HERE
             await asyncio.sleep(TICK_S)
             silent_s += TICK_S
 

@@ -87,7 +87,8 @@ async def _texts(state: GatewayState, asked: Asked, source: Source) -> list[Text
 
 async def _chunks(
     state: GatewayState, asked: Asked, form: Format, *, with_usage: bool
-) -> AsyncGenerator[dict[str, Any], None]:
+) -> AsyncGenerator[dict[str, Any] | None, None]:
+    """None: nothing has come for a while, but it goes on."""
     tokens = 0
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     if not asked.requests:
@@ -102,6 +103,9 @@ async def _chunks(
             ]
             async with contextlib.aclosing(pieces(live, state.settings.gateway)) as coming:
                 async for piece in coming:
+                    if piece is None:
+                        yield None
+                        continue
                     if piece.token is not None:
                         tokens += 1
                         made = form.token(piece.index, piece.token)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,17 @@ async def test_a_generation_is_told_with_its_hops_and_its_rebuild() -> None:
     assert told[-1]["finish_reason"] == "length"
     assert "".join(m["text"] for m in told if m["event"] == "token") == "The sky looks blue "
     assert generations.running == 0
+
+
+async def test_a_generation_that_waits_sends_comments() -> None:
+    state = told_state()
+    quick = replace(state.settings.gateway, keep_alive_s=0.01)
+    state = replace(state, settings=replace(state.settings, gateway=quick))
+    state.generations.token_s = 0.05  # type: ignore[attr-defined]
+    async with browser(state) as client:
+        answer = await client.post("/api/generate", headers=token_of(state), json={"prompt": "Why?", "max_tokens": 2})
+    assert ": still here\n\n" in answer.text
+    assert [message["event"] for message in messages(answer.text)] == ["began", "route", "token", "token", "done"]
 
 
 async def test_missing_layers_are_told_in_the_stream() -> None:

@@ -929,6 +929,26 @@ async def test_a_reader_that_never_reads_is_given_up(make: Make) -> None:
     assert not never.taken
 
 
+async def test_a_stream_that_waits_sends_comments(make: Make) -> None:
+    gateway = make(keep_alive_s=0.02)
+    gateway.script.hold = asyncio.Event()
+    wire = Wire(gateway, GREEDY | {"prompt": "Once", "stream": True})
+    await until(lambda: wire.taken[-2:] == [b": still here\n\n"] * 2)
+    gateway.script.hold.set()
+    await wire.task
+    said = b"".join(wire.taken).decode().replace(": still here\n\n", "").removesuffix("data: [DONE]\n\n")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in said.split("\n\n") if event]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of("Once", 8)
+
+
+async def test_openais_client_passes_over_comments(make: Make) -> None:
+    gateway = make(keep_alive_s=0.001)
+    gateway.script.token_s = 0.02
+    async with on_a_socket(gateway) as url, openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0) as client:
+        stream = await client.completions.create(model=MODEL, prompt="Once", max_tokens=8, temperature=0, stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == text_of("Once", 8)
+
+
 async def test_answers_end_with_an_error_when_the_gateway_ends(gateway: Gateway) -> None:
     gateway.script.token_s = 0.01
     body = GREEDY | {"prompt": "Once", "max_tokens": 4000}
