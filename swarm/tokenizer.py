@@ -101,7 +101,8 @@ class TextTokenizer:
         except UnicodeEncodeError as error:
             lone = f"U+{ord(text[error.start]):04X}"
             raise BadRequest(f"the text is not valid Unicode, or did not come as UTF-8: it has a lone {lone}") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # of a batch: encode() of one text holds the interpreter's lock, and all other threads, until it is done
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for; its bytes may be a part of a character."""

@@ -7,6 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -318,6 +320,17 @@ def test_text_that_is_not_unicode_is_refused(tokenizer: TextTokenizer) -> None:
         tokenizer.encode("bad \udcff\udcfe bytes")
     with pytest.raises(BadRequest, match="not valid Unicode"):
         tokenizer.apply_chat_template([{"role": "user", "content": "\ud800"}])
+
+
+def test_a_long_text_holds_no_other_thread_up(tokenizer: TextTokenizer) -> None:
+    """Long ones are encoded on a thread of their own for that."""
+    thread = threading.Thread(target=tokenizer.encode, args=("x y " * 100_000,))
+    turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
 
 
 def test_the_chat_template_equals_transformers(tokenizer: TextTokenizer, theirs: Any) -> None:
