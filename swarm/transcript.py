@@ -21,6 +21,9 @@ from swarm.wire import AS_IT_IS, Wire
 
 FinishReason = Literal["stop", "length"]
 
+MAX_TOKENS = 2**32 - 1
+"""As many as a session may ask for: what a delegation's field holds. A text ends at the model's limit long before."""
+
 
 class Tokens(Protocol):
     """What a chain needs to know of its session's tokens: those of a generation, or the inputs of step mode."""
@@ -97,6 +100,8 @@ class GenerationRequest:
             raise BadRequest("the prompt is empty")
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise BadRequest(f"max_tokens must be a whole number, at least 1, not {self.max_tokens!r}")
+        if self.max_tokens > MAX_TOKENS:
+            raise BadRequest(f"max_tokens must be at most {MAX_TOKENS}")
         if len(self.generated) >= self.max_tokens:
             raise BadRequest(f"all {self.max_tokens} tokens were generated already")
 

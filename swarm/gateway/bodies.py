@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from swarm.sampling import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION_PENALTY
+from swarm.transcript import MAX_TOKENS
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 1024
@@ -76,7 +77,7 @@ class CompletionBody(GenerationBody):
     best_of: Count = None
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] = None
-    max_tokens: Annotated[int | None, Field(ge=0)] = None
+    max_tokens: Annotated[int | None, Field(ge=0, le=MAX_TOKENS)] = None
     prompt: str | TokenIds | Annotated[list[str], Some] | Annotated[list[TokenIds], Some]
     suffix: str | None = None
 
@@ -100,8 +101,8 @@ class ResponseFormat(Body):
 class ChatBody(GenerationBody):
     functions: list[Any] | None = None
     logprobs: bool | None = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS)] = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS)] = None
     messages: Annotated[list[Message], Some]
     modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
     response_format: ResponseFormat | None = None

@@ -561,6 +561,8 @@ def test_of_many_wrong_items_the_first_one_is_told(kind: type[Body], fields: dic
         ("completions", {"best_of": 2, "n": 3}, "best_of", ""),
         ("completions", {"best_of": 2, "stream": True}, "best_of", ""),
         ("completions", {"max_tokens": -1}, "max_tokens", ""),
+        ("completions", {"max_tokens": 10**4300 - 1}, "max_tokens", ""),
+        ("chat/completions", {"max_completion_tokens": 10**4300 - 1}, "max_completion_tokens", ""),
         ("completions", {"stop": ["a", "b", "c", "d", "e"]}, "stop", "4"),
         ("completions", {"stop": [""]}, "stop[0]", ""),
         ("completions", {"presence_penalty": 2.1}, "presence_penalty", ""),
