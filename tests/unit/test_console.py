@@ -133,10 +133,11 @@ async def test_what_changes_something_needs_the_token(path: str, headers: dict[s
 
 
 @pytest.mark.parametrize("path", CHANGES)
-async def test_a_page_of_another_site_changes_nothing_even_with_the_token(path: str) -> None:
+@pytest.mark.parametrize("origin", ["http://localhost:9999", "null", "http://[", ""])
+async def test_a_page_of_another_site_changes_nothing_even_with_the_token(path: str, origin: str) -> None:
     state = told_state()
     async with browser(state) as client:
-        headers = token_of(state) | {"origin": "http://localhost:9999"}
+        headers = token_of(state) | {"origin": origin}
         answer = await client.post(path, headers=headers, json={})
     assert answer.status_code == 403
     assert "another site" in answer.text
