@@ -34,7 +34,7 @@ MAX_TEXT = 512
 LEAST_MEMORY_MB, MOST_MEMORY_MB = 64, 1 << 24
 MAX_THREADS = 1024
 
-_DEVICE = re.compile(r"^(auto|cpu|mps|cuda|cuda:\d{1,3})$")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda|cuda:\d{1,3}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class PeerSpec:
     def __post_init__(self) -> None:
         if self.layers != "auto":
             LayerRange.parse(self.layers)
-        if not _DEVICE.match(self.device):
+        if not _DEVICE.fullmatch(self.device):
             raise BadRequest(f"{self.device!r} is no device; take auto, cpu, mps, cuda or cuda:N")
         if self.max_memory_mb and not LEAST_MEMORY_MB <= self.max_memory_mb <= MOST_MEMORY_MB:
             raise BadRequest(f"the memory cap must be {LEAST_MEMORY_MB} MB or more, or 0 for what is free")

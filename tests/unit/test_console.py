@@ -390,6 +390,7 @@ def test_a_rebuild_that_cuts_the_layers_anew_names_all_who_took_them() -> None:
         {"layers": "auto; rm"},
         {"device": "tpu"},
         {"device": "cuda:0 --model x"},
+        {"device": "cuda:0\n"},
         {"max_memory_mb": -1},
         {"max_memory_mb": 3},
         {"threads": -1},
