@@ -140,7 +140,8 @@ def add_routes(router: APIRouter, state: GatewayState, live: Live) -> None:
     @router.post("/api/generate")
     async def generate(request: Request) -> StreamingResponse:
         check_change(request, access)
-        asked = _request(state, await _parsed(request, GenerateBody, state))
+        body = await _parsed(request, GenerateBody, state)
+        asked = await asyncio.to_thread(_request, state, body)  # a long text would hold up everybody's tokens
         return StreamingResponse(_generation(state, asked), media_type="text/event-stream", headers=STREAM_HEADERS)
 
 

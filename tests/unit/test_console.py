@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ from swarm.gateway.local_peers import LocalPeers, PeerSpec
 from swarm.gateway.serve import Server, listen
 from swarm.gateway.state import Access, GatewayState
 from swarm.types import Hop, LayerRange, PeerAddress, PeerState, Route
-from tests.console_world import ToldGenerations, announcement, peer_id, told_app, told_state
+from tests.console_world import ToldClient, ToldGenerations, announcement, peer_id, told_app, told_state
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)>'
 PAGES = ("/", "/swarm", "/peers")
@@ -327,6 +328,21 @@ async def test_a_generation_is_told_with_its_hops_and_its_rebuild() -> None:
     assert told[-1]["finish_reason"] == "length"
     assert "".join(m["text"] for m in told if m["event"] == "token") == "The sky looks blue "
     assert generations.running == 0
+
+
+async def test_a_long_text_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    request = ToldClient.request
+
+    def told(self: ToldClient, prompt: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return request(self, prompt, **options)
+
+    monkeypatch.setattr(ToldClient, "request", told)
+    state = told_state()
+    async with browser(state) as client:
+        await client.post("/api/generate", headers=token_of(state), json={"prompt": "Why?" * 9999, "max_tokens": 1})
+    assert threads[0] is not threading.current_thread()
 
 
 async def test_a_generation_that_waits_sends_comments() -> None:
