@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +35,9 @@ from swarm.types import Route
 
 if TYPE_CHECKING:
     from swarm.client import Generation
+
+SILENT_S = 10.0
+"""With ``--json``, silence that is so long gets a line: whoever reads them need not take us for dead."""
 
 
 def generate(
@@ -102,8 +107,9 @@ async def _generate(
         prompt = client.chat_prompt([{"role": "user", "content": text}]) if chat else text
         stream, begun = client.events(prompt, **options), False
         try:
-            async with contextlib.aclosing(aiter(stream)) as events:
+            async with telling_of_silence(as_json) as heard, contextlib.aclosing(aiter(stream)) as events:
                 async for event in events:
+                    heard()
                     if isinstance(event, RouteChanged):
                         show_route(event.epoch, event.route, event.reason, as_json)
                     elif as_json:
@@ -120,6 +126,34 @@ async def _generate(
             keep_trace(stream.result.trace)
             if trace is not None:
                 write_trace(trace, stream.result.trace)
+
+
+@contextlib.asynccontextmanager
+async def telling_of_silence(as_json: bool) -> AsyncIterator[Callable[[], None]]:
+    """With ``as_json``, a line for each ``SILENT_S`` in which what this gives was not called."""
+    loop = asyncio.get_running_loop()
+    heard_at = loop.time()
+    timer: asyncio.TimerHandle
+
+    def tell() -> None:
+        nonlocal timer
+        with contextlib.suppress(BrokenPipeError):  # whoever prints next is told
+            print_json({"event": "waiting", "silent_s": round(loop.time() - heard_at, 1)})
+        timer = loop.call_later(SILENT_S, tell)
+
+    def heard() -> None:
+        nonlocal heard_at, timer
+        timer.cancel()
+        heard_at, timer = loop.time(), loop.call_later(SILENT_S, tell)
+
+    if not as_json:
+        yield lambda: None
+        return
+    timer = loop.call_later(SILENT_S, tell)
+    try:
+        yield heard
+    finally:
+        timer.cancel()
 
 
 def _show_result(result: Generation, as_json: bool) -> None:

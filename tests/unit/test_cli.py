@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from peers.cli import app as peer_app
 from swarm import __version__
 from swarm.cli import main
+from swarm.commands import generate
 from swarm.commands.app import app
 from swarm.commands.bench import chosen
 from swarm.commands.chat import LEAST_ANSWER_TOKENS, converse, fitting
@@ -244,6 +246,23 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_swarm_is_asked(tmp
         ran = CliRunner().invoke(app, ["generate", "x", "--initial-peers", NOBODY, "--trace", str(place)])
         assert ran.exit_code == 2
         assert f"can't write {place}: {why}" in ran.stderr
+
+
+async def test_with_json_long_silence_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "SILENT_S", 0.5)
+    async with generate.telling_of_silence(as_json=True) as heard:
+        for _ in range(30):
+            await asyncio.sleep(0.02)
+            heard()
+        assert capsys.readouterr().out == ""
+        await asyncio.sleep(1.2)
+    async with generate.telling_of_silence(as_json=False):
+        await asyncio.sleep(0.6)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in told] == ["waiting"] * 2
+    assert told[0]["silent_s"] < told[1]["silent_s"]
 
 
 def test_bytes_on_stdin_that_are_no_text_come_as_those_in_arguments_do(monkeypatch: pytest.MonkeyPatch) -> None:
