@@ -199,7 +199,7 @@ class GatewaySettings:
     """What a chat request gets that names no limit, as far as the context has room."""
     max_body_bytes: int = 1024 * 1024
     body_s: float = 20.0
-    """For a request's body to arrive."""
+    """For a request's head to arrive, and then for its body."""
     max_connections: int = 512
     max_buffered_tokens: int = 1024
     """Of one text, for a client that reads slowly; then its generation waits ..."""

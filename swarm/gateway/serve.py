@@ -8,9 +8,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from swarm.config import GatewaySettings
 from swarm.errors import BadRequest, PortInUse
@@ -28,6 +30,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 _cut_off_quietly(app),
+                http=_impatient(settings.body_s),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -55,6 +58,42 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+
+
+def _impatient(head_s: float) -> type[H11Protocol]:
+    """uvicorn's protocol, which closes a connection on which no request's head comes within ``head_s``.
+
+    By itself it leaves a new connection open for ever, and each counts against ``gateway.max_connections``.
+    """
+
+    class Impatient(H11Protocol):
+        _patience: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+            super().connection_made(transport)
+            self._wait_for_head()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._wait_for_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._stop_waiting()
+
+        def _wait_for_head(self) -> None:
+            self._stop_waiting()
+            self._patience = self.loop.call_later(head_s, self._give_up)
+
+        def _stop_waiting(self) -> None:
+            if self._patience is not None:
+                self._patience.cancel()
+
+        def _give_up(self) -> None:
+            if self.conn.their_state is h11.IDLE:
+                self.timeout_keep_alive_handler()
+
+    return Impatient
 
 
 def _cut_off_quietly(app: ASGIApp) -> ASGIApp:

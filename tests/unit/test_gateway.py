@@ -995,6 +995,29 @@ async def on_a_socket(gateway: Gateway) -> AsyncIterator[str]:
         await serving
 
 
+async def test_a_connection_that_sends_no_request_is_closed(make: Make) -> None:
+    """Not one whose request is under way, however long that takes."""
+    gateway = make(body_s=0.3)
+    gateway.script.hold = asyncio.Event()
+    body = json.dumps(GREEDY | {"prompt": "Once"}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    async with on_a_socket(gateway) as url:
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        made = [await asyncio.open_connection(host, int(port)) for _ in range(3)]
+        (idle, _), (half, half_to), (whole, whole_to) = made
+        half_to.write(head)
+        whole_to.write(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        async with asyncio.timeout(5):
+            assert [await idle.read(), await half.read()] == [b"", b""]
+            await asyncio.sleep(0.4)
+            gateway.script.hold.set()
+            assert b"200 OK" in await whole.readline()
+            whole_to.write(head)
+            assert (await whole.read()).endswith(b"}"), "and again after an answer"
+        for _, writer in made:
+            writer.close()
+
+
 async def test_openais_client_leaves_a_real_connection(gateway: Gateway) -> None:
     gateway.script.token_s = 0.01
     async with on_a_socket(gateway) as url, openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0) as client:
