@@ -109,6 +109,8 @@ class Child:
         self._process = process
         self._guard = guard
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._newest: dict[str, dict[str, Any]] = {}
+        """Of each name the last event, in the order in which they came."""
         self._changed = threading.Condition()
         self._ended = False
         self._buried = False
@@ -157,10 +159,10 @@ class Child:
             raise self._failure()
         return found
 
-    def events(self) -> list[dict[str, Any]]:
-        """What it has printed so far, oldest first."""
+    def newest(self, *names: str) -> dict[str, Any]:
+        """The last event that has one of these names, however much was printed since; empty if there was none."""
         with self._changed:
-            return list(self._events)
+            return next((self._newest[name] for name in reversed(self._newest) if name in names), {})
 
     def signal(self, number: int, *, alone: bool = False) -> None:
         """To the process and all below it (a peer's daemon has a group of its own), or to it ``alone``.
@@ -247,8 +249,11 @@ class Child:
                 except ValueError:
                     continue  # a library that prints
                 if isinstance(event, dict):
+                    name = str(event.get("event"))
                     with self._changed:
                         self._events.append(event)
+                        self._newest.pop(name, None)
+                        self._newest[name] = event
                         self._changed.notify_all()
         with self._changed:
             self._ended = True

@@ -180,13 +180,13 @@ class LocalPeers:
     def names(self) -> dict[str, str]:
         """Peer ids of those that run, with the names they have here. Cheap: for the path of a token."""
         running = [running for running in self._running.values() if running.child.alive]
-        ids = [(str(_latest(one.child, "ready").get("peer_id", "")), one.name) for one in running]
+        ids = [(str(one.child.newest("ready").get("peer_id", "")), one.name) for one in running]
         return {peer_id: name for peer_id, name in ids if peer_id}
 
     def gone(self) -> set[str]:
         """Peer ids of those that have ended: others may still take them for alive."""
         ended = [running for running in self._running.values() if not running.child.alive]
-        return {str(_latest(running.child, "ready").get("peer_id", "")) for running in ended}
+        return {str(running.child.newest("ready").get("peer_id", "")) for running in ended}
 
     @property
     def addresses(self) -> list[str]:
@@ -258,7 +258,7 @@ class LocalPeers:
     def _now(self, running: _Running) -> OwnPeer:
         child = running.child
         state, detail, percent = _state(running)
-        said = _latest(child, "ready")
+        said = child.newest("ready")
         return OwnPeer(
             name=running.name,
             spec=running.spec,
@@ -270,14 +270,10 @@ class LocalPeers:
             peer_id=str(said.get("peer_id", "")),
             addresses=tuple(str(address) for address in said.get("addresses", ())),
             model=str(said.get("model", "")),
-            layers=_range(_latest(child, "ready", "loading", "moving", "staying")),
+            layers=_range(child.newest("ready", "loading", "moving", "staying")),
             memory_mb=_memory_mb(child.pid) if child.alive else 0,
             started_s=self._clock() - running.began,
         )
-
-
-def _latest(child: Child, *names: str) -> dict[str, Any]:
-    return next((event for event in reversed(child.events()) if event.get("event") in names), {})
 
 
 def _range(event: dict[str, Any]) -> LayerRange | None:
@@ -290,7 +286,7 @@ def _range(event: dict[str, Any]) -> LayerRange | None:
 def _state(running: _Running) -> tuple[str, str, int]:
     """State, a sentence, and how much is loaded in percent."""
     child = running.child
-    last = _latest(child, "loading", "ready", "moving", "staying", "draining")
+    last = child.newest("loading", "ready", "moving", "staying", "draining")
     percent = int(last.get("percent", 0)) if last.get("event") == "loading" else 100 if last else 0
     if not child.alive:
         code = child.wait(0)
@@ -298,7 +294,7 @@ def _state(running: _Running) -> tuple[str, str, int]:
             return "left", "killed", percent
         if code == 0:
             return "left", "left the swarm", percent
-        said = _latest(child, "error").get("message") or (child.tail(1) if code and code > 0 else "")
+        said = child.newest("error").get("message") or (child.tail(1) if code and code > 0 else "")
         ended = f"ended by signal {-code}" if code and code < 0 else f"ended with exit code {code}"
         return "failed", str(said or ended), percent
     match last.get("event"):

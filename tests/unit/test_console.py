@@ -50,6 +50,9 @@ if "--layers 40:50" in arguments:
     sys.exit(2)
 say(event="ready", peer_id="12D3KooWfake", addresses=["/ip4/127.0.0.1/tcp/1/p2p/12D3KooWfake"], model="m@1",
     layers=[0, 10], arguments=arguments)
+if "--threads 8" in arguments:
+    for _ in range(600): say(event="coverage", message="all 30 layers are served")
+    say(event="staying", layers=[0, 10], reason="")
 if "--threads 7" in arguments:
     say(event="moving", layers=[10, 20], reason="the layers there are the weakest of the swarm")
     say(event="loading", layers=[10, 20], percent=100)
@@ -455,7 +458,7 @@ async def test_a_peer_is_given_what_was_asked_for_and_ways_to_join(tmp_path: Pat
         spec = PeerSpec(model="smollm2-135m", layers="5:9", device="cpu", max_memory_mb=700, threads=2)
         local.start(spec, ["/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"])
         await local.serving("p1", 10.0)
-        ready = next(event for event in local._find("p1").child.events() if event["event"] == "ready")
+        ready = local._find("p1").child.newest("ready")
     assert ready["arguments"].split() == [
         *("serve", "--json", "--model", "smollm2-135m", "--layers", "5:9", "--device", "cpu", "--dtype", "float32"),
         *("--threads", "2", "--max-memory-mb", "700", "--initial-peers", "/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"),
@@ -468,6 +471,14 @@ async def test_a_peer_that_stays_where_it_is_serves(tmp_path: Path) -> None:
         assert await asyncio.to_thread(local._find("p1").child.event, "staying", 10.0)
         peer = local.peer("p1")
         assert (peer.state, peer.percent, peer.layers) == ("serving", 100, LayerRange(0, 10))
+
+
+async def test_a_peer_that_has_said_much_is_still_known(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        local.start(PeerSpec(model="m", threads=8), [])
+        assert await asyncio.to_thread(local._find("p1").child.event, "staying", 10.0)
+        assert (local.peer("p1").peer_id, local.peer("p1").model) == ("12D3KooWfake", "m@1")
+        assert local.names() == {"12D3KooWfake": "p1"}
 
 
 async def test_a_killed_peer_is_gone_at_once_and_nothing_outlives_the_gateway(tmp_path: Path) -> None:
