@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
             _say(f"asking: {prompt}")
             joins = [part for address in swarm.initial_peers for part in ("--initial-peers", address)]
             command = [*PYTHON, "-m", "swarm.cli", "generate", "--chat", "--max-tokens", TOKENS, *joins, "--", prompt]
-            code = subprocess.run(command, check=False).returncode
+            code = subprocess.run(command, check=False, env=_environment()).returncode
     except SwarmError as error:
         _say(error.message)
         return error.exit_code
@@ -68,7 +68,12 @@ def _web(arguments: list[str]) -> int:
     starts = [part for option in ("--start", "--spare") for layers in RANGES for part in (option, str(layers))]
     port = arguments[0] if arguments else PORT
     command = [*PYTHON, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
-    os.execve(sys.executable, command, {k: v for k, v in os.environ.items() if not k.startswith("SWARM_")})
+    os.execve(sys.executable, command, _environment())
+
+
+def _environment() -> dict[str, str]:
+    """Without settings that are for another swarm; peers are started without them, too."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -535,6 +538,25 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
 def test_the_quick_start_refuses_what_is_no_port(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert quickstart.main(arguments) == 2
     assert "bin/quickstart --web [PORT]" in capsys.readouterr().err
+
+
+def test_the_quick_start_takes_no_settings_of_another_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started:
+        initial_peers = ("/ip4/127.0.0.1/tcp/1",)
+
+    given: list[dict[str, str]] = []
+
+    def ran(command: list[str], *, check: bool, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        given.append(dict(os.environ) if env is None else env)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(quickstart, "LocalSwarm", lambda *_, **__: contextlib.nullcontext(Started()))
+    monkeypatch.setattr(subprocess, "run", ran)
+    monkeypatch.setattr(quickstart.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SWARM_POLICY_GPU_REQUIRED", "true")
+    assert quickstart.main(["Why?"]) == 0
+    assert "SWARM_POLICY_GPU_REQUIRED" not in given[0]
+    assert "PATH" in given[0]
 
 
 async def test_only_peers_of_this_gateway_can_be_stopped_and_not_too_many_started(
