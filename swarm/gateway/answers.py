@@ -10,24 +10,15 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from swarm.errors import Cancelled, SwarmError
-from swarm.gateway.failures import error_body
+from swarm.errors import SwarmError
+from swarm.gateway.failures import ClientGone, error_body
 from swarm.gateway.requests import as_json
 
 T = TypeVar("T")
 
-CLIENT_GONE = 499
-"""nginx's status for a client that closed its connection; it is not read by anybody."""
-
 
 STILL_HERE = ": still here\n\n"
 """A comment among server-sent events: no client reads it, and proxies see that the answer goes on."""
-
-
-class ClientGone(Cancelled):
-    """The client went away before it got an answer."""
-
-    http_status = CLIENT_GONE
 
 
 async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:

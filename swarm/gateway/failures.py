@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from swarm.errors import BadRequest, Busy, NoRoute, SwarmError, TooLong, UnknownModel
+from swarm.errors import BadRequest, Busy, Cancelled, NoRoute, SwarmError, TooLong, UnknownModel
 from swarm.gateway.gate import Full
 
 INVALID = "invalid_request_error"
@@ -47,6 +47,16 @@ class NotJson(SwarmError):
 
 class TooSlow(SwarmError):
     code, http_status = "request_timeout", 408
+
+
+CLIENT_GONE = 499
+"""nginx's status for a client that closed its connection; it is not read by anybody."""
+
+
+class ClientGone(Cancelled):
+    """The client went away before it got an answer."""
+
+    http_status = CLIENT_GONE
 
 
 class WrongHost(SwarmError):

@@ -9,12 +9,13 @@ from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from swarm.config import GatewaySettings
 from swarm.errors import BadRequest
 from swarm.gateway.bodies import Body
 from swarm.gateway.console_guard import host_is_ours
-from swarm.gateway.failures import NotJson, TooLarge, TooSlow, WrongHost, WrongKey, bad_field
+from swarm.gateway.failures import ClientGone, NotJson, TooLarge, TooSlow, WrongHost, WrongKey, bad_field
 from swarm.gateway.state import Access
 
 B = TypeVar("B", bound=Body)
@@ -53,7 +54,7 @@ async def parsed(request: Request, kind: type[B], settings: GatewaySettings) -> 
 
 
 async def read_body(request: Request, settings: GatewaySettings) -> bytes:
-    """Raises :class:`TooLarge` before more is kept than the limit, or :class:`TooSlow`."""
+    """Raises :class:`TooLarge` before more is kept than the limit, :class:`TooSlow` or :class:`ClientGone`."""
     limit = settings.max_body_bytes
     refused = TooLarge(f"the request is larger than {limit} bytes (gateway.max_body_bytes)")
     announced = request.headers.get("content-length", "0")
@@ -69,6 +70,8 @@ async def read_body(request: Request, settings: GatewaySettings) -> bytes:
                 parts.append(part)
     except TimeoutError:
         raise TooSlow(f"the request did not arrive within {settings.body_s:g} s (gateway.body_s)") from None
+    except ClientDisconnect:
+        raise ClientGone("the client went away") from None
     return b"".join(parts)
 
 

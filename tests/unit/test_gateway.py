@@ -895,6 +895,21 @@ async def test_a_client_that_goes_away_frees_its_sessions(gateway: Gateway, stre
     assert [event.finish_reason for event in ended] == ["cancelled"] * 3
 
 
+async def test_a_client_that_goes_away_while_it_sends_leaves_no_traceback(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with on_a_socket(gateway) as url:
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        _, half = await asyncio.open_connection(host, int(port))
+        half.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n")
+        half.write(b"Content-Type: application/json\r\n\r\n{")
+        await asyncio.sleep(0.1)
+        half.close()
+        await half.wait_closed()
+        await asyncio.sleep(0.1)
+    assert all(record.exc_info is None for record in caplog.records)
+
+
 async def test_a_client_that_goes_away_leaves_the_queue(make: Make) -> None:
     gateway = make(max_concurrent=1)
     gateway.script.hold = asyncio.Event()
