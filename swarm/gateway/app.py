@@ -33,7 +33,7 @@ def create_app(state: GatewayState) -> FastAPI:
 
 
 def _add_health(app: FastAPI, state: GatewayState) -> None:
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         """200 while every layer is served, 503 otherwise; open to everybody, for load balancers."""
         coverage = state.generations.coverage()

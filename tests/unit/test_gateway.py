@@ -791,6 +791,7 @@ async def test_missing_layers_are_503(make: Make) -> None:
     assert "retry-after" in response.headers
     health = await gateway.http.get("/health")
     assert (health.status_code, health.json()["missing"]) == (503, [[20, 30]])
+    assert (await gateway.http.head("/health")).status_code == 503, "as some load balancers ask"
     gateway.state.client.view.layers = WHOLE  # type: ignore[attr-defined]
     assert (await gateway.post("/v1/completions", GREEDY | {"prompt": "x"})).status_code == 200
     assert (await gateway.http.get("/health")).status_code == 200
