@@ -179,9 +179,11 @@ def _check_length(prompt: int, max_tokens: int, param: str, client: AsyncClient,
 
 
 def _check_choices(count: int, param: str, settings: Settings) -> None:
-    limit = min(settings.gateway.max_choices, settings.gateway.max_concurrent)
+    gateway = settings.gateway
+    limits = ((gateway.max_choices, "gateway.max_choices"), (gateway.max_concurrent, "gateway.max_concurrent"))
+    limit, name = min(limits)
     if count > limit:
-        raise BadField(f"{count} texts in one request; the limit is {limit} (gateway.max_choices)", param)
+        raise BadField(f"{count} texts in one request; the limit is {limit} ({name})", param)
 
 
 def _requests(

@@ -781,6 +781,16 @@ async def test_waiting_too_long_is_429(make: Make) -> None:
     assert (await first).status_code == 200
 
 
+async def test_the_limit_of_texts_is_named_by_the_setting_that_sets_it(make: Make) -> None:
+    for limits, name in (
+        ({"max_concurrent": 2}, "gateway.max_concurrent"),
+        ({"max_choices": 2}, "gateway.max_choices"),
+    ):
+        response = await make(**limits).post("/v1/completions", GREEDY | {"prompt": "Once", "n": 3})
+        assert response.status_code == 400
+        assert f"the limit is 2 ({name})" in response.json()["error"]["message"]
+
+
 async def test_missing_layers_are_503(make: Make) -> None:
     gateway = make(layers=LayerRange(0, 20))
     response = await gateway.post("/v1/chat/completions", GREEDY | {"messages": USER, "stream": True})
