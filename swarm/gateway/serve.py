@@ -90,7 +90,7 @@ def _impatient(head_s: float) -> type[H11Protocol]:
                 self._patience.cancel()
 
         def _give_up(self) -> None:
-            if self.conn.their_state is h11.IDLE:
+            if self.conn.our_state in (h11.IDLE, h11.DONE):  # no request is under way
                 self.timeout_keep_alive_handler()
 
     return Impatient

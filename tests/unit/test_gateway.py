@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -1042,6 +1043,23 @@ async def test_a_connection_that_sends_no_request_is_closed(make: Make) -> None:
             assert (await whole.read()).endswith(b"}"), "and again after an answer"
         for _, writer in made:
             writer.close()
+
+
+async def test_a_body_that_nobody_waits_for_keeps_no_connection_open(make: Make) -> None:
+    """However slowly it comes, once the request is answered."""
+    async with on_a_socket(make(body_s=0.3)) as url:
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        answer, drip = await asyncio.open_connection(host, int(port))
+        drip.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n")
+        assert b"415" in await answer.readline()
+        async with asyncio.timeout(5):
+            while not answer.at_eof():
+                with contextlib.suppress(ConnectionError):
+                    drip.write(b"x")
+                    await drip.drain()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(answer.read(1000), 0.1)
+        drip.close()
 
 
 async def test_openais_client_leaves_a_real_connection(gateway: Gateway) -> None:
