@@ -264,7 +264,7 @@ class LocalPeers:
             spec=running.spec,
             state=state,
             detail=detail,
-            code=str(_latest(child, "error").get("code", "")) if state == "failed" else "",
+            code=str(child.newest("error").get("code", "")) if state == "failed" else "",
             percent=percent,
             pid=child.pid,
             peer_id=str(said.get("peer_id", "")),
