@@ -266,7 +266,9 @@ class SwarmView:
         return present
 
     def _take(self, announcement: Announcement | None, expiration: float) -> None:
-        if announcement is None or announcement.model != self._model or announcement.layers.end > self._num_layers:
+        if announcement is None or announcement.model != self._model:
+            return
+        if any(layers.end > self._num_layers for layers in (announcement.layers, announcement.moving_to) if layers):
             return
         peer_id = announcement.peer.peer_id
         known = self._seen.get(peer_id)

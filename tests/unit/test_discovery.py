@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peers.placement import choose_range
 from swarm import discovery
 from swarm.admission import vouch
 from swarm.announcement_record import (
@@ -22,7 +23,7 @@ from swarm.announcement_record import (
     decode_announcement,
     encode_announcement,
 )
-from swarm.config import DiscoverySettings, PlannerSettings
+from swarm.config import DiscoverySettings, PlacementSettings, PlannerSettings
 from swarm.dht_time import DhtTime
 from swarm.discovery import Announcer, SwarmView, keys_of
 from swarm.identity import Identity
@@ -427,6 +428,18 @@ async def test_the_view_leaves_out_the_silent_the_foreign_and_the_failed() -> No
     clock.now += 16
     assert await view.refresh() == []
     assert view.age(alive.peer_id) == 46
+
+
+async def test_nobody_is_believed_to_go_to_layers_that_the_model_lacks() -> None:
+    """Whoever places itself counts the peers of each layer, those included that are on their way there."""
+    clock, identity, me = Clock(), Identity.ephemeral(), Identity.ephemeral()
+    dht, capacity = MemoryDht(clock), Capacity(10, 10, 10)
+    async with Announcer(dht, identity, DiscoverySettings(), clock) as announcer:
+        await announcer.update(announcement(identity, moving_to=LayerRange(0, 4096)))
+        seen = await view_of(dht, clock).refresh()
+    joining = announcement(me, "0:1", state=PeerState.JOINING, capacity=capacity)
+    assert choose_range(seen, joining, 30, PlacementSettings()) is not None
+    assert seen == []
 
 
 @pytest.mark.parametrize("skew_s", [-40.0, 40.0, -4000.0, 4000.0])
