@@ -142,9 +142,12 @@ def _bounded(rpc: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]
 class _LocalStorage(_Storage):  # type: ignore[misc]
     def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
         entry = self.get(key)
-        known = entry.value if entry is not None and isinstance(entry.value, _storage.DictionaryDHTValue) else ()
-        if len(known) >= MAX_SUBKEYS and subkey not in known:
-            return False
+        if entry is not None and isinstance(entry.value, _storage.DictionaryDHTValue):
+            known = entry.value.get(subkey)
+            if known is None and len(entry.value) >= MAX_SUBKEYS:
+                return False
+            if known is not None and known.expiration_time >= expiration_time:
+                return False  # hivemind refuses it as well, but then ends the known one by that time
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
 
