@@ -3,7 +3,7 @@
 A record is ``[payload, signature]``, the payload a msgpack list that newer versions make longer. Everything that a
 stranger sends is size-capped, typed and range-checked before it becomes an :class:`Announcement`.
 
-A usual record has 530 bytes: peer id 54, address 28, model and version 38, numbers 85, voucher 130, signature 70, and
+A usual record has 540 bytes: peer id 54, address 28, model and version 38, numbers 94, voucher 130, signature 70, and
 15 for each of at most eight link times. A record that would be too large tells fewer link times.
 """
 
@@ -21,6 +21,7 @@ from swarm.errors import SwarmError
 from swarm.identity import Identity, is_peer_id, verify
 from swarm.types import (
     LINK_SUFFIX,
+    MAX_LIFETIME_S,
     Announcement,
     Capacity,
     LayerRange,
@@ -37,8 +38,6 @@ MAX_RECORD_BYTES = 1000
 MAX_MULTIADDRS = 6
 MAX_LAYERS = 4096
 MAX_LINKS = 8
-MAX_LIFETIME_S = 120.0
-"""From the signed ``sent_at`` to the expiration on the DHT: nobody can keep a dead peer's record alive for longer."""
 MOST_KNOWN = 16_384
 """Decoded records that are kept; a view of more peers than this would check every signature at every refresh."""
 
@@ -48,6 +47,8 @@ _MAX_TEXT = 128
 _MAX_SECONDS = 1e6
 _MAX_COUNT = 2**48
 _MAX_LINK_US = 2**32 - 1
+_STORING_S = 2.0
+"""A record may be stored so long after it was signed, and expires so much later."""
 
 
 def encode_announcement(announcement: Announcement, identity: Identity) -> bytes:
@@ -93,6 +94,7 @@ def _payload(a: Announcement, identity: Identity) -> bytes:
             float(a.step_s),
             float(a.head_s),
             [part for link in a.links for part in _to_parts(link)],
+            float(a.lifetime_s),
         ]
     )
     return payload
@@ -121,9 +123,15 @@ def decode_announcement(peer_id: str, record: bytes) -> Announcement | None:
 
 
 def check_record(peer_id: str, record: bytes, expiration: float) -> bool:
-    """What every DHT node asks before it stores or believes a record (``swarm.dht_node.RecordCheck``). Never raises."""
+    """What every DHT node asks before it stores or believes a record (``swarm.dht_node.RecordCheck``). Never raises.
+
+    A record that ended later than its peer means it to would keep out the next ones, which end before it.
+    """
     announcement = decode_announcement(peer_id, record)
-    return announcement is not None and expiration <= announcement.sent_at + MAX_LIFETIME_S
+    if announcement is None:
+        return False
+    lifetime_s = min(announcement.lifetime_s + _STORING_S, MAX_LIFETIME_S)
+    return expiration <= announcement.sent_at + lifetime_s
 
 
 def _no_extension(code: int, data: bytes) -> Any:
@@ -157,6 +165,7 @@ def _announcement(peer_id: str, fields: Any) -> Announcement:
         sent_at=_seconds(sent_at, 1e11),
         **_more(fields[14:19]),
         **_times(fields[20:23]),
+        lifetime_s=_seconds(fields[23], MAX_LIFETIME_S) if len(fields) > 23 else MAX_LIFETIME_S,
     )
     voucher = _voucher(fields[19]) if len(fields) > 19 else None
     if voucher is None or not is_signed(voucher, announcement.peer.peer_id, announcement.model, announcement.layers):

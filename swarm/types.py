@@ -118,6 +118,8 @@ class LinkReport:
 
 LINK_SUFFIX = 8
 """Characters of a peer id that tell it from the others of a swarm: 58**8 are many."""
+MAX_LIFETIME_S = 120.0
+"""Of an announcement: nobody can keep that of a dead peer for longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,8 @@ class Announcement:
     using_relay: bool = False
     sent_at: float = 0.0
     """Unix time by the peer's own clock; only differences from the same peer mean anything."""
+    lifetime_s: float = MAX_LIFETIME_S
+    """From ``sent_at`` to the end of its record on the DHT."""
     capacity: Capacity | None = None
     """For others, who reckon with where this peer could move."""
     moving_to: LayerRange | None = None

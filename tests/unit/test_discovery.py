@@ -17,7 +17,6 @@ from peers.placement import choose_range
 from swarm import discovery
 from swarm.admission import vouch
 from swarm.announcement_record import (
-    MAX_LIFETIME_S,
     MAX_RECORD_BYTES,
     check_record,
     decode_announcement,
@@ -29,6 +28,7 @@ from swarm.discovery import Announcer, SwarmView, keys_of
 from swarm.identity import Identity
 from swarm.types import (
     LINK_SUFFIX,
+    MAX_LIFETIME_S,
     Announcement,
     Capacity,
     LayerRange,
@@ -366,6 +366,20 @@ async def test_renewing_at_once_after_a_restart() -> None:
         dht.records.clear()
         await announcer.renew()
         assert len(await view_of(dht, clock).refresh()) == 1
+
+
+async def test_who_stores_an_announcement_once_more_for_longer_keeps_none_of_the_next_ones_out() -> None:
+    """The DHT keeps the latest expiration, which is no part of what a peer signs."""
+    clock = Clock()
+    dht, identity = MemoryDht(clock), Identity.ephemeral()
+    async with Announcer(dht, identity, DiscoverySettings(), clock) as announcer:
+        assert await announcer.update(announcement(identity))
+        key = keys_of(MODEL, 30, 8)[0]
+        record, expiration = dht.records[key][identity.peer_id]
+        clock.now += 10
+        assert not await dht.store(key, identity.peer_id, record, expiration + MAX_LIFETIME_S - 45 - clock())
+        clock.now += 5
+        assert await announcer.update(announcement(identity))
 
 
 async def test_a_tombstone_wins_even_if_the_clock_was_set_back() -> None:
