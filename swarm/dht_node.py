@@ -146,7 +146,9 @@ class _LocalStorage(_Storage):  # type: ignore[misc]
             known = entry.value.get(subkey)
             if known is None and len(entry.value) >= MAX_SUBKEYS:
                 return False
-            if known is not None and known.expiration_time >= expiration_time:
+            if known is not None and known.expiration_time > dht_time() + MAX_TTL_S:
+                del entry.value[subkey]  # it was stored by a clock that has been put right since
+            elif known is not None and known.expiration_time >= expiration_time:
                 return False  # hivemind refuses it as well, but then ends the known one by that time
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 

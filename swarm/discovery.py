@@ -139,12 +139,14 @@ class Announcer:
                 log.exception("announcing failed")
 
     async def _publish(self, announcement: Announcement) -> bool:
+        now, lifetime_s = self._clock(), self._settings.announce_ttl_s
+        if self._sent_at + lifetime_s > now + MAX_LIFETIME_S:
+            self._sent_at = 0.0  # by a clock that was wrong then, or is now: no node keeps a record for so long
         # later than every record before, even if the clock was set back: the DHT keeps the latest expiration
-        self._sent_at = max(self._clock(), self._sent_at + 0.001)
-        lifetime_s = self._settings.announce_ttl_s
+        self._sent_at = max(now, self._sent_at + 0.001)
         signed = replace(announcement, sent_at=self._sent_at, lifetime_s=lifetime_s)
         record = encode_announcement(signed, self._identity)
-        ttl_s = lifetime_s + max(0.0, self._sent_at - self._clock())
+        ttl_s = lifetime_s + self._sent_at - now
         stored = await self._store.store(self._key(announcement), self._identity.peer_id, record, ttl_s)
         if not stored:
             log.warning("the DHT did not take the announcement (is our clock right?); trying again later")

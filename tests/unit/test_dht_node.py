@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm import _hivemind
+from swarm import _hivemind, dht_node
 from swarm.dht_node import _LocalStorage
 
 NOW = 1.8e9
@@ -22,6 +22,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(_hivemind.load("hivemind.utils.timed_storage"), "get_dht_time", clock)
+    monkeypatch.setattr(dht_node, "dht_time", clock)
     return clock
 
 
@@ -40,3 +41,12 @@ def test_a_record_that_is_refused_does_not_end_the_known_one(clock: Clock) -> No
     assert storage.store_subkey(b"key", "peer", b"next", NOW + 60)
     clock.now += 50
     assert stored(storage) == {"peer": (b"next", NOW + 60)}
+
+
+def test_what_was_stored_by_a_wrong_clock_keeps_nothing_out(clock: Clock) -> None:
+    storage = _LocalStorage()
+    clock.now += 3600
+    assert storage.store_subkey(b"key", "peer", b"record", clock.now + 45)
+    clock.now -= 3600
+    assert storage.store_subkey(b"key", "peer", b"next", NOW + 45)
+    assert stored(storage) == {"peer": (b"next", NOW + 45)}

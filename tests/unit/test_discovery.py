@@ -392,6 +392,25 @@ async def test_a_tombstone_wins_even_if_the_clock_was_set_back() -> None:
     assert await view_of(dht, clock).refresh() == []
 
 
+async def test_a_peer_whose_clock_is_put_right_is_there_at_once() -> None:
+    """What it said by the wrong one was in the others' future: nobody has taken that."""
+    now, wrong_s, identity = Clock(1.8e9), 3600.0, Identity.ephemeral()
+
+    class OfOthers(MemoryDht):
+        async def store(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool:
+            return now() < self.clock() + ttl_s <= now() + 120 and await super().store(key, subkey, value, ttl_s)
+
+    def clock() -> float:
+        return now() + wrong_s
+
+    dht = OfOthers(clock)
+    async with Announcer(dht, identity, DiscoverySettings(), clock) as announcer:
+        assert not await announcer.update(announcement(identity))
+        wrong_s = 0.0
+        assert await announcer.update(announcement(identity))
+        assert len(await view_of(dht, now).refresh()) == 1
+
+
 async def test_a_range_that_moves_is_seen_once() -> None:
     clock = Clock()
     dht, identity = MemoryDht(clock), Identity.ephemeral()
