@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.config import Settings
+from swarm.dht_time import TOLERANCE_S
 from swarm.errors import ConfigError, WrongRange
 from swarm.kv import KINDS
-from swarm.types import LayerRange
+from swarm.types import MAX_LIFETIME_S, LayerRange
 from swarm.wire import WIRES
 
 
@@ -42,6 +43,8 @@ def _is_layers(value: str) -> bool:
 
 
 _NAME = Rule("text that is not empty", lambda value: bool(value.strip()))
+_LONGEST_TTL_S = MAX_LIFETIME_S - 2 * TOLERANCE_S
+"""No node takes an announcement for longer; the clocks of two may differ by so much."""
 _PATIENCE = Rule("a number of seconds, 0 or more", lambda value: value >= 0)
 _MADDRS = Rule(
     "a list of multiaddrs such as /ip4/127.0.0.1/tcp/4001", lambda value: all(addr.startswith("/") for addr in value)
@@ -71,6 +74,10 @@ _SPECIAL: Mapping[str, Rule] = {
     "network.initial_peers": _MADDRS,
     "network.host_maddrs": _MADDRS,
     "network.announce_maddrs": _MADDRS,
+    "discovery.announce_ttl_s": Rule(
+        f"a number of seconds above 0, at most {_LONGEST_TTL_S:g}, which nodes keep it for",
+        lambda value: 0 < value <= _LONGEST_TTL_S,
+    ),
     "timeouts.step_factor": Rule("a number of at least 1", lambda value: value >= 1),
     "timeouts.owner_grace_s": _PATIENCE,
     "timeouts.drain_s": _PATIENCE,
