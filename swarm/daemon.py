@@ -14,7 +14,7 @@ from typing import Any, Self
 from swarm import _hivemind, multiaddrs
 from swarm.config import Settings
 from swarm.daemon_requests import answers, dial, translate
-from swarm.errors import Internal, Unreachable
+from swarm.errors import ConfigError, Internal, Unreachable
 from swarm.identity import Identity
 from swarm.premises import reserved_ports, runtime_folder
 from swarm.types import PeerAddress, PeerId
@@ -72,8 +72,7 @@ class Daemon:
             folder = stack.enter_context(runtime_folder())
             network = self._settings.network
             self._host_maddrs = stack.enter_context(reserved_ports(network.host_maddrs if self._listen else ()))
-            for text in network.announce_maddrs:
-                multiaddrs.peer_address(f"{text}/p2p/{self._identity.peer_id}")  # raises ConfigError
+            self._announce_maddrs = [_announced(text) for text in network.announce_maddrs]
             self._key_file = self._identity.private_key_file(folder)
             # a subclass, because hivemind puts its sockets where everybody can connect to them
             members: dict[str, object] = {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"}
@@ -145,7 +144,7 @@ class Daemon:
                 identity_path=str(self._key_file),
                 check_if_identity_free=False,  # knows RSA only, and needs a second daemon; our lock file does it
                 host_maddrs=self._host_maddrs or None,
-                announce_maddrs=network.announce_maddrs or None,
+                announce_maddrs=self._announce_maddrs or None,
                 no_listen=not self._listen,
                 dht_mode="server" if self._listen else "client",
                 nat_port_map=network.nat_port_map,
@@ -246,6 +245,14 @@ class Daemon:
                     await callback()
             except Exception:  # one that can't recover must not keep the others from it
                 log.exception("a callback failed after the restart of p2pd")
+
+
+def _announced(text: str) -> str:
+    """Without the peer id, which all addresses get. Raises :class:`ConfigError`."""
+    try:
+        return multiaddrs.split(text)[0]
+    except ValueError as error:
+        raise ConfigError(f"bad address to announce {text!r}: {error}") from None
 
 
 async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:

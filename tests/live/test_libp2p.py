@@ -397,6 +397,22 @@ def test_a_taken_port_is_named_and_an_own_one_kept() -> None:
     assert runtime_folders() <= before
 
 
+@pytest.mark.parametrize("end", ["", "/", "/p2p/{}"])
+def test_an_announced_address_may_come_with_the_peer_id_as_peers_tell_it(end: str) -> None:
+    async def main() -> None:
+        one = server()
+        told = "/ip4/192.0.2.1/tcp/4001" + end.format(one.identity.peer_id)
+        settings = replace(SETTINGS, network=NetworkSettings(announce_maddrs=(told,)))
+        async with Libp2pTransport(one.identity, settings) as announcing:
+            assert announcing.local.multiaddrs == (f"/ip4/192.0.2.1/tcp/4001/p2p/{one.identity.peer_id}",)
+        settings = replace(SETTINGS, network=NetworkSettings(announce_maddrs=("/ip4/192.0.2.1",)))
+        with pytest.raises(ConfigError, match="announce"):
+            async with server(settings):
+                pass
+
+    asyncio.run(main())
+
+
 def test_streams_are_counted_before_any_work() -> None:
     async def main(remote: Remote) -> None:
         async with client(replace(SETTINGS, limits=LimitSettings(max_streams=10))) as transport:
