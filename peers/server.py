@@ -31,6 +31,7 @@ from swarm.types import LayerRange, PeerState
 async def serve(settings: Settings, report: Report) -> None:
     """Until SIGTERM or SIGINT, which drain; a second one ends at once. Raises :class:`SwarmError` until it is ready,
     :class:`Cancelled` by Ctrl-C before its layers are loaded."""
+    given = peer_addresses(settings.network.initial_peers)
     reference = resolve(settings.model.name, settings.model.dtype, weights=settings.model.weights)
     profile = load_profile(reference)
     layers = choose_layers(settings, profile)
@@ -48,8 +49,7 @@ async def serve(settings: Settings, report: Report) -> None:
             identity = stack.enter_context(Identity.load_or_create(settings.network.identity))
         transport = await stack.enter_async_context(Libp2pTransport(identity, settings, listen=True))
         dht = await stack.enter_async_context(Dht(transport, settings, check_record))
-        given = settings.network.initial_peers
-        joining = asyncio.create_task(dht.connect(given))
+        joining = asyncio.create_task(dht.connect(settings.network.initial_peers))
         view = SwarmView(
             dht,
             profile.model_id,
@@ -89,7 +89,7 @@ async def serve(settings: Settings, report: Report) -> None:
         if not await stopping.unless(loading):
             joining.cancel()
             return _stopped_early(stopping)
-        if not await joining and any(to.peer_id != identity.peer_id for to in peer_addresses(given)):
+        if not await joining and any(to.peer_id != identity.peer_id for to in given):
             told = "none of the initial peers answered: a swarm of its own until one of them does"
             report({"event": "warning", "code": "alone", "message": told})
         if settings.peer.layers != "auto":
