@@ -25,14 +25,18 @@ def runtime_folder() -> Iterator[Path]:
     """A folder of mode 0700 for as long as the context lives.
 
     Private, because whoever can connect to these sockets speaks for this peer. After a SIGKILL nobody removes it;
-    the next process does: a folder whose lock is free has no owner.
+    the next process does: a folder whose lock is free has no owner. Raises :class:`ConfigError`.
     """
-    base = Path(tempfile.gettempdir())
-    if len(str(base)) + len(_PREFIX) > _MAX_FOLDER_LENGTH:
-        base = Path("/tmp")
-    _sweep(base)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    fd = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        base = Path(tempfile.gettempdir())
+        if len(str(base)) + len(_PREFIX) > _MAX_FOLDER_LENGTH:
+            base = Path("/tmp")
+        _sweep(base)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        fd = os.open(folder / "lock.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"no temporary folder for sockets: {why}; TMPDIR may name one that can be written") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / "lock.new").rename(folder / "lock")  # a sweeper never sees an unlocked lock of a live process
