@@ -129,7 +129,8 @@ class Daemon:
         """Accept its streams, after each restart, too."""
         if protocol not in self._protocols:  # p2pd takes a protocol once
             self._protocols.append(protocol)
-            await self._register(protocol)
+            if self._usable.is_set():  # else it is being restarted, with all of them
+                await self._register(protocol)
 
     def on_restart(self, callback: RestartCallback) -> None:
         """``await callback()`` after each restart, when the protocols are served again."""

@@ -342,6 +342,22 @@ def test_streams_of_a_dead_daemon_are_lost_and_new_ones_refused() -> None:
         asyncio.run(main(remote))
 
 
+def test_what_is_served_first_while_the_daemon_is_restarted_is_served_then() -> None:
+    async def main() -> None:
+        async def bye(stream: Stream) -> None:
+            await stream.send(b"bye")
+
+        async with server() as one, client() as two:
+            os.kill(one.daemon_pid, signal.SIGKILL)
+            await eventually(lambda: not one.alive)
+            await one.serve("bye", bye)
+            assert await one.ready() == 1
+            stream = await two.open(one.local, "bye")
+            assert await asyncio.wait_for(stream.receive(), 5) == b"bye"
+
+    asyncio.run(main())
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
