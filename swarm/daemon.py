@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from swarm import _hivemind, multiaddrs
 from swarm.config import Settings
-from swarm.daemon_requests import answers, dial, translate
+from swarm.daemon_requests import dial, own_addresses, translate
 from swarm.errors import ConfigError, Internal, Unreachable
 from swarm.identity import Identity
 from swarm.premises import reserved_ports, runtime_folder
@@ -64,7 +64,8 @@ class Daemon:
         self.alive = False
         """False between the death of p2pd and its restart, and after the end."""
         self.local = PeerAddress(identity.peer_id)
-        """Own peer id and the addresses others can dial, each with ``/p2p/ID``; none for a client."""
+        """Own peer id and the addresses others can dial, each with ``/p2p/ID``; none for a client. They change when
+        this machine's network does, and when a router or a relay lets others in."""
         self.restarts = 0
 
     async def __aenter__(self) -> Self:
@@ -159,10 +160,15 @@ class Daemon:
         self._p2p = p2p
         if p2p.peer_id.to_base58() != self._identity.peer_id:
             raise Internal(f"p2pd runs as {p2p.peer_id}, not as {self._identity.peer_id}")
-        suffix = f"/p2p/{self._identity.peer_id}"
-        visible = sorted(map(str, p2p._visible_maddrs), key=multiaddrs.is_loopback)  # what is of use to all comes first
-        self.local = PeerAddress(self._identity.peer_id, tuple(f"{maddr}{suffix}" for maddr in visible))
+        self._found_at(map(str, p2p._visible_maddrs))
         self.alive = True
+
+    def _found_at(self, addresses: Iterable[str]) -> None:
+        # what is of use to all comes first
+        visible = sorted(filter(multiaddrs.is_dialable, addresses), key=multiaddrs.is_loopback)
+        if self._listen and visible:  # without a network for a moment it will be where it was
+            suffix = f"/p2p/{self._identity.peer_id}"
+            self.local = PeerAddress(self._identity.peer_id, tuple(f"{address}{suffix}" for address in visible))
 
     async def _register(self, protocol: str) -> None:
         timeout_s = self._settings.timeouts.open_s
@@ -214,9 +220,13 @@ class Daemon:
         try:
             while not end.done():
                 await asyncio.wait({end}, timeout=self._settings.discovery.ping_period_s)
-                answered = end.done() or await answers(self._socket, self._settings.timeouts.info_s)
-                misses = 0 if answered else misses + 1
-                if misses >= 2:  # twice, because a blocked event loop looks the same
+                if end.done():
+                    break
+                addresses = await own_addresses(self._socket, self._settings.timeouts.info_s)
+                if addresses is not None:
+                    misses = 0
+                    self._found_at(addresses)
+                elif (misses := misses + 1) >= 2:  # twice, because a blocked event loop looks the same
                     log.error("p2pd (pid %d) does not answer; killing it", child.pid)
                     with contextlib.suppress(ProcessLookupError):
                         child.kill()

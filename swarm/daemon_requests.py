@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from multiaddr import Multiaddr
@@ -48,18 +50,24 @@ async def dial(
         raise
 
 
-async def answers(socket: str, timeout_s: float) -> bool:
-    """Whether the daemon is there and responds."""
+async def own_addresses(socket: str, timeout_s: float) -> list[str] | None:
+    """Where others can dial the daemon, as it knows by now; ``None``: it is not there, or does not respond."""
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(socket)
             try:
-                await _call(reader, writer, _pb.Request(type=_pb.Request.IDENTIFY))
+                response = await _call(reader, writer, _pb.Request(type=_pb.Request.IDENTIFY))
             finally:
                 writer.close()
     except (OSError, EOFError):  # TimeoutError is an OSError, IncompleteReadError an EOFError
-        return False
-    return True
+        return None
+    return list(_texts(response.identify.addrs))
+
+
+def _texts(addresses: Iterable[bytes]) -> Iterator[str]:
+    for address in addresses:
+        with contextlib.suppress(Exception):  # the parser's own tree: it does not know all kinds that p2pd does
+            yield str(Multiaddr(address))
 
 
 _IN_OTHER_WORDS = {

@@ -22,7 +22,9 @@ import psutil
 import pytest
 import uvloop
 
+from swarm import daemon
 from swarm.config import DiscoverySettings, LimitSettings, NetworkSettings, Settings, TimeoutSettings
+from swarm.daemon_requests import own_addresses
 from swarm.errors import Busy, ConfigError, PortInUse, ProtocolError, StreamLost, Unreachable
 from swarm.identity import Identity
 from swarm.libp2p import Libp2pTransport
@@ -340,6 +342,30 @@ def test_streams_of_a_dead_daemon_are_lost_and_new_ones_refused() -> None:
 
     with remote_peer() as remote:
         asyncio.run(main(remote))
+
+
+def test_addresses_that_the_daemon_comes_to_know_later_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine went to another network, or its router forwards a port by now."""
+    quick = replace(SETTINGS, discovery=replace(DiscoverySettings(), ping_period_s=0.05))
+
+    async def main() -> None:
+        async with server(quick) as one, client(quick) as two:
+            suffix = f"/p2p/{one.identity.peer_id}"
+            before = one.local
+
+            async def elsewhere(socket: str, timeout_s: float) -> list[str] | None:
+                known = await own_addresses(socket, timeout_s)
+                return known and [*known, "/unix/tmp/x", "/ip4/192.0.2.7/tcp/1"]
+
+            with monkeypatch.context() as patch:
+                patch.setattr(daemon, "own_addresses", elsewhere)
+                told = f"/ip4/192.0.2.7/tcp/1{suffix}", *before.multiaddrs
+                await eventually(lambda: one.local.multiaddrs == told)
+            await eventually(lambda: one.local == before)
+            assert (one.restarts, two.restarts) == (0, 0)
+            assert two.local.multiaddrs == ()
+
+    asyncio.run(main())
 
 
 def test_what_is_served_first_while_the_daemon_is_restarted_is_served_then() -> None:
