@@ -87,14 +87,14 @@ def _reserve(text: str, held: contextlib.ExitStack) -> str:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # only past TIME_WAIT, not a listener
                 probe.bind((host, port))
         holder = held.enter_context(socket.socket(family, kind))
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_STREAM and not {"ws", "wss"}.intersection(rest):
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             holder.bind((host, port))
             port = holder.getsockname()[1]
         elif not port:
             holder.bind((host, 0))
             port = holder.getsockname()[1]
-            holder.close()  # a datagram socket that is bound would take part of the packets
+            holder.close()  # a datagram socket that is bound would take part of the packets; web sockets share no port
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"{port_name} port {port} on {host} is in use by another process") from None
