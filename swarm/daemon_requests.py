@@ -87,6 +87,8 @@ def translate(error: Exception, peer: PeerAddress, deadline_s: float) -> SwarmEr
         return Unreachable(f"peer {peer.peer_id} did not answer within {deadline_s:g} s")
     if isinstance(error, ConnectionError | FileNotFoundError | EOFError):
         return Unreachable(f"the own p2p daemon is down ({text})")
+    if text.startswith("Daemon failed to start"):
+        return Unreachable(text.replace("Daemon failed to start", "the own p2p daemon does not start"))
     if "protocols not supported" in text:
         return Unreachable(f"peer {peer.peer_id} does not speak this protocol")
     if "routing: not found" in text or "no addresses" in text:

@@ -16,6 +16,8 @@ DIALLED = "failed to dial: all dials failed\n  * [/ip4/10.0.0.1/tcp/80] failed t
         (RuntimeError(DIALLED.format("connection refused")), "connection refused"),
         (RuntimeError("dial: i/o timeout"), "dial: i/o timeout"),
         (TimeoutError(), "did not answer within 5 s"),
+        (RuntimeError("Daemon failed to start: no transport"), "the own p2p daemon does not start: no transport"),
+        (RuntimeError("Daemon failed to start in 60.0 seconds"), "daemon does not start in 60.0 seconds"),
         (RuntimeError("protocols not supported: [x]"), "does not speak this protocol"),
     ],
 )
