@@ -70,11 +70,10 @@ class Daemon:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            folder = stack.enter_context(runtime_folder())
+            folder = self._folder = stack.enter_context(runtime_folder())
             network = self._settings.network
             self._host_maddrs = stack.enter_context(reserved_ports(network.host_maddrs if self._listen else ()))
             self._announce_maddrs = [_announced(text) for text in network.announce_maddrs]
-            self._key_file = self._identity.private_key_file(folder)
             # a subclass, because hivemind puts its sockets where everybody can connect to them
             members: dict[str, object] = {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"}
             # Ctrl-C in a terminal goes to the whole process group. In it, p2pd would end before a client has closed its
@@ -141,9 +140,10 @@ class Daemon:
 
     async def _start(self) -> None:
         network, timeouts = self._settings.network, self._settings.timeouts
+        key_file = self._identity.private_key_file(self._folder)
         try:
             p2p = await self._p2p_class.create(  # type: ignore[attr-defined]
-                identity_path=str(self._key_file),
+                identity_path=str(key_file),
                 check_if_identity_free=False,  # knows RSA only, and needs a second daemon; our lock file does it
                 host_maddrs=self._host_maddrs or None,
                 announce_maddrs=self._announce_maddrs or None,

@@ -119,9 +119,11 @@ class Identity:
         return self._private.sign(message)
 
     def private_key_file(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the key where p2pd can read it (libp2p protobuf, mode 0600) and return the path."""
+        """Where p2pd can read the key (libp2p protobuf, mode 0600): written unless it is there, or there no more, as
+        temporary folders are cleaned of what is some days old."""
         file = Path(folder) / "identity.key"
-        _write(file, _key_bytes(self._seed))
+        if not file.exists():
+            _write(file, _key_bytes(self._seed))
         return file
 
     def close(self) -> None:

@@ -368,6 +368,20 @@ def test_addresses_that_the_daemon_comes_to_know_later_are_told(monkeypatch: pyt
     asyncio.run(main())
 
 
+def test_a_daemon_comes_back_though_its_old_files_were_cleaned_away() -> None:
+    """What nobody has touched for some days does not stay in a temporary folder."""
+
+    async def main() -> None:
+        async with server() as one:
+            before = one.local
+            (folder_of(one) / "identity.key").unlink()
+            os.kill(one.daemon_pid, signal.SIGKILL)
+            await eventually(lambda: one.restarts == 1)
+            assert one.local == before
+
+    asyncio.run(main())
+
+
 def test_what_is_served_first_while_the_daemon_is_restarted_is_served_then() -> None:
     async def main() -> None:
         async def bye(stream: Stream) -> None:
