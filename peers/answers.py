@@ -11,6 +11,7 @@ from peers.probe import Prober
 from swarm import protocol_pb2 as pb
 from swarm.config import TimeoutSettings
 from swarm.errors import BadRequest, SwarmError
+from swarm.info import FILE_PATIENCE
 from swarm.protocol import decode, error_to_wire
 from swarm.transport import Stream
 
@@ -40,7 +41,7 @@ class Answers:
 
     async def handle(self, stream: Stream) -> None:
         try:
-            async with asyncio.timeout(max(self._timeouts.info_s, self._timeouts.probe_s)):
+            async with asyncio.timeout(max(self._timeouts.info_s, self._timeouts.probe_s)) as deadline:
                 frame = await stream.receive()
                 if frame is None:
                     return
@@ -57,6 +58,8 @@ class Answers:
                 elif kind == "dial_me":
                     await self._send_dialled(stream, request.dial_me)
                 else:
+                    now = asyncio.get_running_loop().time()
+                    deadline.reschedule(now + FILE_PATIENCE * self._timeouts.info_s)
                     await self._send_file(stream, request.model_file)
         except TimeoutError:
             logger.info("%s asked nothing, or read too slowly", stream.remote[-6:])

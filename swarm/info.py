@@ -17,6 +17,8 @@ from swarm.protocol import MAX_ADDRESSES, address_to_wire, decode, error_from_wi
 from swarm.transport import INFO, Stream, Transport
 from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Route, Voucher
 
+FILE_PATIENCE = 6
+"""So many times ``timeouts.info_s`` may a model file take: it has some megabytes, and a home's line carries few."""
 MAX_FAILURE_CHARS = 200
 """Of why an address could not be dialled."""
 
@@ -93,7 +95,7 @@ async def fetch_files(
             continue
         parts, size = [], 0
         request = pb.InfoRequest(model_file=name)
-        async with _ask(transport, description.peer, request, 6 * settings.timeouts.info_s) as stream:
+        async with _ask(transport, description.peer, request, FILE_PATIENCE * settings.timeouts.info_s) as stream:
             while (reply := await _answer(stream)) is not None:
                 size += len(reply.chunk)
                 if size > settings.limits.max_info_bytes:
