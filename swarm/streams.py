@@ -27,7 +27,8 @@ _JOIN_BYTES = 64 * 1024
 _PIECE_BYTES = 256 * 1024
 """Larger payloads are taken as they arrive, each piece with its own deadline: a lying length reserves nothing."""
 _LINGER_S = 1.0
-"""How long a closed stream stays open, so that the remote reads the end frame before its own writes fail."""
+"""How long a closed stream stays open once all is written, so that the remote reads the end frame before its own writes
+fail."""
 
 
 class FramedStream:
@@ -175,9 +176,18 @@ class FramedStream:
                 self._writer.close()  # the remote said all it has to say: nothing left to wait for
                 return
             # no EOF of our own: p2pd has no half-closed streams, it would cut the remote off while it still sends
-            asyncio.get_running_loop().call_later(_LINGER_S, self.abort)
+            asyncio.get_running_loop().call_later(_LINGER_S, self._linger, transport.get_write_buffer_size(), 0.0)
         except (OSError, RuntimeError):
             transport.abort()
+
+    def _linger(self, unsent: int, stalled_s: float) -> None:
+        """Stay open until the remote has taken what was ``unsent`` before, and once more; or takes nothing any more."""
+        left = self._transport.get_write_buffer_size()
+        stalled_s = 0.0 if left < unsent else stalled_s + _LINGER_S
+        if unsent == 0 or stalled_s > self._send_s:
+            self.abort()
+        else:
+            asyncio.get_running_loop().call_later(_LINGER_S, self._linger, left, stalled_s)
 
     def abort(self) -> None:
         self._fail("was aborted here")

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from swarm import streams
 from swarm.errors import ProtocolError, StreamLost
 from swarm.streams import END, HEADER, FramedStream
 from swarm.types import PeerId
@@ -30,6 +31,16 @@ async def pair(send_s: float = 2.0) -> AsyncIterator[tuple[FramedStream, asyncio
         stream.abort()
         far_writer.transport.abort()
         await asyncio.sleep(0)
+
+
+def shrink(stream: FramedStream) -> None:
+    """The system's buffer, so that what is not read yet stays in ours."""
+    stream._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+@pytest.fixture(autouse=True)
+def _short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_LINGER_S", 0.05)
 
 
 async def test_frames_of_all_sizes_arrive_in_order() -> None:
@@ -136,6 +147,29 @@ async def test_receive_may_be_cancelled_anywhere(size: int) -> None:
                 await asyncio.wait_for(near.receive(), 0.05)
         writer.write(raw[90:])
         assert await near.receive() == payload
+
+
+async def test_what_was_sent_before_the_end_reaches_a_slow_remote() -> None:
+    async with pair(send_s=0.2) as (near, reader, writer):
+        far = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=2.0)
+        shrink(near)
+        for _ in range(4):
+            await near.send(bytes(64 * 1024))
+        await near.close()
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            assert await far.receive() == bytes(64 * 1024)
+        assert await far.receive() is None
+
+
+async def test_a_remote_that_does_not_take_the_end_keeps_no_stream_open() -> None:
+    async with pair(send_s=0.2) as (near, _, _):
+        shrink(near)
+        await near.send(bytes(200 * 1024))
+        await near.close()
+        async with asyncio.timeout(2):
+            while near._transport.get_write_buffer_size():  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.01)
 
 
 async def test_close_and_abort_may_come_in_any_order() -> None:
