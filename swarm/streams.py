@@ -54,6 +54,7 @@ class FramedStream:
         "_send_s",
         "_transport",
         "_writer",
+        "_written_bytes",
     )
 
     def __init__(
@@ -82,6 +83,8 @@ class FramedStream:
         self._outgoing: list[bytes] = []
         """To be written at the end of this turn of the loop."""
         self._outgoing_bytes = 0
+        self._written_bytes = 0
+        """Since the stream was opened, those included that are still unsent."""
         self._ended = False
         self._failure: str | None = None
 
@@ -121,6 +124,7 @@ class FramedStream:
 
     def _write(self, frame: bytes) -> None:
         header = HEADER.pack(len(frame))
+        self._written_bytes += HEADER.size + len(frame)
         if len(frame) > _JOIN_BYTES:
             self._flush()
             self._transport.write(header)
@@ -216,15 +220,16 @@ class FramedStream:
         return frame
 
     async def _drain(self) -> None:
-        """Wait until the remote has taken most of the buffer; the deadline starts again whenever it takes some."""
+        """Wait until the remote has taken most of the buffer; the deadline starts again whenever it takes some, however
+        much others write meanwhile."""
         while True:
-            before = self._transport.get_write_buffer_size()
+            taken_bytes = self._written_bytes - self._unsent_bytes
             try:
                 async with asyncio.timeout(self._send_s):
                     await self._writer.drain()
                 return
             except TimeoutError:
-                if self._transport.get_write_buffer_size() >= before:
+                if self._written_bytes - self._unsent_bytes <= taken_bytes:
                     raise self._lost(f"took nothing for {self._send_s:g} s") from None
             except OSError as error:
                 raise self._broken(f"failed: {str(error) or type(error).__name__}") from None

@@ -149,6 +149,27 @@ async def test_receive_may_be_cancelled_anywhere(size: int) -> None:
         assert await near.receive() == payload
 
 
+async def test_a_remote_that_takes_less_than_several_send_is_slow_and_not_lost() -> None:
+    async with pair(send_s=0.3) as (near, reader, writer):
+        far = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=2.0)
+        shrink(near)
+
+        async def send(after_s: float) -> None:
+            await asyncio.sleep(after_s)
+            for _ in range(2):
+                await near.send(bytes(300 * 1024))
+
+        async def receive() -> None:
+            for _ in range(6):
+                await asyncio.sleep(0.15)
+                assert await far.receive() == bytes(300 * 1024)
+
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            for after_s in (0.0, 0.1, 0.2):
+                group.create_task(send(after_s))
+            group.create_task(receive())
+
+
 async def test_what_was_sent_before_the_end_reaches_a_slow_remote() -> None:
     async with pair(send_s=0.2) as (near, reader, writer):
         far = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=2.0)
