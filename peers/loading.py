@@ -19,7 +19,7 @@ from peers.linear import DenseLinear, OneDnnLinear, packing_works
 from peers.process_memory import return_freed_heap, return_library_pages
 from peers.quantized_linear import SideBySide, quantized_linear
 from peers.weights.blocks import BLOCK, BlockKind, Blocks, to_blocks
-from swarm.errors import ModelError
+from swarm.errors import ModelError, UnsupportedModel
 from swarm.types import LayerRange
 
 if TYPE_CHECKING:
@@ -59,12 +59,15 @@ def load_model(
     """
     kind = weights if weights in LAYER_KINDS and weights != str(dtype).removeprefix("torch.") else None
     model = build_model(config, device)
+    like_llama = config["model_type"] in decoder_layer.FAMILIES
+    if like_llama and 2 * len(model.model.rotary_emb.inv_freq) != model.model.layers[0].self_attn.head_dim:
+        raise UnsupportedModel(f"models of the family {config['model_type']} rotate whole heads, not a part of each")
     _drop_the_rest(model, layers)
     return_library_pages()
     reader = _Reader(model, source, device, dtype, kind, progress)
     reader.read_head()
     reader.read_embedding()
-    if config["model_type"] in decoder_layer.FAMILIES and getattr(model.config, "hidden_act", "") == "silu":
+    if like_llama and getattr(model.config, "hidden_act", "") == "silu":
         for index in range(layers.start, layers.end):
             model.model.layers[index] = reader.fused(f"model.layers.{index}")
         model.model.rotary_emb = Rotation(model.model.rotary_emb)

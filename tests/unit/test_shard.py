@@ -312,6 +312,16 @@ def test_rotary_embeddings_that_follow_the_longest_sequence_are_refused() -> Non
         Shard.load(profile_of(model.config), config, ModelSource(model), LayerRange(0, 1))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_rotary_embeddings_for_a_part_of_each_head_are_refused(family: str) -> None:
+    """The kernels would read past the end of their tables; transformers fails at the first token."""
+    model = whole(family)
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = {**model.config.to_dict(), "rope_parameters": rope}
+    with pytest.raises(UnsupportedModel, match="whole heads"):
+        Shard.load(profile_of(model.config), config, ModelSource(model), LayerRange(0, 1))
+
+
 def test_missing_and_misshapen_tensors_are_named() -> None:
     model = whole("llama")
     source = ModelSource(model)
