@@ -59,6 +59,8 @@ class Architecture:
         family = config.get("model_type")
         if not isinstance(family, str):
             raise ModelError(f"the config of {source} lacks model_type")
+        if family == "mistral" and "layer_types" in config:
+            family = "ministral"  # as transformers takes it: windows in some layers only
         check_supported(family, source)
         if config.get("quantization_config"):
             raise UnsupportedModel(f"{source} is quantised ({_method(config)}); use a float checkpoint or a GGUF file")

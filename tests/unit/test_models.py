@@ -187,6 +187,8 @@ def test_unsupported_and_incomplete_configs_are_explained(tmp_path: Path) -> Non
         profile_with(model_type="gpt_neox")
     with pytest.raises(UnsupportedModel, match="quantised"):
         profile_with(quantization_config={"quant_method": "awq"})
+    with pytest.raises(UnsupportedModel, match="'ministral'"):  # what transformers makes of a Mistral with these
+        profile_with(model_type="mistral", layer_types=["sliding_attention", "full_attention"] * 2)
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "model_type"):
         with pytest.raises(ModelError, match=f"lacks {key}"):
             profile_with(**{key: ...})
