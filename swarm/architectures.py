@@ -75,6 +75,11 @@ class Architecture:
             return value
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
+        kv_heads = number("num_key_value_heads", _DEFAULT_KV_HEADS.get(family, heads))
+        if heads % kv_heads:
+            raise ModelError(
+                f"the config of {source} has {heads} attention heads, which {kv_heads} kv heads can't share"
+            )
         bias = bool(config.get("attention_bias", False))
         return cls(
             family=family,
@@ -83,7 +88,7 @@ class Architecture:
             intermediate_size=number("intermediate_size"),
             vocab_size=number("vocab_size"),
             num_heads=heads,
-            num_kv_heads=number("num_key_value_heads", _DEFAULT_KV_HEADS.get(family, heads)),
+            num_kv_heads=kv_heads,
             head_dim=number("head_dim", _DEFAULT_HEAD_DIM.get(family, hidden // heads)),
             max_positions=number("max_position_embeddings", _DEFAULT_POSITIONS[family]),
             tied=bool(config.get("tie_word_embeddings", False)),

@@ -194,6 +194,9 @@ def test_unsupported_and_incomplete_configs_are_explained(tmp_path: Path) -> Non
             profile_with(**{key: ...})
     with pytest.raises(ModelError, match="positive whole number"):
         profile_with(hidden_size="large")
+    for kv_heads in (3, 8):
+        with pytest.raises(ModelError, match=f"4 attention heads, which {kv_heads} kv heads can't share"):
+            profile_with(num_key_value_heads=kv_heads)
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match="no valid JSON"):
         load_profile(resolve(str(folder)))
