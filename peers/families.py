@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from peers.attention import IMPLEMENTATION
-from swarm.errors import ModelError, UnsupportedModel
+from swarm.errors import ModelError, SwarmError, UnsupportedModel
 
 FAMILIES: Final = {
     "cohere2": ("cohere2", "Cohere2ForCausalLM"),
@@ -46,17 +46,19 @@ def build_model(config: dict[str, Any], device: torch.device) -> Any:
     from transformers import initialization
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    try:
-        settings = AutoConfig.for_model(**config)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"config of {model_type}: {error}") from error
-    _refuse_variants(settings)
-    settings._attn_implementation = IMPLEMENTATION
     package, name = FAMILIES[model_type]
     # The family's own module only: the registry of all models would import far more, into every peer's memory.
     kind = getattr(importlib.import_module(f"transformers.models.{package}"), name)
-    with _MetaParameters(), initialization.no_init_weights():
-        model = kind(settings)
+    try:
+        settings = AutoConfig.for_model(**config)
+        _refuse_variants(settings)
+        settings._attn_implementation = IMPLEMENTATION
+        with _MetaParameters(), initialization.no_init_weights():
+            model = kind(settings)
+    except SwarmError:
+        raise
+    except Exception as error:  # at a wrong value transformers raises whatever its code comes to: a KeyError, say
+        raise ModelError(f"transformers can't build a {model_type} of this config: {error!r}") from error
     _place_buffers(model, device)
     return model
 
