@@ -48,7 +48,7 @@ class Architecture:
     head_dim: int
     max_positions: int
     tied: bool
-    """The head is the embedding; the checkpoint has no ``lm_head.weight`` or it is ignored."""
+    """The head is the embedding; the checkpoint has no ``lm_head.weight``, or one that is the same."""
     attention_bias: bool
     output_bias: bool
     mlp_bias: bool

@@ -19,7 +19,8 @@ import torch
 
 from peers.weights.blocks import BLOCK, BlockKind, Blocks
 from peers.weights.compact import CompactRows
-from swarm.checkpoint_files import weight_files
+from swarm.architectures import EMBEDDING, FINAL_NORM, HEAD
+from swarm.checkpoint_files import CONFIG, WeightFiles, weight_files
 from swarm.errors import ModelError, UnsupportedModel
 
 MAX_HEADER_BYTES = 100_000_000
@@ -57,9 +58,17 @@ class SafetensorsSource:
             if entry.shape != shape:
                 raise ModelError(f"{path}: {name} has the shape {entry.shape}, not {shape} as the config says")
             self._entries[name] = entry
+        tied = FINAL_NORM in wanted and HEAD not in wanted
+        own_head = _found(HEAD, folder, files, headers) if tied else None
         self._open: dict[Path, int] = {path: os.open(path, os.O_RDONLY) for path in headers}
         # one buffer for all conversions: freeing one after each tensor would leave holes between the tensors
         self._chunk = torch.empty(0, dtype=torch.uint8)
+        if own_head is not None and not self._same(own_head, self._entries[EMBEDDING]):
+            self.close()
+            raise UnsupportedModel(
+                f"{folder} has a {HEAD} that is not the embedding, to which its config ties the head; "
+                f"set tie_word_embeddings to false in its {CONFIG}"
+            )
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -117,6 +126,20 @@ class SafetensorsSource:
             raise ModelError(f"{name} is not among the tensors of this range of {self._folder}")
         return self._entries[name]
 
+    def _same(self, first: _Entry, second: _Entry) -> bool:
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        count = prod(first.shape)
+        step = CHUNK_BYTES // first.dtype.itemsize
+        chunks = torch.empty((2, min(step, count)), dtype=first.dtype)
+        for start in range(0, count, step):
+            parts = chunks[:, : count - start]
+            for entry, part in zip((first, second), parts, strict=True):
+                self._fill(entry, start, part)
+            if not torch.equal(*parts):
+                return False
+        return True
+
     def _fill(self, entry: _Entry, start: int, target: torch.Tensor) -> None:
         """Read ``target.numel()`` numbers, beginning with number ``start`` of the tensor."""
         view = target.view(torch.uint8).numpy().data  # preadv writes into the tensor itself
@@ -126,6 +149,16 @@ class SafetensorsSource:
             if count == 0:
                 raise ModelError(f"{entry.path} was cut off while it was read")
             view, offset = view[count:], offset + count
+
+
+def _found(name: str, folder: Path, files: WeightFiles, headers: dict[Path, dict[str, _Entry]]) -> _Entry | None:
+    """A tensor that need not be there."""
+    if files.by_tensor is not None and name not in files.by_tensor:
+        return None
+    path = folder / files.holder(name)
+    if path not in headers:
+        headers[path] = _read_header(path)
+    return headers[path].get(name)
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:

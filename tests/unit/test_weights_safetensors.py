@@ -42,6 +42,24 @@ def test_every_family_loads_into_transformers_model(family: str, tied: bool, tmp
     assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 50_000], ids=["single", "sharded"])
+def test_a_head_of_its_own_in_a_tied_checkpoint_is_refused(shard_bytes: int, tmp_path: Path) -> None:
+    """transformers takes that head; a peer that took the embedding would give other tokens."""
+    folder = make_checkpoint(tmp_path / "m", shard_bytes=shard_bytes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UnsupportedModel, match=r"lm_head\.weight that is not the embedding.*tie_word_embeddings"):
+        read_all(folder)
+    assert read_all(folder, 0, 2)  # whoever has not the last layer needs no head
+
+
+def test_a_tied_checkpoint_may_hold_its_embedding_twice(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", tied=True)
+    tensors = load_file(folder / SINGLE)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / SINGLE)
+    assert set(read_all(folder)) == set(tensors)
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_are_converted_as_torch_does(stored: str, wanted: torch.dtype, tmp_path: Path) -> None:
