@@ -49,6 +49,10 @@ def gguf_config(header: GgufHeader) -> dict[str, Any]:
     }
     if family == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+        if "blk.0.ffn_gate.bias" in header.tensors:
+            config["mlp_bias"] = True
+    if family == "qwen3" and "blk.0.attn_q.bias" in header.tensors:
+        config["attention_bias"] = True
     if family == "mistral":
         # absent means no window here, where transformers' default would be one of 4096
         config["sliding_window"] = _optional(header, "attention.sliding_window")

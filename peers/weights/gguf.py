@@ -42,6 +42,8 @@ _PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_READ_ELSEWHERE = {"rope_freqs.weight"}
+"""Of a model's tensors, those that its config tells of, see :mod:`swarm.gguf_model`."""
 _BLOCK_KINDS = {
     GGMLQuantizationType.Q4_0: BlockKind.Q4_0,
     GGMLQuantizationType.Q4_1: BlockKind.Q4_1,
@@ -81,6 +83,9 @@ class GgufSource:
             if tensor.offset + shape_bytes(path, tensor) > size:
                 raise ModelError(f"{path} is cut off: {tensor.name} reaches past the end of the file")
             self._tensors[name] = tensor
+        known = set(map(gguf_name, architecture.shapes(0, architecture.num_layers))) | _READ_ELSEWHERE
+        if unknown := sorted(header.tensors.keys() - known):
+            raise UnsupportedModel(f"{path} has the tensor {unknown[0]}, which no {architecture.family} has here")
         self._file = os.open(path, os.O_RDONLY)
         self._close_file = weakref.finalize(self, os.close, self._file)
         self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)

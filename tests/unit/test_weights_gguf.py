@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,7 +129,8 @@ def test_missing_misshapen_and_unreadable_tensors_are_named(tmp_path: Path) -> N
     path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_upp.weigh"))
     with pytest.raises(ModelError, match=r"lacks the tensor blk\.1\.ffn_up\.weight"):
         open_source(reference, LayerRange(0, 2))
-    assert open_source(reference, LayerRange(0, 1)).names()  # the first layer is whole
+    with pytest.raises(UnsupportedModel, match=r"has the tensor blk\.1\.ffn_upp\.weigh,"):
+        open_source(reference, LayerRange(0, 1))  # this layer is whole, but what is the other one?
 
     place = raw.index(b"blk.1.ffn_up.weight") + len(b"blk.1.ffn_up.weight")
     shape = (32).to_bytes(8, "little") + (128).to_bytes(8, "little")
@@ -139,6 +141,41 @@ def test_missing_misshapen_and_unreadable_tensors_are_named(tmp_path: Path) -> N
     path.write_bytes(raw[: place + 20] + (99).to_bytes(4, "little") + raw[place + 24 :])
     with pytest.raises(UnsupportedModel, match="unknown ggml type 99"):
         open_source(reference, LayerRange(0, 2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_biases_in_the_file_are_the_models(family: str, tmp_path: Path) -> None:
+    sizes = {"attn_q": 64, "attn_k": 32, "attn_v": 32, "attn_output": 64}
+    names = {f"self_attn.{name}_proj.bias": part for name, part in zip("qkvo", sizes, strict=True)}
+    if family == "llama":
+        sizes |= {"ffn_gate": 128, "ffn_up": 128, "ffn_down": 64}
+        names |= {f"mlp.{name}_proj.bias": f"ffn_{name}" for name in ("gate", "up", "down")}
+    biases = {
+        f"blk.{layer}.{part}.bias": np.arange(size, dtype=np.float32)
+        for layer in range(2)
+        for part, size in sizes.items()
+    }
+    source = open_source(resolve(str(make_gguf(tmp_path / "m.gguf", family, extra_tensors=biases))), LayerRange(0, 2))
+    for name, part in names.items():
+        found = source.read(f"model.layers.1.{name}", torch.float32)
+        assert sorted(found.tolist()) == list(range(sizes[part])), name
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("llama", "blk.0.attn_q_norm.weight"),
+        ("llama", "blk.1.ffn_up.scale"),
+        ("mistral", "blk.0.attn_q.bias"),
+        ("qwen2", "blk.0.attn_output.bias"),
+        ("qwen2", "output.bias"),
+    ],
+)
+def test_tensors_that_no_layer_would_use_are_refused(family: str, tensor: str, tmp_path: Path) -> None:
+    """Without them the model would be another one, and say something else."""
+    path = make_gguf(tmp_path / "m.gguf", family, extra_tensors={tensor: np.ones(64, np.float32)})
+    with pytest.raises(UnsupportedModel, match=f"has the tensor {tensor}"):
+        open_source(resolve(str(path)), LayerRange(0, 2))
 
 
 _MEASURE = """
