@@ -14,6 +14,16 @@ _F32 = 0
 # Llama 3.1 and later scale their rotary frequencies by this recipe; a GGUF file holds only its result
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_ORIGINAL = 1.0, 4.0, 8192
 
+_USUAL_SCALING = {
+    "attn_factor": 1.0,
+    "yarn_ext_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_log_multiplier": 0.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+}
+"""What llama.cpp takes where a file is silent, and transformers too."""
+
 
 def gguf_config(header: GgufHeader) -> dict[str, Any]:
     """The transformers config; raises :class:`UnsupportedModel`, or :class:`ModelError` for missing metadata."""
@@ -67,12 +77,17 @@ def end_ids(header: GgufHeader) -> list[int]:
 
 def _rope(header: GgufHeader, head_dim: int) -> dict[str, Any]:
     theta = _number(header, "rope.freq_base", 10000.0)
-    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    for name, usual in _USUAL_SCALING.items():
+        if not math.isclose(_number(header, f"rope.scaling.{name}", usual), usual):
+            raise UnsupportedModel(f"{header.path} has its own rope.scaling.{name}; only the usual {usual:g} can run")
+    # files of 2023 have another name for the factor, and no kind: llama.cpp takes both as linear
+    factor = _number(header, "rope.scaling.factor", _number(header, "rope.scale_linear", 1.0))
+    unnamed = "none" if factor in (0, 1) else "linear"
+    kind = header.metadata.get(f"{header.architecture}.rope.scaling.type", unnamed)
     if "rope_freqs.weight" in header.tensors:
         return {"rope_type": "llama3", "rope_theta": theta} | _llama3_scaling(header, theta, head_dim)
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
-    factor = _number(header, "rope.scaling.factor")
     if kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if kind == "yarn":

@@ -245,6 +245,25 @@ def test_rope_scaling_of_gguf_files(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_kind_scales_rotary_positions_linearly(key: str, tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "m.gguf", extra={f"llama.{key}": 4.0})
+    wanted = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert config_dict(resolve(str(path)))["rope_parameters"] == wanted
+
+
+@pytest.mark.parametrize(("key", "other"), [("attn_factor", 0.5), ("yarn_beta_fast", 8.0), ("yarn_ext_factor", 0.0)])
+def test_rope_scaling_with_settings_of_its_own_is_refused(key: str, other: float, tmp_path: Path) -> None:
+    def config_with(value: float) -> dict[str, Any]:
+        extra: dict[str, Any] = {"type": "yarn", "factor": 4.0, "original_context_length": 512, key: value}
+        extra = {f"llama.rope.scaling.{name}": setting for name, setting in extra.items()}
+        return config_dict(resolve(str(make_gguf(tmp_path / "m.gguf", extra=extra))))
+
+    assert config_with(32.0 if key == "yarn_beta_fast" else 1.0)["rope_parameters"]["rope_type"] == "yarn"
+    with pytest.raises(UnsupportedModel, match=rf"rope\.scaling\.{key}"):
+        config_with(other)
+
+
 def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
     import numpy as np
     import torch
