@@ -21,6 +21,7 @@ from swarm.gguf_file import read_header
 from swarm.gguf_model import gguf_config
 from swarm.gguf_tokenizer import gguf_tokenizer_files
 from swarm.hub import fetch_description, fetch_files, hub_repository, hub_weight_files
+from swarm.llama_tokenizer import as_llama_tokenizer
 from swarm.tokenizer import TextStream, TextTokenizer
 from swarm.types import ModelId
 
@@ -213,10 +214,14 @@ def tokenizer_files(reference: ModelReference) -> dict[str, bytes]:
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     generation = optional_json(folder / "generation_config.json")
     config = config_dict(reference)
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if kind == "LlamaTokenizer" and config.get("model_type") == "llama":
+        tokenizer = as_llama_tokenizer(tokenizer, settings, str(folder / "tokenizer.json"))
     generation["eos_token_id"] = list(_end_ids(reference, config)) or None
     generation.setdefault("bos_token_id", config.get("bos_token_id"))
     return {
-        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
+        "tokenizer.json": tokenizer,
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }

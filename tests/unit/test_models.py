@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import string
 import subprocess
 import sys
 import threading
@@ -337,6 +338,36 @@ def test_encode_and_decode_equal_transformers(tokenizer: TextTokenizer, theirs: 
     for _ in range(200):
         ids = [generator.randrange(49152) for _ in range(12)]
         assert tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("settings", [{}, {"legacy": False}, {"legacy": True}, {"add_prefix_space": False}])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_tokenizer_of_llama_2s_time_equals_transformers(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its file has a space begin the text after every special token; transformers doesn't always do so any more."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import AutoTokenizer
+
+    folder = make_checkpoint(tmp_path / "m", family)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_letters]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("\u2581", "w")]
+    tokens += [left + right for left, right in merges]
+    file = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges, unk_token="<unk>"))
+    file.model.byte_fallback = file.model.fuse_unk = True
+    file.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    file.decoder = decoders.Sequence(steps)
+    file.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    file.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:3]])
+    file.save(str(folder / "tokenizer.json"))
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | settings))
+    wanted, ours = AutoTokenizer.from_pretrained(folder), TextTokenizer(tokenizer_files(resolve(str(folder))))
+    for text in (*TEXTS, "hello world", " hello", "<s>user\nhello</s>\n<s>assistant\n", "</s> hello  w"):
+        ids = wanted(text).input_ids
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == wanted.decode(ids, skip_special_tokens=True)
 
 
 def test_text_that_is_not_unicode_is_refused(tokenizer: TextTokenizer) -> None:
