@@ -27,6 +27,9 @@ BLOCK = 32
 _LAYER_BYTES = {"bfloat16": 2.0, "int8": 34 / BLOCK, "int4": 20 / BLOCK}
 _HEAD_BYTES = _LAYER_BYTES | {"int4": 34 / BLOCK}  # the head keeps 8 bits
 
+_MOST, _MOST_LAYERS = 2**31 - 1, 10_000
+"""A damaged header may say anything, and each layer has a list of tensors."""
+
 # what transformers takes where a config.json is silent
 _DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
@@ -65,13 +68,15 @@ class Architecture:
         if config.get("quantization_config"):
             raise UnsupportedModel(f"{source} is quantised ({_method(config)}); use a float checkpoint or a GGUF file")
 
-        def number(key: str, default: int | None = None) -> int:
+        def number(key: str, default: int | None = None, most: int = _MOST) -> int:
             value = config.get(key)
             value = default if value is None else value
             if value is None:
                 raise ModelError(f"the config of {source} lacks {key}")
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ModelError(f"the config of {source} has {key} = {value!r}; it must be a positive whole number")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+                raise ModelError(
+                    f"the config of {source} has {key} = {value!r}; it must be a positive whole number, {most} at most"
+                )
             return value
 
         heads, hidden = number("num_attention_heads"), number("hidden_size")
@@ -83,7 +88,7 @@ class Architecture:
         bias = bool(config.get("attention_bias", False))
         return cls(
             family=family,
-            num_layers=number("num_hidden_layers"),
+            num_layers=number("num_hidden_layers", most=_MOST_LAYERS),
             hidden_size=hidden,
             intermediate_size=number("intermediate_size"),
             vocab_size=number("vocab_size"),

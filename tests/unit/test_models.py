@@ -195,6 +195,9 @@ def test_unsupported_and_incomplete_configs_are_explained(tmp_path: Path) -> Non
             profile_with(**{key: ...})
     with pytest.raises(ModelError, match="positive whole number"):
         profile_with(hidden_size="large")
+    for key, large in (("num_hidden_layers", 10**9), ("hidden_size", 10**400)):  # a list of tensors for each layer
+        with pytest.raises(ModelError, match=f"has {key} = 10*; it must be a positive whole number, .* at most"):
+            profile_with(**{key: large})
     for kv_heads in (3, 8):
         with pytest.raises(ModelError, match=f"4 attention heads, which {kv_heads} kv heads can't share"):
             profile_with(num_key_value_heads=kv_heads)
