@@ -43,7 +43,7 @@ def json_object(data: bytes, source: str) -> dict[str, Any]:
     """Raises :class:`ModelError` that names ``source``."""
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested very deeply
         raise ModelError(f"{source} is no valid JSON") from error
     if not isinstance(value, dict):
         raise ModelError(f"{source} holds no JSON object")

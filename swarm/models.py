@@ -85,7 +85,7 @@ class ModelProfile:
             profile = cls(**facts | {"end_ids": tuple(int(token) for token in facts["end_ids"])})
             if all(map(profile._plausible, fields(cls))):
                 return profile
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ModelError(f"this is no model profile: {text[:80]!r}") from error
         raise ModelError(f"this model profile has a value of a wrong kind: {text[:80]!r}")
 
@@ -211,7 +211,7 @@ def tokenizer_files(reference: ModelReference) -> dict[str, bytes]:
         raise ModelError(f"{reference.name} has no tokenizer.json; save its tokenizer with transformers to get one")
     settings = optional_json(folder / "tokenizer_config.json")
     if (folder / "chat_template.jinja").is_file():
-        settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        settings["chat_template"] = _text(folder / "chat_template.jinja")
     generation = optional_json(folder / "generation_config.json")
     config = config_dict(reference)
     tokenizer = (folder / "tokenizer.json").read_bytes()
@@ -225,6 +225,13 @@ def tokenizer_files(reference: ModelReference) -> dict[str, bytes]:
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read as text: {error}") from error
 
 
 def _end_ids(reference: ModelReference, config: dict[str, Any]) -> tuple[int, ...]:

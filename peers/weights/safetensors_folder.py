@@ -171,7 +171,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is corrupt: its header is no JSON") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path} is corrupt: its header is no JSON object")

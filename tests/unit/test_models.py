@@ -465,6 +465,21 @@ def test_a_skipped_special_token_keeps_the_space_that_follows(tmp_path: Path) ->
     assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids) == "hello world"
 
 
+def test_files_that_are_nested_deeply_or_are_no_text_are_model_errors(built_in: ModelReference, tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    with pytest.raises(ModelError, match="no model profile"):
+        ModelProfile.from_json(deep)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is no valid JSON"):
+        TextTokenizer(tokenizer_files(built_in) | {"tokenizer_config.json": deep.encode()})
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja can't be read"):
+        tokenizer_files(resolve(str(folder)))
+    (folder / "config.json").write_text(deep)
+    with pytest.raises(ModelError, match="no valid JSON"):
+        load_profile(resolve(str(folder)))
+
+
 def test_a_damaged_tokenizer_is_a_model_error(built_in: ModelReference) -> None:
     files = tokenizer_files(built_in)
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):

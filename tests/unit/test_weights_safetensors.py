@@ -166,6 +166,9 @@ def test_a_file_cut_anywhere_is_a_model_error(tmp_path: Path) -> None:
         (folder / SINGLE).write_bytes(raw[:cut])
         with pytest.raises(ModelError, match=r"cut off|no JSON"):
             read_all(folder)
+    (folder / SINGLE).write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+    with pytest.raises(ModelError, match="no JSON"):
+        read_all(folder)
     (folder / SINGLE).write_bytes(b"\xff" * 8 + raw[8:])
     with pytest.raises(ModelError, match="header reaches past its end"):
         read_all(folder)
