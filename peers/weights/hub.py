@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from swarm.architectures import FINAL_NORM, HEAD
 from swarm.hub import fetch_description, fetch_files, hub_repository, hub_weight_files
 from swarm.models import ModelReference
 
@@ -14,4 +15,7 @@ def fetch_range(reference: ModelReference, tensors: Iterable[str]) -> Path:
     repository = hub_repository(reference.repo, reference.revision, reference.endpoint)
     files = hub_weight_files(repository)
     fetch_description(repository)
-    return fetch_files(repository, sorted({files.holder(name) for name in tensors}))
+    wanted = set(tensors)
+    if FINAL_NORM in wanted and HEAD in (files.by_tensor or {}):
+        wanted.add(HEAD)  # with a tied head, too: whether it is the embedding is seen in the file
+    return fetch_files(repository, sorted({files.holder(name) for name in wanted}))

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peers.weights import open_source
 from swarm import hub
@@ -129,6 +130,19 @@ def test_only_the_files_of_the_range_are_fetched(stand_in: StandIn, reference: M
     assert len(wanted) < len(set(by_tensor.values()))
     open_source(reference, LayerRange(1, 2))
     assert len(weight_files(stand_in)) == len(wanted)  # not fetched twice
+
+
+def test_the_head_of_a_tied_model_is_fetched_to_be_compared(stand_in: StandIn, reference: ModelReference) -> None:
+    index = stand_in.folder / "model.safetensors.index.json"
+    facts = json.loads(index.read_text())
+    table = load_file(stand_in.folder / facts["weight_map"]["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    save_file({"lm_head.weight": table.clone()}, stand_in.folder / "own.safetensors")  # in a file of its own
+    facts["weight_map"]["lm_head.weight"] = "own.safetensors"
+    index.write_text(json.dumps(facts))
+    config = json.loads((stand_in.folder / "config.json").read_text())
+    (stand_in.folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "lm_head.weight" not in open_source(reference, LayerRange(2, 4)).names()
+    assert "own.safetensors" in weight_files(stand_in)
 
 
 def test_profile_and_tokenizer_need_no_weights(stand_in: StandIn, reference: ModelReference) -> None:
