@@ -73,6 +73,8 @@ class Chain:
         self.complete = False
         self.settled = 0
         """Step mode: the epoch in which an answer has come through all hops, so that none of them replays any more."""
+        self.stale = False
+        """Step mode: the hops have to be told of the inputs by :meth:`reopen`."""
         self.rebuilds: list[Rebuild] = []
         self.reused = 0
         """Tokens of the prompt that every stage had from an earlier session when this one was opened."""
@@ -167,6 +169,12 @@ class Chain:
         else:
             self._record(reason, keep, survivors)
 
+    async def reopen(self) -> None:
+        """Bring all hops into a new epoch. Raises ``HopLost``."""
+        self._stop_handovers()
+        self.epoch = self.next_epoch()
+        await self._open_and_start()
+
     def _tell_of_wait(self, problem: SwarmError, deadline: float) -> None:
         left_s, told = max(0.0, deadline - _now()), problem.message
         if isinstance(problem, NoRoute):
@@ -216,7 +224,7 @@ class Chain:
 
     async def _open_and_start(self) -> None:
         """Raises ``HopLost``."""
-        known = len(self.transcript)
+        known, self.stale = len(self.transcript), False
         await self.opener.open(self.controls, self.epoch)
         self._commit_what_came()
         if self.transcript.finish_reason is None:
@@ -298,12 +306,10 @@ class Chain:
 
     async def feed_step(self, start: int, *, rewound: bool) -> None:
         """Step mode: inputs from ``start`` on are new; ``rewound``: stages hold others there. Raises ``HopLost``."""
-        if rewound and self.settled != self.epoch:
+        if self.stale or (rewound and self.settled != self.epoch):
             # A hop may still be replaying what its target has already, the inputs that are replaced among it, and the
             # replacement may overtake that: then nobody would tell the target. A new epoch tells everybody.
-            self._stop_handovers()
-            self.epoch = self.next_epoch()
-            await self._open_and_start()
+            self.stale = True
             return
         if rewound:
             # What we feed the successors of the first hop is gone; its next heartbeat begins another handover.

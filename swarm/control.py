@@ -178,7 +178,8 @@ class HopControl:
     def _hear(self, reply: pb.ControlReply) -> None:
         kind = reply.WhichOneof("kind")
         if kind == "opened":
-            if self._opened is not None and not self._opened.done():
+            # An older epoch's is the answer to an open that was given up.
+            if self._opened is not None and not self._opened.done() and reply.opened.epoch >= self._opening:
                 self._opened.set_result(reply.opened)
         elif kind == "fetched":
             if self._fetched is not None and not self._fetched.done() and reply.fetched.number == self._fetches:

@@ -375,6 +375,9 @@ class StepSession:
                 self._answered_at = asyncio.get_running_loop().time()
                 if self._answer is not None and not self._answer.done():  # else nobody waits for it any more
                     self._answer.set_result(self.inputs.answer())
+            if chain.stale:  # here, and not where the input came: who asked may give up meanwhile
+                async with self._changing:
+                    await chain.reopen()
             output = await watch.output()
             if output is not None:
                 with chain.controls[-1].blamed():

@@ -205,6 +205,24 @@ def test_a_step_that_was_given_up_leaves_nothing_behind() -> None:
     run_virtual(main)
 
 
+@pytest.mark.parametrize("then", [[1, 2, 7, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 9]])
+def test_a_step_that_is_given_up_while_the_hops_are_told_to_go_back_costs_no_hop(then: list[int]) -> None:
+    """They are told in a new epoch, which takes as long as the passes that are under way."""
+
+    async def main() -> None:
+        world = await swarm_of(12, THIRDS)
+        async with session_of(world) as session:
+            for tokens, patience_s in (([*range(1, 41)], 0.05), ([1, 2, 3, 4, 5, 6, 7, 8], 0.004), ([1, 2, 3], 0.004)):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(patience_s):
+                        await session.run(tokens, len(tokens) - 1)
+            await check(world, session, then, len(then) - 1)
+            assert session.rebuilds == []
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_wrong_inputs_are_refused_and_the_session_goes_on() -> None:
     async def main() -> None:
         world = await swarm_of(13, THIRDS)

@@ -61,6 +61,11 @@ def test_an_error_of_an_older_epoch_is_no_answer_to_an_open() -> None:
     assert heard == [late.error]
 
 
+def test_the_answer_to_an_open_that_was_given_up_is_no_answer_to_the_next() -> None:
+    control, _ = opened(pb.ControlReply(opened=pb.Opened(epoch=1, have=9)), ANSWER)
+    assert control.have == 5
+
+
 def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() -> None:
     def heartbeat(epoch: int, have: int) -> pb.ControlReply:
         return pb.ControlReply(status=pb.Status(epoch=epoch, have=have))
