@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -47,7 +47,7 @@ class Client:
         with self._changing:
             self._closed = True
             network, self._network = self._network, None
-            if network is None:
+            if network is None or not network.lives:
                 return
             try:
                 network.begin(self._client.__aexit__(None, None, None))()
@@ -101,8 +101,16 @@ class Client:
                 except StopAsyncIteration:
                     return
         finally:
-            if not self._closed:  # which has ended them
-                self.run(events.aclose())
+            self._end(events)
+
+    def _end(self, events: AsyncGenerator[object, None]) -> None:
+        network = self._network
+        if network is None or not network.lives:
+            return  # closing has ended them, or they are another process's
+        if network.is_current:  # the garbage collector came there upon a stream that was left half read
+            network.begin(events.aclose())
+        else:
+            self.run(events.aclose())
 
     def peers(self) -> list[Announcement]:
         return self.run(self._opened().peers())
@@ -113,11 +121,17 @@ class Client:
     def run(self, work: Awaitable[T]) -> T:
         """Wait for ``work`` on the network's thread. Ctrl-C cancels it, and waits until it has cleaned up.
 
-        Raises :class:`BadRequest` if the client is closed, :class:`Cancelled` if it is closed meanwhile.
+        Raises :class:`BadRequest` if the client is closed or nobody could do it, :class:`Cancelled` if it is closed
+        meanwhile.
         """
         with self._changing:
             try:
-                wait = self._open().begin(work)
+                network = self._open()
+                if not network.lives:
+                    raise BadRequest("this process was forked after its client was connected; connect another one here")
+                if network.is_current:
+                    raise BadRequest("what a client runs can't wait for that client; see swarm.connect_async")
+                wait = network.begin(work)
             except BaseException:
                 if isinstance(work, Coroutine):
                     work.close()  # Python warns of one that is never awaited

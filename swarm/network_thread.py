@@ -27,6 +27,16 @@ class NetworkThread:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def lives(self) -> bool:
+        """False in a process that was forked from the one that started it: threads stay behind."""
+        return self._thread.is_alive()
+
+    @property
+    def is_current(self) -> bool:
+        """Who waits here waits for itself."""
+        return threading.current_thread() is self._thread
+
     def begin(self, work: Awaitable[T]) -> Callable[[], T]:
         """Starts ``work``; returns what waits for it. Ctrl-C cancels it, and waits until it has cleaned up.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any, cast
 
@@ -154,6 +157,64 @@ def test_closing_ends_a_stream_that_was_left_half_read(client: Client, entered: 
     assert entered.story == ["entered", "left", "freed"]
     with pytest.raises(BadRequest, match="closed"):
         next(stream)
+
+
+def test_a_stream_that_the_garbage_collector_finds_on_the_networks_thread_is_ended(
+    client: Client, entered: Entered
+) -> None:
+    stream = client.stream("abc")
+    assert next(stream).text == "a"
+    ring: list[object] = [stream]
+    ring.append(ring)
+    del stream, ring
+
+    async def collect() -> None:
+        gc.collect()
+
+    thread = threading.Thread(target=lambda: client.run(collect()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "the thread waits for itself"
+    client.run(asyncio.sleep(0))
+    assert entered.story == ["entered", "freed"]
+
+
+def test_what_a_client_runs_can_not_wait_for_it(client: Client) -> None:
+    async def wait() -> None:
+        client.generate("a")
+
+    with pytest.raises(BadRequest, match="connect_async"):
+        client.run(wait())
+
+
+@pytest.mark.parametrize("use", ["generate", "stream", "close"])
+def test_a_forked_process_waits_for_no_network_that_stayed_behind(client: Client, use: str) -> None:
+    stream = client.events("abc")
+    next(stream)
+    forked = os.fork()
+    if not forked:
+        code = 1
+        try:
+            if use == "stream":
+                stream.close()
+            elif use == "close":
+                client.close()
+            else:
+                with pytest.raises(BadRequest, match="forked"):
+                    client.generate("b")
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 10
+    while (ended := os.waitpid(forked, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(forked, signal.SIGKILL)
+            os.waitpid(forked, 0)
+            pytest.fail("it waits for ever")
+        time.sleep(0.01)
+    assert ended == (forked, 0)
+    assert client.generate("a") == cast(Any, "A")
+    stream.close()
 
 
 def test_a_single_address_need_not_be_in_a_list() -> None:
