@@ -189,6 +189,8 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         whole = some or output_hidden_states or labels is not None or not 0 < logits_to_keep < columns
         keep = columns if whole else int(logits_to_keep)
         cache = past_key_values if past_key_values is not None else self.new_cache(columns + 1)
+        if past_key_values is None and use_cache:  # within generate, such as for its guidance, it is nobody else's
+            _caches.get([]).append(cache)
         try:
             answers = cache.advance(input_ids, attention_mask, keep, bool(output_hidden_states))
         finally:
@@ -228,6 +230,8 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
             for cache in made:
                 if cache is not getattr(result, "past_key_values", None):
                     cache.close()
+                else:  # of a call within another one, as an assistant's, it ends with that
+                    _caches.get([]).append(cache)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

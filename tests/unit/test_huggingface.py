@@ -169,6 +169,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "penalties": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
     "in_chunks": {"do_sample": False, "prefill_chunk_size": 4},
     "no_cache": {"do_sample": False, "use_cache": False},
+    "guidance": {"do_sample": False, "guidance_scale": 1.5},
 }
 
 
@@ -202,6 +203,15 @@ def test_assisted_by_a_model_at_home(model: SwarmForCausalLM, local: Any) -> Non
     assistant = copy.deepcopy(local)
     ours, theirs = both_ways(model, local, PROMPT, pad_token_id=0, do_sample=False, assistant_model=assistant)
     assert ours.tolist() == theirs.tolist()
+
+
+def test_the_sessions_of_an_assistant_end_with_the_call_that_it_assists(
+    quiet: tuple[SwarmForCausalLM, InMemory], local: Any
+) -> None:
+    model, world = quiet
+    assisted = model.generate(PROMPT, do_sample=False, max_new_tokens=24, assistant_model=model)
+    assert assisted.tolist() == local.generate(PROMPT, do_sample=False, max_new_tokens=24, eos_token_id=2).tolist()
+    assert model.client.run(world.stages()) == 0
 
 
 def test_a_padded_batch_with_scores_and_hidden_states(model: SwarmForCausalLM, local: Any) -> None:
