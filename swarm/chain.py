@@ -110,7 +110,8 @@ class Chain:
         if self.complete:
             self._prefix.remember(self.route)
         prefix = self._prefix.name()
-        await asyncio.gather(*(control.close(prefix) for control in self.controls))
+        for control in self.controls:  # at once, and not in tasks: who ends a session twice would cancel those
+            await control.close(prefix)
 
     async def release(self) -> None:
         """Free every stage, and have :meth:`establish` open them all anew."""

@@ -247,6 +247,31 @@ def test_a_session_that_ends_while_it_is_mended_waits_for_none_of_those_that_it_
     run_virtual(main)
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_session_that_is_cancelled_twice_at_once_leaves_nothing(turns: int) -> None:
+    async def main() -> None:
+        world = World(17)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        before, begun = asyncio.all_tasks(), asyncio.Event()
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 5:
+                begun.set()
+
+        generation = asyncio.create_task(world.generate(PROMPT, 200, schedule))
+        await begun.wait()
+        generation.cancel()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        generation.cancel()
+        await asyncio.wait((generation,))
+        await world.settle()
+        assert asyncio.all_tasks() <= before
+
+    run_virtual(main)
+
+
 def test_losing_all_hops_but_one() -> None:
     def kill(world: World, session: Session, index: int) -> None:
         if index == 4 and not session.rebuilds:

@@ -223,6 +223,22 @@ def test_a_step_that_is_given_up_while_the_hops_are_told_to_go_back_costs_no_hop
     run_virtual(main)
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_session_that_is_closed_twice_at_once_leaves_no_stage(turns: int) -> None:
+    async def main() -> None:
+        world = await swarm_of(16, THIRDS)
+        session = await session_of(world).__aenter__()
+        await check(world, session, [1, 2, 3], 2)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(session.close())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            tasks.create_task(session.close())
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_wrong_inputs_are_refused_and_the_session_goes_on() -> None:
     async def main() -> None:
         world = await swarm_of(13, THIRDS)
