@@ -120,7 +120,8 @@ class Chain:
         self.controls = []
 
     def _interrupt(self) -> None:
-        """The route is no longer complete; how long it is not counts from the first loss."""
+        """The route is no longer complete; how long it is not counts from the first loss. Handovers are part of it."""
+        self._stop_handovers()
         if self.complete:
             self.complete, self._lost_at = False, _now()
 
@@ -131,7 +132,6 @@ class Chain:
         first, wire = reason == "opened", self.transcript.wire
         pause = RETRY_FIRST_S
         deadline = _now() + self.settings.recovery.wait_s
-        self._stop_handovers()
         while True:
             self.epoch = self.next_epoch()
             keep = self.transcript.kept
@@ -270,8 +270,6 @@ class Chain:
         guilty = self._guilty(loss)
         dead = [c for c in self.controls if c is guilty or c.lost is not None]
         self.controls = [c for c in self.controls if c not in dead]
-        for control in dead:
-            self._stop_handovers(control)
         generation = await self._transport.ready()
         for control in dead:
             error = loss.error if control is guilty else control.lost or loss.error
@@ -349,11 +347,11 @@ class Chain:
 
     async def replace(self, handover: Handover) -> str:
         """Put the warm successors into the leaving hop's place; :meth:`establish` makes it the route."""
-        leaving = handover.leaving
+        leaving, fresh = handover.leaving, handover.take()
         self._interrupt()
         self._lost = [leaving.hop]
         index = self.controls.index(leaving)
-        self.controls[index : index + 1] = handover.take()
+        self.controls[index : index + 1] = fresh
         await leaving.close()
         return f"peer {leaving.hop.peer.peer_id[-6:]} is leaving"
 

@@ -8,7 +8,7 @@ import pytest
 
 from peers.runner import StageRunner
 from swarm.chain import Chain
-from swarm.control import HopControl
+from swarm.control import HopControl, HopLost
 from swarm.errors import NoRoute
 from swarm.rebuilds import Patience
 from swarm.session import Session
@@ -84,6 +84,46 @@ def test_a_leaving_peer_may_be_lost_while_a_rebuild_pauses(monkeypatch: pytest.M
         assert [route.cause for route in outcome.routes][1:] == ["stream_lost"]
         assert outcome.error is None
         assert outcome.tokens == world.decoder.generate([1, 2, 3], 60, 3, frozenset())
+
+    run_virtual(scenario)
+
+
+def test_a_handover_asks_nothing_of_a_route_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a rebuild pauses, the hop before the leaving one may be gone; the one before that has nothing to send to a
+    successor, and was lost if it was told to."""
+
+    async def pause(self: Patience) -> None:
+        await asyncio.sleep(0.3)  # what the third loss in a row brings
+
+    async def scenario() -> None:
+        world = World(3, faults=Faults(latency_s=(0.02, 0.03)))
+        for layers in (LayerRange(0, 2), *2 * (LayerRange(2, 4), LayerRange(4, 6))):
+            await world.add_peer(layers)
+        prepare, bury = Chain.prepare_handover, Chain.bury
+        reasons: list[str] = []
+
+        def prepare_and_lose(self: Chain, hop: HopControl, token_s: float) -> None:
+            begins = hop not in self._handovers
+            prepare(self, hop, token_s)
+            if begins and not reasons:
+                world.network.nodes[self.hops[1].peer.peer_id].kill()
+
+        async def bury_and_note(self: Chain, loss: HopLost) -> str:
+            reasons.append(await bury(self, loss))
+            return reasons[-1]
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                world.drain(world.peer_of(session, 2))
+
+        monkeypatch.setattr(Chain, "prepare_handover", prepare_and_lose)
+        monkeypatch.setattr(Chain, "bury", bury_and_note)
+        monkeypatch.setattr(Patience, "pause", pause)
+        outcome = await world.generate([1, 2, 3], 60, schedule)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], 60, 3, frozenset())
+        assert [reason.partition(":")[2] for reason in reasons] == ["4]: the connection broke"]
+        assert outcome.routes[-1].cause == "leaving"
 
     run_virtual(scenario)
 
