@@ -29,7 +29,9 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
 MAX_TEMPERATURE: Final = 100.0
+MIN_REPETITION_PENALTY: Final = 0.01
 MAX_REPETITION_PENALTY: Final = 100.0
+"""Logits that are divided by far less leave float32."""
 MAX_PENALTY: Final = 2.0
 """Of presence and frequency, either sign; as OpenAI has it."""
 MAX_BIAS: Final = 100.0
@@ -70,15 +72,14 @@ class SamplingParams:
         _within("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _within("top_p", self.top_p, 0.0, 1.0)
         _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, MAX_REPETITION_PENALTY)
+        _within("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _within("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _within("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         _whole("top_k", self.top_k, 2**32 - 1)
         _whole("seed", self.seed, 2**64 - 1)
         _whole("logprobs", self.logprobs, MAX_LOGPROBS)
-        for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
-            if np.float32(value) == 0:  # as it would come off the wire
-                raise BadRequest(f"{name} must be above 0; 1 switches it off")
+        if np.float32(self.top_p) == 0:  # as it would come off the wire
+            raise BadRequest("top_p must be above 0; 1 switches it off")
         if len(self.logit_bias) > MAX_BIASES:
             raise BadRequest(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_BIASES}")
         for token_id, bias in self.logit_bias.items():

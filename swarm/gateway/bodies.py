@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from swarm.sampling import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY, MAX_REPETITION_PENALTY
+from swarm.sampling import (
+    MAX_BIAS,
+    MAX_BIASES,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MIN_REPETITION_PENALTY,
+)
 from swarm.transcript import MAX_TOKENS
 
 MAX_STOPS = 4
@@ -52,7 +59,7 @@ class GenerationBody(Body):
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     n: Count = None
     presence_penalty: Penalty = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=MAX_REPETITION_PENALTY)] = None
+    repetition_penalty: Annotated[float | None, Field(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None

@@ -298,7 +298,7 @@ async def test_strangers_reach_no_session(thirds: LocalSwarm, reference: Referen
 async def test_a_last_stage_is_not_upset_by_wishes(thirds: LocalSwarm, reference: Reference) -> None:
     """Sampling at the edge of what may be asked for, in one batch with an honest session."""
     wishes = [
-        pb.Sampling(temperature=1e-40, top_p=1e-30, repetition_penalty=1e-38, seed=2**64 - 1),
+        pb.Sampling(temperature=1e-40, top_p=1e-30, repetition_penalty=0.01, seed=2**64 - 1),
         pb.Sampling(temperature=100, top_p=1, repetition_penalty=100, min_p=1, top_k=2**32 - 1),
         pb.Sampling(temperature=1, top_p=1, repetition_penalty=1, logit_bias={2**32 - 1: 100, 5: -100}, logprobs=20),
         pb.Sampling(temperature=1, top_p=1, repetition_penalty=1, presence_penalty=-2, frequency_penalty=2),

@@ -17,7 +17,17 @@ from transformers import (
 
 from swarm import protocol_pb2
 from swarm.errors import BadRequest, BadTensor
-from swarm.sampling import MAX_BIASES, SampleResult, SamplingParams, sample, surviving
+from swarm.sampling import (
+    GREEDY_BELOW,
+    MAX_BIASES,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+    SampleResult,
+    SamplingParams,
+    sample,
+    surviving,
+)
 
 VOCAB = 4096
 
@@ -31,7 +41,7 @@ def logits_of(seed: int, vocab: int = VOCAB, scale: float = 3.0) -> np.ndarray:
     [
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
         ("top_k", -1), ("top_k", 1.5), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
-        ("top_p", 1e-50), ("repetition_penalty", 1e-50),
+        ("top_p", 1e-50), ("repetition_penalty", 1e-50), ("repetition_penalty", 1e-38),
         ("min_p", -0.1), ("min_p", math.nan), ("repetition_penalty", 0.0), ("repetition_penalty", math.nan),
         ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("seed", -1), ("seed", 2**64), ("logprobs", 21),
         ("logit_bias", {-1: 1.0}), ("logit_bias", {1: math.nan}), ("logit_bias", {1: 101.0}),
@@ -41,6 +51,21 @@ def logits_of(seed: int, vocab: int = VOCAB, scale: float = 3.0) -> np.ndarray:
 def test_values_without_a_meaning_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(BadRequest, match=field):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, GREEDY_BELOW, 1.0, MAX_TEMPERATURE])
+@pytest.mark.parametrize("penalty", [MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 2**32 - 1])
+@pytest.mark.parametrize(("top_p", "min_p"), [(1e-45, 0.0), (1e-45, 1.0), (0.9, 1e-45), (0.9, 0.5), (1.0, 1.0)])
+def test_all_that_may_be_wished_for_gives_a_token(
+    temperature: float, penalty: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Without a warning: numbers stay within float32. Else the peer is blamed that was asked to sample."""
+    logits = 100 * logits_of(3)
+    params = SamplingParams(temperature, top_k, top_p, min_p, penalty, -2.0, 2.0, 2**64 - 1, {7: 100.0, 8: -100.0}, 20)
+    params = SamplingParams.from_wire(params.to_wire())
+    history = [*range(60), int(logits.argmax())]
+    assert 0 <= sample(logits, params, len(history), history, 30).token_id < VOCAB
 
 
 def test_params_survive_the_wire() -> None:
