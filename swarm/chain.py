@@ -179,7 +179,7 @@ class Chain:
     def _tell_of_wait(self, problem: SwarmError, deadline: float) -> None:
         left_s, told = max(0.0, deadline - _now()), problem.message
         if isinstance(problem, NoRoute):
-            told += f"; a peer started with --layers {max(self._gaps(), key=len)} would help"
+            told += f"; a peer started with --layers {max(self.gaps(), key=len)} would help"
         logger.warning("session %s waits up to %.0f s: %s", self._name, left_s, told)
 
     async def _assemble(self) -> None:
@@ -191,12 +191,12 @@ class Chain:
                 self._refuse(hop, problem)
             elif problem is not None:
                 raise problem
-        reached = await asyncio.gather(*(self._reach(layers) for layers in self._gaps()), return_exceptions=True)
+        reached = await asyncio.gather(*(self._reach(layers) for layers in self.gaps()), return_exceptions=True)
         for problem in reached:
             if problem is not None:
                 raise problem
 
-    def _gaps(self) -> list[LayerRange]:
+    def gaps(self) -> list[LayerRange]:
         """Layers that no hop has."""
         ends = [0, *(control.hop.layers.end for control in self.controls)]
         starts = [*(control.hop.layers.start for control in self.controls), self._num_layers]

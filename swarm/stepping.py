@@ -231,8 +231,9 @@ class StepSession:
         return self._chain.rebuilds if self._chain else []
 
     @property
-    def route(self) -> Route:
-        return self._chain.route if self._chain else Route(())
+    def route(self) -> Route | None:
+        """``None`` before the first input, and while hops are lacking."""
+        return self._chain.route if self._chain and not self._chain.gaps() else None
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many tokens at the start of ``tokens`` the session holds."""
@@ -309,14 +310,11 @@ class StepSession:
     # ---- the session's own task -------------------------------------------------------------------------
 
     async def _live(self) -> None:
-        transport, view, profile = self._network
         ended: SwarmError = Internal("the session failed; see the log")
         try:
             async with asyncio.TaskGroup() as tasks:
                 health, prefixes = self._health, self._health.prefixes
-                chain = Chain(
-                    self.session_id, self.inputs, transport, view, profile, self._settings, health, prefixes, tasks
-                )
+                chain = Chain(self.session_id, self.inputs, *self._network, self._settings, health, prefixes, tasks)
                 try:
                     await self._drive(chain)
                 except SwarmError as error:

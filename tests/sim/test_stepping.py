@@ -256,6 +256,21 @@ def test_wrong_inputs_are_refused_and_the_session_goes_on() -> None:
     run_virtual(main)
 
 
+def test_there_is_a_route_while_the_session_has_one() -> None:
+    async def main() -> None:
+        world = await swarm_of(14, THIRDS)
+        async with session_of(world) as session:
+            assert session.route is None
+            await check(world, session, [1, 2, 3], 0)
+            assert [hop.layers for hop in session.route.hops] == THIRDS
+            world.kill(world.peer_of(session, 1), forget=True)
+            await asyncio.sleep(1)
+            assert session.route is None
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_without_a_replacement_the_session_ends_and_says_why() -> None:
     async def main() -> None:
         world = await swarm_of(14, THIRDS)
@@ -288,7 +303,7 @@ async def disturbed(seed: int) -> int:
     world = await swarm_of(seed, [*THIRDS * 3, LayerRange(0, 4), LayerRange(2, 6), LayerRange(0, 6)], faults)
 
     async def strike(session: StepSession, kind: str, index: int) -> None:
-        if not session.route.hops:
+        if session.route is None:
             return
         peer = world.peer_of(session, index)
         if kind == "kill":
