@@ -15,7 +15,7 @@ from typing import Self
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import BadRequest, DeadlineExceeded, ProtocolError, StreamLost, SwarmError, Unreachable
+from swarm.errors import BadRequest, DeadlineExceeded, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import (
     address_from_wire,
@@ -60,7 +60,7 @@ class DelegatedSession:
         request: GenerationRequest,
         settings: Settings,
     ) -> None:
-        """Raises :class:`TooLong`, as the owner would."""
+        """Raises :class:`BadRequest` and :class:`TooLong`, as the owner would."""
         if not via:
             raise BadRequest("a delegated session needs a peer to delegate to")
         self.rebuilds: list[Rebuild] = []
@@ -111,7 +111,7 @@ class DelegatedSession:
             model=self._profile.model_id,
             prompt=request.prompt,
             generated=transcript.tokens[len(request.prompt) :],
-            max_tokens=request.max_tokens,
+            max_tokens=transcript.stop_at - len(request.prompt),
             sampling=request.sampling.to_wire(),
             end_ids=sorted(request.end_ids),
             no_kv_cache=request.no_kv_cache,
@@ -160,9 +160,6 @@ def request_from_wire(message: pb.Delegate, profile: ModelProfile) -> Generation
 
     if message.model != profile.model_id:
         raise BadRequest(f"this peer serves {profile.model_id}, not {message.model[:80]}")
-    ids = [*message.prompt, *message.generated]
-    if ids and max(ids) >= profile.vocab_size:
-        raise ProtocolError(f"a token id is not in the vocabulary of {profile.vocab_size}")
     check_end_ids(message.end_ids)
     return GenerationRequest(
         prompt=tuple(message.prompt),

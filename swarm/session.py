@@ -55,7 +55,10 @@ class Session:
         health: Health,
         prefixes: Prefixes | None = None,
     ) -> None:
-        """``prefixes``: of who asked for the session, if that is not this process. Raises :class:`TooLong`."""
+        """``prefixes``: of who asked for the session, if that is not this process.
+
+        Raises :class:`BadRequest` and :class:`TooLong`.
+        """
         self.session_id = SessionId(secrets.token_hex(16))
         self.transcript = Transcript(request, length_of(request, profile, settings), profile.vocab_size)
         self._settings = settings

@@ -130,10 +130,15 @@ class Transcript:
     """``tokens`` holds prompt and generated tokens; they are appended at its end only, each once."""
 
     def __init__(self, request: GenerationRequest, stop_at: int, vocab_size: int) -> None:
-        """``stop_at``: number of tokens, prompt included, at which the generation ends."""
+        """``stop_at``: number of tokens, prompt included, at which the generation ends.
+
+        Raises :class:`BadRequest` for tokens that are not in the vocabulary.
+        """
         self.request = request
         self.stop_at = stop_at
         self.tokens: list[int] = [*request.prompt, *request.generated]
+        if strange := [token_id for token_id in self.tokens if not 0 <= token_id < vocab_size]:
+            raise BadRequest(f"token {strange[0]} is not in the vocabulary of {vocab_size}")
         self.fresh: deque[Generated] = deque()
         """Committed, and not yet given to the user."""
         self.finish_reason: FinishReason | None = None

@@ -10,7 +10,7 @@ import pytest
 
 from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession
-from swarm.errors import Busy, NoRoute, Unreachable
+from swarm.errors import BadRequest, Busy, NoRoute, Unreachable
 from swarm.info import ask_for_plan
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
@@ -19,7 +19,7 @@ from swarm.testing import SimTransport
 from swarm.transcript import Generated, GenerationRequest
 from swarm.transport import DELEGATE
 from swarm.types import PeerId, SessionId
-from tests.sim.world import PROFILE, SETTINGS, LayerRange, Outcome, SimPeer, World, run_virtual
+from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -388,6 +388,31 @@ def test_a_thin_client_knows_that_a_token_is_the_last_one_that_there_is_room_for
         await world.settle()
 
     run_virtual(main)
+
+
+def test_a_thin_client_may_ask_for_more_tokens_than_fit_into_a_message() -> None:
+    async def main() -> None:
+        world = World(35)
+        peer = await world.add_peer(LayerRange(0, 6))
+        request = GenerationRequest(tuple(PROMPT), 2**40, SamplingParams(), frozenset())
+        session = DelegatedSession(SimTransport(world.owner), [peer.node.address], PROFILE, request, world.settings)
+        async with session:
+            tokens = [event async for event in session.events() if isinstance(event, Generated)]
+        assert len(PROMPT) + len(tokens) == PROFILE.max_positions
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 2**33])
+def test_tokens_outside_the_vocabulary_are_a_bad_request_before_anybody_is_asked(token_id: int) -> None:
+    world = World(36)
+    transport, owner = SimTransport(world.owner), world.owner.address
+    request = GenerationRequest((1, token_id), 5, SamplingParams(), frozenset())
+    with pytest.raises(BadRequest, match=f"token {token_id} is not in the vocabulary"):
+        Session(transport, world.directory, PROFILE, request, world.settings, world.health)
+    with pytest.raises(BadRequest, match=f"token {token_id} is not in the vocabulary"):
+        DelegatedSession(transport, [owner], PROFILE, request, world.settings)
 
 
 def test_a_thin_client_that_goes_away_frees_every_stage() -> None:
