@@ -162,6 +162,7 @@ class Chain:
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
                 pause = min(2 * pause, RETRY_MOST_S)
                 self._refused.clear()
+                await self._transport.ready()
                 await self.planner.refresh()
         self.complete = self.planner.begun = True
         self._refused.clear()
@@ -270,10 +271,11 @@ class Chain:
         guilty = self._guilty(loss)
         dead = [c for c in self.controls if c is guilty or c.lost is not None]
         self.controls = [c for c in self.controls if c not in dead]
-        generation = await self._transport.ready()
+        errors = {control: loss.error if control is guilty else control.lost or loss.error for control in dead}
         for control in dead:
-            error = loss.error if control is guilty else control.lost or loss.error
             control.abort()
+        generation = await self._transport.ready()
+        for control, error in errors.items():
             if generation != control.generation and isinstance(error, StreamLost):
                 self._returning.append(control.hop)
             else:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from swarm.config import Settings
 from swarm.daemon import Daemon, RestartCallback, cancel
-from swarm.errors import Busy, SwarmError, Unreachable
+from swarm.errors import Busy, Cancelled, SwarmError, Unreachable
 from swarm.identity import Identity, is_peer_id
 from swarm.streams import FramedStream
 from swarm.transport import Handler, Stream
@@ -71,6 +71,8 @@ class Libp2pTransport:
         return self._daemon.local
 
     async def ready(self) -> int:
+        if self._closing:
+            raise Cancelled("this process has left the swarm")
         return await self._daemon.ready()
 
     async def open(self, peer: PeerAddress, protocol: str) -> Stream:

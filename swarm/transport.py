@@ -60,7 +60,7 @@ class Transport(Protocol):
         """Wait until the network is usable; the number of restarts that it has been through.
 
         A stream that was opened before the latest restart was lost through no fault of its remote. Raises
-        ``Unreachable`` after ``timeouts.daemon_start_s``.
+        ``Unreachable`` after ``timeouts.daemon_start_s``, and ``Cancelled`` where the network was left.
         """
 
     async def open(self, peer: PeerAddress, protocol: str) -> Stream:

@@ -25,7 +25,7 @@ import uvloop
 from swarm import daemon
 from swarm.config import DiscoverySettings, LimitSettings, NetworkSettings, Settings, TimeoutSettings
 from swarm.daemon_requests import own_addresses
-from swarm.errors import Busy, ConfigError, PortInUse, ProtocolError, StreamLost, Unreachable
+from swarm.errors import Busy, Cancelled, ConfigError, PortInUse, ProtocolError, StreamLost, Unreachable
 from swarm.identity import Identity
 from swarm.libp2p import Libp2pTransport
 from swarm.multiaddrs import peer_address
@@ -511,6 +511,8 @@ def test_nothing_is_left_after_the_end() -> None:
             assert folder.stat().st_mode & 0o077 == 0
             pids = one.daemon_pid, two.daemon_pid
         assert not one.alive
+        with pytest.raises(Cancelled):
+            await one.ready()
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return *pids, folder

@@ -10,7 +10,7 @@ import pytest
 
 from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession
-from swarm.errors import BadRequest, Busy, NoRoute, Unreachable
+from swarm.errors import BadRequest, Busy, Cancelled, NoRoute, Unreachable
 from swarm.info import ask_for_plan
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
@@ -268,6 +268,39 @@ def test_a_session_that_is_cancelled_twice_at_once_leaves_nothing(turns: int) ->
         await asyncio.wait((generation,))
         await world.settle()
         assert asyncio.all_tasks() <= before
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_session_ends_at_once_when_its_process_leaves_the_swarm(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """Instead of looking for other peers, and for somebody to blame."""
+
+    async def left(self: SimTransport) -> int:
+        raise Cancelled("this process has left the swarm")
+
+    async def main() -> None:
+        world = World(18)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+
+        def leave() -> None:
+            monkeypatch.setattr(SimTransport, "ready", left)
+            world.owner.break_streams()
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 5 and waits:
+                world.kill(world.peer_of(session, 1), forget=True)
+                asyncio.get_running_loop().call_later(5, leave)
+            elif index == 5:
+                leave()
+
+        began = asyncio.get_running_loop().time()
+        outcome = await world.generate(PROMPT, 200, schedule)
+        assert isinstance(outcome.error, Cancelled)
+        assert asyncio.get_running_loop().time() - began < 10
+        assert waits or not world.health._records
+        await world.settle()
 
     run_virtual(main)
 
