@@ -179,7 +179,9 @@ class AsyncClient:
     def chat_prompt(self, messages: Iterable[Message]) -> list[int]:
         return self.tokenizer.apply_chat_template(list(messages))
 
-    def events(self, prompt: str | Sequence[int], *, stop: str | Sequence[str] = (), **options: Any) -> AsyncStream:
+    def events(
+        self, prompt: str | Sequence[int], *, stop: str | Sequence[str] | None = None, **options: Any
+    ) -> AsyncStream:
         """The generation with its route changes, see :class:`AsyncStream`; options as for :meth:`request`.
 
         It ends before the first text of ``stop``, one or several, that it would contain.

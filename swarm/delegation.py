@@ -111,7 +111,7 @@ class DelegatedSession:
             model=self._profile.model_id,
             prompt=request.prompt,
             generated=transcript.tokens[len(request.prompt) :],
-            max_tokens=transcript.stop_at - len(request.prompt),
+            max_tokens=request.max_tokens,
             sampling=request.sampling.to_wire(),
             end_ids=sorted(request.end_ids),
             no_kv_cache=request.no_kv_cache,

@@ -72,7 +72,7 @@ class _Clock:
 class AsyncStream:
     """A generation under way: iterate it for :class:`RouteChanged` and :class:`Token`; then :attr:`result`."""
 
-    def __init__(self, client: AsyncClient, request: GenerationRequest, stop: str | Sequence[str]) -> None:
+    def __init__(self, client: AsyncClient, request: GenerationRequest, stop: str | Sequence[str] | None) -> None:
         self._client = client
         self._request = request
         self._stop = stop

@@ -12,10 +12,11 @@ MAX_STOPS = 16
 class StopFinder:
     """Passes text on, except what is, or may yet become, a stop string."""
 
-    def __init__(self, stops: str | Sequence[str]) -> None:
-        """``stops``: one or several. Raises ``BadRequest`` for an empty one, or too many."""
-        stops = [stops] if isinstance(stops, str) else stops
-        if len(stops) > MAX_STOPS or not all(stops):
+    def __init__(self, stops: str | Sequence[str] | None) -> None:
+        """``stops``: one or several, or none. Raises ``BadRequest`` for an empty one, too many, or what is no text."""
+        stops = [stops] if isinstance(stops, str) else () if stops is None else stops
+        texts = isinstance(stops, Sequence) and all(isinstance(stop, str) and stop for stop in stops)
+        if not texts or len(stops) > MAX_STOPS:
             raise BadRequest(f"at most {MAX_STOPS} stop texts, none of them empty")
         self._stops = tuple(stops)
         self._held = ""

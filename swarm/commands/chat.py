@@ -156,6 +156,10 @@ def _answer(client: Client, prompt: list[int], options: dict[str, Any]) -> str:
             raise
         print()
         say("stopped")
+    except SwarmError:
+        if said:
+            print(flush=True)  # what is said of it gets a line of its own
+        raise
     else:
         print(flush=True)
     return "".join(said)

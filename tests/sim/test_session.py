@@ -16,7 +16,7 @@ from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.session import Session
 from swarm.testing import SimTransport
-from swarm.transcript import Generated, GenerationRequest
+from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
 from swarm.transport import DELEGATE
 from swarm.types import PeerId, SessionId
 from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
@@ -423,11 +423,11 @@ def test_a_thin_client_knows_that_a_token_is_the_last_one_that_there_is_room_for
     run_virtual(main)
 
 
-def test_a_thin_client_may_ask_for_more_tokens_than_fit_into_a_message() -> None:
+def test_a_thin_client_may_ask_for_far_more_tokens_than_there_is_room_for() -> None:
     async def main() -> None:
         world = World(35)
         peer = await world.add_peer(LayerRange(0, 6))
-        request = GenerationRequest(tuple(PROMPT), 2**40, SamplingParams(), frozenset())
+        request = GenerationRequest(tuple(PROMPT), MAX_TOKENS, SamplingParams(), frozenset())
         session = DelegatedSession(SimTransport(world.owner), [peer.node.address], PROFILE, request, world.settings)
         async with session:
             tokens = [event async for event in session.events() if isinstance(event, Generated)]

@@ -26,7 +26,7 @@ from swarm.commands.drawing import ASCII, UNICODE, bar, cells, counts_line, pen_
 from swarm.commands.plan import rendered as rendered_plan
 from swarm.commands.status import as_event, rendered, status_of
 from swarm.commands.tables import Cell, table
-from swarm.errors import BadRequest, TooLong
+from swarm.errors import BadRequest, NoRoute, TooLong
 from swarm.models import ModelProfile
 from swarm.plans import Plan, PlannedHop
 from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Token
@@ -193,6 +193,21 @@ def test_a_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     converse(client, {}, [], 1000)
     assert client.prompts == [3, 3 + 5 + 4, 3]
     assert capsys.readouterr().out == "that was 3\nthat was 12\nthat was 3\n"
+
+
+def test_what_ends_an_answer_of_a_chat_is_told_on_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dying(Parrot):
+        def events(self, prompt: list[int], **options: Any) -> Iterator[Token]:
+            yield from super().events(prompt, **options)
+            raise NoRoute("nobody serves layers 10:20")
+
+    client: Any = Dying()
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    with pytest.raises(NoRoute):
+        converse(client, {}, [], 1000)
+    assert capsys.readouterr().out == "that was 3\n"
 
 
 def test_names_are_chosen_in_their_own_order() -> None:

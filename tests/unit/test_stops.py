@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,12 @@ def test_one_text_is_not_taken_for_its_letters() -> None:
     assert shown(["a cab, a cabin"], "cabin") == ("a cab, a ", True)
 
 
-@pytest.mark.parametrize("stops", ["", [""], ["a", ""], ["a"] * (MAX_STOPS + 1)], ids=repr)
-def test_refused(stops: str | list[str]) -> None:
+def test_none_is_no_stop() -> None:
+    finder = StopFinder(None)
+    assert (finder.push("text"), finder.found) == ("text", False)
+
+
+@pytest.mark.parametrize("stops", ["", [""], ["a", ""], ["a"] * (MAX_STOPS + 1), 7, ["a", 7], [None]], ids=repr)
+def test_refused(stops: Any) -> None:
     with pytest.raises(BadRequest):
         StopFinder(stops)
