@@ -22,7 +22,9 @@ from swarm.types import Announcement, Capacity, LayerRange, PeerId, PeerState
 
 MOST_CREDIT = 8.0
 """A peer's announced speed counts for no more than this many times the median: a lie must not empty a window."""
-
+MOST_SETTLING = 20.0
+"""Who joins and has not decided after so many times ``settle_s`` is not waited for: that suffices for all rounds of
+``peers.seat``."""
 
 ENOUGH_FOR_TWO = 2.2
 """Peers for each layer, on average, from which on no layer should have but one: then no single crash opens a gap."""
@@ -197,7 +199,7 @@ def standing(
     settings: PlacementSettings,
     lease_age_s: Callable[[PeerId], float] = lambda peer: 0.0,
 ) -> Standing:
-    """``lease_age_s``: how long ago a peer's present lease was first seen."""
+    """``lease_age_s``: how long ago a peer was first seen joining, or with its present lease."""
     here = (PeerState.SERVING, PeerState.JOINING)
     known = [a for a in announcements if a.state in here or (a.state is PeerState.DRAINING and a.moving_to is not None)]
     median = statistics.median([rate_of(a) for a in known]) if known else 0.0
@@ -209,7 +211,8 @@ def standing(
         peer, rate = a.peer.peer_id, min(rate_of(a), MOST_CREDIT * median)
         capacity = a.capacity or Capacity(len(a.layers), len(a.layers), len(a.layers))
         if a.state is PeerState.JOINING and a.moving_to is None:
-            undecided.append(Spare(peer, capacity, rate))
+            if lease_age_s(peer) <= MOST_SETTLING * settings.settle_s:
+                undecided.append(Spare(peer, capacity, rate))
             continue
         target = a.moving_to or a.layers
         weight = 1.0 if a.moving_to is None else 0.5 ** (lease_age_s(peer) / settings.lease_s)

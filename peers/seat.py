@@ -84,15 +84,20 @@ class Room:
 
 
 class Leases:
-    """Since when each peer has been loading what it loads, by our own clock."""
+    """Since when each peer has been joining, or loading what it loads beside what it serves, by our own clock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since: dict[PeerId, tuple[LayerRange, float]] = {}
+        self._since: dict[PeerId, tuple[LayerRange | None, float]] = {}
 
     def watch(self, announcements: list[Announcement]) -> None:
         now = self._clock()
-        loading = {a.peer.peer_id: a.moving_to for a in announcements if a.moving_to is not None}
+        # one that joins gets no new lease for another range: else it could go on like that for ever
+        loading = {
+            a.peer.peer_id: None if a.state is PeerState.JOINING else a.moving_to
+            for a in announcements
+            if a.state is PeerState.JOINING or a.moving_to is not None
+        }
         self._since = {
             peer: known if (known := self._since.get(peer)) is not None and known[0] == layers else (layers, now)
             for peer, layers in loading.items()
@@ -101,6 +106,11 @@ class Leases:
     def age_s(self, peer: PeerId) -> float:
         known = self._since.get(peer)
         return self._clock() - known[1] if known is not None else 0.0
+
+
+def credible(view: SwarmView) -> list[Announcement]:
+    """Those who join, and of the others those whom planners use: the rest serves nothing, whatever it says."""
+    return [a for a in view.announcements() if a.state is PeerState.JOINING or view.check(a) is None]
 
 
 async def take_seat(
@@ -113,13 +123,14 @@ async def take_seat(
     for tries_left in reversed(range(ROUNDS)):
         await announcer.update(replace(draft, moving_to=None))
         await asyncio.sleep(settings.settle_s * random.uniform(1.0, 1.2))
-        chosen = choose_range(await view.refresh(), draft, profile.num_layers, settings)
+        await view.refresh()
+        chosen = choose_range(credible(view), draft, profile.num_layers, settings)
         if chosen is None:
             raise NotAdmitted(f"not one layer of {profile.name} fits this peer's memory")
         await announcer.update(replace(draft, layers=chosen, moving_to=chosen))
         await asyncio.sleep(settings.settle_s / 2)
-        seen = await view.refresh()
-        if not tries_left or not _lost_the_seat(seen, draft.peer.peer_id, chosen, profile, settings):
+        await view.refresh()
+        if not tries_left or not _lost_the_seat(credible(view), draft.peer.peer_id, chosen, profile, settings):
             return chosen
     raise Internal("no range was chosen")
 
@@ -212,7 +223,7 @@ class Watch:
         except SwarmError as error:
             logger.info("the view could not be refreshed: %s", error)
         own = self._own()
-        others = [a for a in self._view.announcements() if a.peer.peer_id != own.peer.peer_id]
+        others = [a for a in credible(self._view) if a.peer.peer_id != own.peer.peer_id]
         late_s = self._settings.discovery.announce_period_s + self._settings.discovery.view_period_s
         doubtful = (
             others if len(others) <= MOST_ASKED else [a for a in others if self._view.age(a.peer.peer_id) > late_s]

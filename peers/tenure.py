@@ -19,7 +19,7 @@ from peers.peer import Peer
 from peers.probe import Vouching, knock
 from peers.process_memory import return_freed_heap
 from peers.rebalance import may_drop
-from peers.seat import Watch
+from peers.seat import Watch, credible
 from peers.service import PeerService
 from peers.shard import Shard
 from peers.speed_cache import store_speed
@@ -291,7 +291,7 @@ class Tenure:
         await self._announce()
         await peer.refresh_view()
         own = self.announcement()
-        if may_drop(peer.view.announcements(), own.peer.peer_id, own.layers, move.layers):
+        if may_drop(credible(peer.view), own.peer.peer_id, own.layers, move.layers):
             return True
         self._report_staying("others have left them meanwhile")
         return False
