@@ -8,6 +8,8 @@ Departures from hivemind:
   this peer has signed; plain values, long ones and far expirations are refused. In a dictionary with bad entries only
   these are dropped (stock: all of it, so that one junk entry hides a key).
 - *Time* is the swarm's (``dht_time``), for what hivemind itself does with records, too.
+- *Room.* One peer has records under few keys of a node: else it could push out the others' (the stock node counts keys
+  only).
 - *Node ids* are SHA-1 of the peer id; others are ignored, in routing tables and in search results. So taking over a
   key takes as many identities as it takes luck, not one peer with twenty made-up ids (D9).
 
@@ -49,6 +51,10 @@ MAX_SUBKEYS = 3000
 """Peers under one key."""
 MAX_KEYS = 4096
 """Keys that one node stores for others; those that expire first go first."""
+MAX_KEYS_PER_PEER = 32
+"""... with records of one peer; an honest one has a record for each bucket that it was in within ``MAX_TTL_S``."""
+MAX_PEERS = 32_768
+"""Whose keys are counted."""
 MAX_TTL_S = 120.0
 MAX_KEYS_PER_CALL = 256
 
@@ -140,6 +146,11 @@ def _bounded(rpc: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]
 
 
 class _LocalStorage(_Storage):  # type: ignore[misc]
+    def __init__(self, maxsize: int | None = None) -> None:
+        super().__init__(maxsize)
+        self._keys_of = _timed.TimedStorage(MAX_PEERS)
+        """The keys under which each peer has a record, until its last one ends."""
+
     def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
         entry = self.get(key)
         if entry is not None and isinstance(entry.value, _storage.DictionaryDHTValue):
@@ -150,7 +161,19 @@ class _LocalStorage(_Storage):  # type: ignore[misc]
                 del entry.value[subkey]  # it was stored by a clock that has been put right since
             elif known is not None and known.expiration_time >= expiration_time:
                 return False  # hivemind refuses it as well, but then ends the known one by that time
+        if expiration_time < dht_time() or not self._count(key, subkey, expiration_time):
+            return False
         return bool(super().store_subkey(key, subkey, value, expiration_time))
+
+
+    def _count(self, key: Any, subkey: Any, expiration_time: float) -> bool:
+        """False: this peer has records under enough other keys."""
+        keys, ends = self._keys_of.get(subkey) or (_timed.TimedStorage(), expiration_time)
+        if key not in keys and len(keys) >= MAX_KEYS_PER_PEER:
+            return False
+        keys.store(key, True, expiration_time)
+        self._keys_of.store(subkey, keys, max(ends, expiration_time))
+        return True
 
 
 class SwarmDHTProtocol(_Protocol):  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from swarm import _hivemind, dht_node
-from swarm.dht_node import _LocalStorage
+from swarm.dht_node import MAX_KEYS, MAX_KEYS_PER_PEER, _LocalStorage
 
 NOW = 1.8e9
 
@@ -50,3 +50,18 @@ def test_what_was_stored_by_a_wrong_clock_keeps_nothing_out(clock: Clock) -> Non
     clock.now -= 3600
     assert storage.store_subkey(b"key", "peer", b"next", NOW + 45)
     assert stored(storage) == {"peer": (b"next", NOW + 45)}
+
+
+def test_one_peer_does_not_fill_a_node_with_its_records(clock: Clock) -> None:
+    storage = _LocalStorage(maxsize=MAX_KEYS)
+    assert storage.store_subkey(b"key", "peer", b"record", NOW + 45)
+    assert storage.store_subkey(b"key 0", "hoarder", b"junk", NOW + 120)
+    took = sum(storage.store_subkey(b"key %d" % n, "hoarder", b"junk", NOW + 60) for n in range(1, 2 * MAX_KEYS))
+    assert took == MAX_KEYS_PER_PEER - 1
+    assert stored(storage) == {"peer": (b"record", NOW + 45)}
+    assert storage.store_subkey(b"key 0", "hoarder", b"next", NOW + 121), "what it has it may renew"
+    assert storage.store_subkey(b"key 99", "peer", b"record", NOW + 45), "others have room"
+    clock.now += 1
+    assert not storage.store_subkey(b"key 99", "hoarder", b"junk", clock.now + 60)
+    clock.now += 61
+    assert storage.store_subkey(b"key 99", "hoarder", b"moved", clock.now + 60), "others of its records have ended"
