@@ -51,7 +51,7 @@ class Admission:
 
     async def _probed(self) -> Voucher:
         peer = self._peer
-        await peer.refresh_view()
+        await peer.view.refresh()
         known = peer.view.announcements()
         return await obtain_voucher(peer.transport, known, peer.profile, self._layers, peer.identity, peer.settings)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from peers.shard import Shard
 from peers.stopping import Stopping
 from swarm.config import Settings
 from swarm.discovery import Announcer, SwarmView
-from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.libp2p import Libp2pTransport
 from swarm.models import ModelProfile, ModelReference
@@ -30,8 +28,6 @@ from swarm.types import Announcement, LayerRange, PeerState
 
 if TYPE_CHECKING:
     from peers.metrics import PeerMetrics
-
-logger = logging.getLogger(__name__)
 
 GUESSED_BYTES_PER_S = 1e10
 """Of weights read for one token, before anything is measured: a CPU's memory."""
@@ -77,13 +73,6 @@ class Peer:
             gflops=gflops(self.profile, speed) if speed else 0.0,
             gpu=self.device.type != "cpu",
         )
-
-    async def refresh_view(self) -> None:
-        """As far as the DHT answers; else what was known before is still known."""
-        try:
-            await self.view.refresh()
-        except SwarmError as error:
-            logger.info("the view could not be refreshed: %s", error)
 
     def load(self, layers: LayerRange) -> asyncio.Task[Shard]:
         """In a thread. Raises :class:`NotAdmitted` if the owner has set a limit and the layers don't fit it."""

@@ -218,10 +218,7 @@ class Watch:
 
     async def _present(self) -> list[Announcement]:
         """The view without those who don't answer, and with what we say of ourselves now."""
-        try:
-            await self._view.refresh()
-        except SwarmError as error:
-            logger.info("the view could not be refreshed: %s", error)
+        await self._view.refresh()
         own = self._own()
         others = [a for a in credible(self._view) if a.peer.peer_id != own.peer.peer_id]
         late_s = self._settings.discovery.announce_period_s + self._settings.discovery.view_period_s

@@ -289,7 +289,7 @@ class Tenure:
         if move.urgent:
             return True
         await self._announce()
-        await peer.refresh_view()
+        await peer.view.refresh()
         own = self.announcement()
         if may_drop(credible(peer.view), own.peer.peer_id, own.layers, move.layers):
             return True

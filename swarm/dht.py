@@ -124,23 +124,23 @@ class Dht:
         return False
 
     async def get(self, key: str) -> dict[str, tuple[bytes, float]]:
-        """Subkey -> (value, expiration in Unix time); empty if there is nothing, or nobody answers in time."""
+        """Subkey -> (value, expiration in Unix time). Raises :class:`Unreachable` if nobody answers in time."""
         return (await self.get_many([key]))[key]
 
     async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]:
         """As :meth:`get`, for all keys in one search."""
         found: dict[str, dict[str, tuple[bytes, float]]] = {key: {} for key in keys}
         if self._dht is None or not self._transport.alive:
-            return found
+            raise Unreachable("the DHT can't be read: this process is not connected")
         try:
             async with asyncio.timeout(self._settings.timeouts.dht_s):
                 results = await self._dht.get_many(keys, sufficient_expiration_time=math.inf)
         except TimeoutError:
-            log.warning("reading %d keys took longer than timeouts.dht_s", len(found))
-            return found
+            raise Unreachable("the DHT can't be read: it took longer than timeouts.dht_s") from None
         except Exception as error:  # as in store
-            log.warning("reading failed: %r", error)
-            return found
+            raise Unreachable(f"the DHT can't be read: {error!r}") from error
+        if self._client and not self.peers:
+            raise Unreachable("the DHT can't be read: none of its nodes answers")
         for key, result in results.items():
             if result is not None and isinstance(result.value, dict):
                 found[key] = {subkey: (entry.value, entry.expiration_time) for subkey, entry in result.value.items()}

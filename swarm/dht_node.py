@@ -165,7 +165,6 @@ class _LocalStorage(_Storage):  # type: ignore[misc]
             return False
         return bool(super().store_subkey(key, subkey, value, expiration_time))
 
-
     def _count(self, key: Any, subkey: Any, expiration_time: float) -> bool:
         """False: this peer has records under enough other keys."""
         keys, ends = self._keys_of.get(subkey) or (_timed.TimedStorage(), expiration_time)

@@ -30,6 +30,7 @@ from typing import Protocol
 from swarm.announcement_record import decode_announcement, encode_announcement
 from swarm.config import DiscoverySettings, PlannerSettings
 from swarm.dht_time import dht_time
+from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.link_times import Links, links_of
 from swarm.types import MAX_LIFETIME_S, Announcement, ModelId, PeerAddress, PeerId, PeerState
@@ -45,7 +46,9 @@ class RecordStore(Protocol):
 
     async def store(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool: ...
 
-    async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]: ...
+    async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]:
+        """Raises a :class:`SwarmError` if nothing can be read now."""
+        ...
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -202,7 +205,8 @@ class SwarmView:
         self._clock = clock
         self._wall_clock = wall_clock
         self._seen: dict[PeerId, _Seen] = {}
-        self._refreshed: float | None = None
+        self._looked = self._refreshed = -math.inf
+        """When the DHT was last asked, and when it last answered."""
         self._warned: set[PeerId] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -236,11 +240,15 @@ class SwarmView:
         return self._links
 
     def age(self, peer_id: PeerId | None = None) -> float:
-        """Seconds since a peer's latest announcement was first read, or since the last refresh; infinite if never."""
+        """Seconds since a peer's latest announcement was first read, or since the DHT was; infinite if never."""
         if peer_id is None:
-            return math.inf if self._refreshed is None else self._clock() - self._refreshed
+            return self._clock() - self._refreshed
         seen = self._seen.get(peer_id)
         return math.inf if seen is None else self._age(seen)
+
+    def since_look(self) -> float:
+        """Seconds since the end of the last refresh, even if the DHT did not answer; infinite if there was none."""
+        return self._clock() - self._looked
 
     def forget(self, peer_id: PeerId) -> None:
         """This peer has just failed: leave it out until it announces itself again."""
@@ -250,13 +258,19 @@ class SwarmView:
             self._seen[peer_id] = _Seen(gone, seen.first_seen)
 
     async def refresh(self) -> list[Announcement]:
-        """Read all buckets now, and return :meth:`announcements`."""
+        """Read all buckets now, and return :meth:`announcements`: if the DHT does not answer, what was known before."""
         keys = keys_of(self._model, self._num_layers, self._settings.layers_per_bucket)
-        found = await self._store.get_many(keys)
+        try:
+            found = await self._store.get_many(keys)
+        except SwarmError as error:
+            log.warning("the swarm view was not refreshed: %s", error)
+            return self.announcements()
+        finally:
+            self._looked = self._clock()
         for records in found.values():
             for peer_id, (record, expiration) in records.items():
                 self._take(decode_announcement(peer_id, record), expiration)
-        self._refreshed = self._clock()
+        self._refreshed = self._looked
         # an entry is kept for a while after its end, so that an old replica can't bring back what has left
         for peer_id in [p for p, seen in self._seen.items() if self._age(seen) > 2 * MAX_LIFETIME_S]:
             del self._seen[peer_id]

@@ -95,6 +95,9 @@ class ToldView:
     def age(self, peer: PeerId | None = None) -> float:
         return self.age_s
 
+    def since_look(self) -> float:
+        return self.age_s
+
     async def refresh(self) -> list[Announcement]:
         return self.peers
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -11,15 +10,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from swarm.commands.status import Status, status_of
-from swarm.errors import SwarmError
 from swarm.gateway.answers import STILL_HERE
 from swarm.gateway.console_events import sse
 from swarm.gateway.console_map import SwarmMap, swarm_map
 from swarm.gateway.state import GatewayState
 from swarm.models import BUILT_IN
 from swarm.types import PeerState
-
-log = logging.getLogger(__name__)
 
 REFRESH_S = 2.0
 """The swarm view is read from the DHT at most this often for all watchers together."""
@@ -47,14 +43,11 @@ class Live:
         return self._jinja.get_template(template).render(values)
 
     async def status(self) -> Status:
-        """As known now; if that is old, it is looked up first. Without a network, what was known before."""
+        """As known now; if nobody has looked for a while, it is looked up first."""
         view = self._state.client.view
         async with self._lock:
-            if view.age() > REFRESH_S:
-                try:
-                    await view.refresh()
-                except SwarmError as error:
-                    log.info("the swarm can't be read: %s", error)
+            if view.since_look() > REFRESH_S:
+                await view.refresh()
         profile, gone = self._state.client.profile, self._state.local_peers.gone()
         there = [a for a in view.announcements() if a.peer.peer_id not in gone]
         return status_of(profile, [(a, view.age(a.peer.peer_id)) for a in there], view.check)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -170,8 +169,7 @@ class Generations:
         coverage = self.coverage()
         if not coverage.complete:
             async with self._looking:  # many requests, one look
-                age_s = self.client.view.age()
-                if math.isinf(age_s) or age_s > FRESH_S:
+                if self.client.view.since_look() > FRESH_S:
                     await self.client.peers()
             coverage = self.coverage()
             if not coverage.complete:

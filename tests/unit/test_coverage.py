@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,8 +15,9 @@ from swarm import protocol_pb2 as pb
 from swarm.client import AsyncClient
 from swarm.commands import status
 from swarm.commands.drawing import ASCII
-from swarm.config import Settings
-from swarm.errors import NoRoute
+from swarm.config import DiscoverySettings, Settings
+from swarm.discovery import SwarmView
+from swarm.errors import NoRoute, Unreachable
 from swarm.gateway.generations import Generations
 from swarm.health import Health
 from swarm.hop_planner import HopPlanner
@@ -55,7 +58,7 @@ class Swarm(Directory):
     async def refresh(self) -> list[Announcement]:  # type: ignore[override]
         return list(self.announcements())
 
-    def age(self, peer_id: PeerId | None = None) -> float:
+    def since_look(self) -> float:
         return 0.0
 
 
@@ -64,7 +67,7 @@ def swarm(*peers: Announcement, refused: str | None = None) -> Swarm:
     return Swarm(known, lambda a: refused if a.peer.peer_id == MIDDLE.peer.peer_id else None)
 
 
-def client(view: Swarm) -> AsyncClient:
+def client(view: Swarm | SwarmView) -> AsyncClient:
     made = AsyncClient([], None, Settings())
     made.view, made.profile, made.health = cast(Any, view), PROFILE, Health(60.0)
     return made
@@ -101,6 +104,28 @@ async def session(view: Swarm) -> str:
 async def gateway(view: Swarm) -> str:
     generations = Generations(client(view), cast(Any, None), Settings().gateway)
     return (await generations.check_coverage()).sentence()
+
+
+class DeadDht:
+    looks = 0
+
+    async def store(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool:
+        return False
+
+    async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]:
+        self.looks += 1
+        await asyncio.sleep(0.01)
+        raise Unreachable("the DHT can't be read")
+
+
+async def test_of_many_requests_one_waits_for_a_dht_that_does_not_answer() -> None:
+    dht = DeadDht()
+    view = SwarmView(dht, PROFILE.model_id, PROFILE.num_layers, DiscoverySettings())
+    generations = Generations(client(view), cast(Any, None), Settings().gateway)
+    asked = await asyncio.gather(*(generations.check_coverage() for _ in range(8)), return_exceptions=True)
+    assert [type(answer) for answer in asked] == [NoRoute] * 8
+    assert dht.looks == 1
+    assert math.isinf(view.age())
 
 
 Asked = Callable[[Swarm], Awaitable[str]]

@@ -25,6 +25,7 @@ from swarm.announcement_record import (
 from swarm.config import DiscoverySettings, PlacementSettings, PlannerSettings
 from swarm.dht_time import DhtTime
 from swarm.discovery import Announcer, SwarmView, keys_of
+from swarm.errors import Unreachable
 from swarm.identity import Identity
 from swarm.types import (
     LINK_SUFFIX,
@@ -73,6 +74,7 @@ class MemoryDht:
     clock: Callable[[], float]
     records: dict[str, dict[str, tuple[bytes, float]]] = field(default_factory=dict)
     stores: int = 0
+    dead: bool = False
 
     async def store(self, key: str, subkey: str, value: bytes, ttl_s: float) -> bool:
         self.stores += 1
@@ -86,6 +88,8 @@ class MemoryDht:
         return True
 
     async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]:
+        if self.dead:
+            raise Unreachable("the DHT can't be read")
         return {key: dict(self.records.get(key, {})) for key in keys}
 
 
@@ -461,6 +465,24 @@ async def test_the_view_leaves_out_the_silent_the_foreign_and_the_failed() -> No
     clock.now += 16
     assert await view.refresh() == []
     assert view.age(alive.peer_id) == 46
+
+
+async def test_a_view_that_could_not_be_read_grows_old_and_keeps_what_it_knows() -> None:
+    clock, identity = Clock(), Identity.ephemeral()
+    dht = MemoryDht(clock)
+    view = view_of(dht, clock)
+    await dht.store(
+        keys_of(MODEL, 30, 8)[0], identity.peer_id, encode_announcement(announcement(identity), identity), 45
+    )
+    assert len(await view.refresh()) == 1
+    clock.now += 20
+    assert (view.age(), view.since_look()) == (20, 20)
+    dht.dead = True
+    assert len(await view.refresh()) == 1
+    assert (view.age(), view.since_look()) == (20, 0)
+    dht.dead = False
+    await view.refresh()
+    assert (view.age(), view.since_look()) == (0, 0)
 
 
 async def test_nobody_is_believed_to_go_to_layers_that_the_model_lacks() -> None:

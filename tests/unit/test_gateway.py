@@ -160,6 +160,9 @@ class ScriptedView:
     def age(self, peer_id: PeerId | None = None) -> float:
         return 0.0
 
+    def since_look(self) -> float:
+        return 0.0
+
 
 class ScriptedClient(AsyncClient):
     def __init__(self, settings: Settings, script: Script, layers: LayerRange = WHOLE) -> None:
