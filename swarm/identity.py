@@ -93,8 +93,11 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: str | os.PathLike[str]) -> Identity:
-        """Read the key file, or make it (mode 0600, folders too), and lock it. Raises :class:`IdentityError`."""
-        file = Path(path).expanduser()
+        """Read the key file, or make it (mode 0600, folders too), and lock it. Raises :class:`IdentityError`.
+
+        The lock is that of the file at the end of symlinks.
+        """
+        file = Path(os.path.realpath(Path(path).expanduser()))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             fd = _lock(file)

@@ -48,6 +48,20 @@ def test_an_identity_in_use_says_by_whom(tmp_path: Path) -> None:
         Identity.load_or_create(path)
 
 
+def test_an_identity_is_in_use_by_whatever_symlinks_it_is_reached(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    one, other, key = tmp_path / "one.key", tmp_path / "folder" / "other.key", tmp_path / "folder" / "peer.key"
+    one.symlink_to(other)
+    other.symlink_to(key)
+    with Identity.load_or_create(one) as first:
+        assert key.is_file(), "made where the symlinks lead"
+        for path in (one, other, key):
+            with pytest.raises(IdentityError, match="in use by process"):
+                Identity.load_or_create(path)
+    with Identity.load_or_create(other) as second:
+        assert second.peer_id == first.peer_id
+
+
 def test_the_lock_ends_with_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "peer.key"
     code = f"from swarm.identity import Identity; i = Identity.load_or_create({str(path)!r}); print(i.peer_id); input()"
