@@ -83,7 +83,7 @@ def _payload(a: Announcement, identity: Identity) -> bytes:
             int(a.kv_tokens_free),
             float(a.queue_s),
             int(a.sessions),
-            bool(a.using_relay),
+            a.peer.relayed,  # for older versions; the addresses tell it, too
             float(a.sent_at),
             _to_numbers(a.capacity),
             [a.moving_to.start, a.moving_to.end] if a.moving_to else [],
@@ -143,13 +143,11 @@ def _announcement(peer_id: str, fields: Any) -> Announcement:
     if not isinstance(fields, list) or len(fields) < 14:  # more: a newer version
         raise ValueError("fields")
     claimed, addresses, model, start, end, state, version, *numbers = fields[:14]
-    decode_s, prefill_s, kv, queue_s, sessions, relay, sent_at = numbers
+    decode_s, prefill_s, kv, queue_s, sessions, _, sent_at = numbers
     if claimed != peer_id or not is_peer_id(peer_id):
         raise ValueError("peer id")
     if not isinstance(addresses, list) or len(addresses) > MAX_MULTIADDRS:
         raise ValueError("addresses")
-    if not isinstance(relay, bool):
-        raise TypeError("using_relay")
     announcement = Announcement(
         peer=PeerAddress(PeerId(peer_id), tuple(_address(text, peer_id) for text in addresses)),
         model=ModelId(_text(model)),
@@ -161,7 +159,6 @@ def _announcement(peer_id: str, fields: Any) -> Announcement:
         kv_tokens_free=_count(kv),
         queue_s=_seconds(queue_s),
         sessions=_count(sessions),
-        using_relay=relay,
         sent_at=_seconds(sent_at, 1e11),
         **_more(fields[14:19]),
         **_times(fields[20:23]),

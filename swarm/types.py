@@ -57,6 +57,11 @@ class PeerAddress:
     peer_id: PeerId
     multiaddrs: tuple[str, ...] = ()
 
+    @property
+    def relayed(self) -> bool:
+        """Whether it lets itself be dialled through a relay, because others can't reach it directly."""
+        return any("/p2p-circuit" in address for address in self.multiaddrs)
+
 
 class PeerState(StrEnum):
     JOINING = "joining"
@@ -140,7 +145,6 @@ class Announcement:
     queue_s: float = 0.0
     """How long new work waits before it is computed, recent average."""
     sessions: int = 0
-    using_relay: bool = False
     sent_at: float = 0.0
     """Unix time by the peer's own clock; only differences from the same peer mean anything."""
     lifetime_s: float = MAX_LIFETIME_S

@@ -60,7 +60,7 @@ class Live:
         view, gone = self._state.client.view, self._state.local_peers.gone()
         found = [
             a.peer.multiaddrs[0]
-            for a in sorted(view.announcements(), key=lambda a: (a.using_relay, view.age(a.peer.peer_id)))
+            for a in sorted(view.announcements(), key=lambda a: (a.peer.relayed, view.age(a.peer.peer_id)))
             if a.peer.multiaddrs and a.state is PeerState.SERVING and a.peer.peer_id not in gone
         ]
         found.sort(key=_is_local)

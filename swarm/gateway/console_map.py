@@ -108,7 +108,7 @@ def _row(a: Announcement, age_s: float, own: Mapping[str, str]) -> PeerRow:
         age="?" if math.isinf(age_s) else f"{age_s:.0f} s",
         stale=age_s > STALE_S,
         version=a.version,
-        relay=a.using_relay,
+        relay=a.peer.relayed,
     )
 
 

@@ -251,6 +251,15 @@ async def test_hostile_input_comes_back_as_text() -> None:
         assert "&lt;script&gt;" in html
 
 
+async def test_who_is_reached_through_a_relay_is_shown_as_such_and_named_last_to_join_through() -> None:
+    over = PeerAddress(peer_id("A"), (f"/ip4/9.9.9.9/tcp/1/p2p/{peer_id('B')}/p2p-circuit/p2p/{peer_id('A')}",))
+    direct = PeerAddress(peer_id("C"), (f"/ip4/8.8.8.8/tcp/1/p2p/{peer_id('C')}",))
+    live = Live(told_state([announcement("A", 0, 30, peer=over), announcement("C", 0, 30, peer=direct)]))
+    assert [row.relay for row in (await live.map()).rows] == [True, False]
+    assert (await live.fragments("swarm", control=True))["map"].count(", relayed") == 1
+    assert live.join_addresses() == [*direct.multiaddrs, *over.multiaddrs]
+
+
 async def test_the_map_says_what_is_missing_and_what_would_fill_it() -> None:
     peers = [announcement("A", 0, 10), announcement("B", 20, 30), announcement("C", 10, 20, state=PeerState.JOINING)]
     live = Live(told_state(peers))
