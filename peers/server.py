@@ -44,11 +44,12 @@ async def serve(settings: Settings, report: Report) -> None:
         room.divide(profile, layers)
     stopping = Stopping.on_signals()
     async with contextlib.AsyncExitStack() as stack:
-        identity = Identity.ephemeral()
+        identity, book = Identity.ephemeral(), ""
         if settings.network.identity:
             identity = stack.enter_context(Identity.load_or_create(settings.network.identity))
+            book = f"{settings.network.identity}.peers"
         transport = await stack.enter_async_context(Libp2pTransport(identity, settings, listen=True))
-        dht = await stack.enter_async_context(Dht(transport, settings, check_record))
+        dht = await stack.enter_async_context(Dht(transport, settings, check_record, book))
         joining = asyncio.create_task(dht.connect(settings.network.initial_peers))
         view = SwarmView(
             dht,

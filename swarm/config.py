@@ -75,7 +75,7 @@ class NetworkSettings:
     host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
     identity: str = ""
-    """Key file; empty: a fresh identity for this process."""
+    """Key file, and ``FILE.peers`` for whom it met; empty: a fresh identity for this process."""
     nat_port_map: bool = False
     auto_nat: bool = False
     use_relay: bool = False

@@ -18,13 +18,13 @@ import logging
 import math
 import os
 import random
-import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from swarm import _hivemind, multiaddrs
+from swarm.atomic_file import write_atomically
 from swarm.config import Settings
 from swarm.dht_node import MAX_TTL_S, MAX_VALUE_BYTES, RecordCheck, RecordValidator, create_node, node_id_of
 from swarm.dht_time import dht_time
@@ -52,7 +52,7 @@ class Dht:
     """``async with Dht(transport, settings, check) as dht``: store and read signed records.
 
     A listening transport makes a full node, another one a client that only asks. Works alone, finds the others later.
-    ``book``: a file of peers, read at the start and written now and then, for finding back without the initial peers.
+    ``book``: a file of peers, read at the start and written now and then, for finding back if no initial peer answers.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Dht:
         self._transport = transport
         self._settings = settings
         self._validator = RecordValidator(check)
-        self._book_file = Path(book) if book else None
+        self._book_file = Path(book).expanduser() if book else None
         self._book: dict[PeerId, PeerAddress] = {}
         self._initial: dict[PeerId, PeerAddress] = {}
         self._client = not transport.local.multiaddrs
@@ -149,7 +149,8 @@ class Dht:
     # --- peers -------------------------------------------------------------------------------------------------------
 
     async def connect(self, initial_peers: Iterable[str]) -> int:
-        """Join through these peers and ping them for ever after. Returns how many answered.
+        """Join through these peers and ping them for ever after; if none of them answers, through those of the peer
+        book. Returns how many answered.
 
         Raises :class:`ConfigError` for a malformed address and, for a client only, :class:`Unreachable` if none
         answers; a peer that serves goes on alone: they may come later.
@@ -158,13 +159,17 @@ class Dht:
         self._initial.update((peer.peer_id, peer) for peer in peers if peer.peer_id != self._transport.local.peer_id)
         others = [peer for peer in peers if peer.peer_id != self._transport.local.peer_id]
         failures = await self._ping_all(others)
-        if others and len(failures) == len(others):
+        answered = len(others) - len(failures)
+        if not answered:
+            known = [peer for peer in self._book.values() if peer.peer_id not in self._initial]
+            answered = len(known) - len(await self._ping_all(known))
+        if others and not answered:
             tried = "\n".join(f"  {', '.join(peer.multiaddrs)}: {failures[peer.peer_id]}" for peer in others)
             message = f"none of the {len(others)} initial peers answered:\n{tried}"
             if self._client:
                 raise Unreachable(message)
             log.warning("%s", message)
-        return len(others) - len(failures)
+        return answered
 
     def remember(self, peer: PeerAddress) -> None:
         """Put a peer with addresses into the peer book; the oldest one goes when it is full."""
@@ -274,10 +279,7 @@ def _write_book(file: Path | None, peers: Iterable[PeerAddress]) -> None:
     texts = [text if "/p2p/" in text else f"{text}/p2p/{peer.peer_id}" for peer in peers for text in peer.multiaddrs]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(fd, "w") as out:
-            json.dump(texts, out)
-        os.replace(temporary, file)
+        write_atomically(file, json.dumps(texts).encode())
     except OSError as error:
         log.warning("can't write the peer book %s: %s", file, error)
 

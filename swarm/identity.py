@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from swarm.atomic_file import write_atomically
 from swarm.errors import IdentityError
 from swarm.types import PeerId
 
@@ -108,7 +108,7 @@ class Identity:
                 seed = _parse(file.read_bytes(), file)
             except FileNotFoundError:
                 seed = os.urandom(32)
-                _write(file, _key_bytes(seed))
+                write_atomically(file, _key_bytes(seed))
             return cls(seed, fd)
         except OSError as error:
             os.close(fd)
@@ -126,7 +126,7 @@ class Identity:
         temporary folders are cleaned of what is some days old."""
         file = Path(folder) / "identity.key"
         if not file.exists():
-            _write(file, _key_bytes(self._seed))
+            write_atomically(file, _key_bytes(self._seed))
         return file
 
     def close(self) -> None:
@@ -184,17 +184,3 @@ def _lock(file: Path) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Atomic: a crash leaves the old file or the new one, never half a key. ``mkstemp`` gives mode 0600."""
-    fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(fd, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -334,6 +334,26 @@ def test_an_identity_is_used_once_at_a_time(tmp_path: Path) -> None:
     assert "in use" in event["message"]
 
 
+def test_a_peer_that_restarts_finds_its_swarm_without_its_initial_peers(thirds: LocalSwarm, tmp_path: Path) -> None:
+    serve = [*PEER_COMMAND, "serve", "--json", "--layers", "0:1", "--identity", str(tmp_path / "identity")]
+    for options in (["--initial-peers", thirds.initial_peers[0]], []):
+        with started([*serve, *options]) as process:
+            assert process.stdout is not None
+            seen = [json.loads(line) for line in stopped_when_ready(process)]
+            process.communicate(timeout=20)
+        assert process.returncode == 0
+        verifier = next(event["vouched_by"] for event in seen if event["event"] == "ready")
+        assert verifier in {peer.peer_id for peer in thirds.peers}, options
+
+
+def stopped_when_ready(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:  # ends with the process
+        if '"ready"' in line:
+            process.send_signal(signal.SIGTERM)
+        yield line
+
+
 def test_a_port_in_use_is_refused_by_the_real_process() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

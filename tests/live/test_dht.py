@@ -206,7 +206,8 @@ async def test_a_peer_book_brings_a_node_back_without_initial_peers(tmp_path: Pa
             two.remember(one._transport.local)
             await eventually(lambda: one.peers == 1 and two.peers == 1)
         async with node(book=book) as three:
-            await eventually(lambda: three.peers == 1)
+            assert await three.connect([]) == 1, "at once"
+            assert three.peers == 1
     for junk in ("", "{", '{"a": 1}', "[[1]]", '["junk"]'):
         Path(book).write_text(junk)  # noqa: ASYNC240
         async with node(book=book) as four:
