@@ -170,6 +170,10 @@ class _Seen:
     """By our monotonic clock, when this ``sent_at`` was first read; ages count from here, never from foreign clocks."""
 
 
+def _end(announcement: Announcement) -> float:
+    return announcement.sent_at + announcement.lifetime_s
+
+
 class SwarmView:
     """What this process knows of the peers of one model: ``async with SwarmView(...) as view``.
 
@@ -289,10 +293,12 @@ class SwarmView:
         if any(layers.end > self._num_layers for layers in (announcement.layers, announcement.moving_to) if layers):
             return
         peer_id = announcement.peer.peer_id
-        known = self._seen.get(peer_id)
+        known, now = self._seen.get(peer_id), self._wall_clock()
         if known is not None and known.announcement.sent_at >= announcement.sent_at:
-            return
-        now = self._wall_clock()
+            # what ends later than anything may was sent by a clock that has been put right since, as ours may have been
+            put_right = _end(announcement) <= now + MAX_LIFETIME_S < _end(known.announcement)
+            if not put_right:
+                return
         # one that renews a known one is new by definition; one read for the first time may be old, and only the peer's
         # clock can tell how old: if that is wrong, the next renewal puts it right
         age_s = 0.0 if known else min(max(now - announcement.sent_at, 0.0), self._settings.announce_ttl_s)

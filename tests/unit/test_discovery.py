@@ -518,6 +518,35 @@ async def test_ages_do_not_depend_on_foreign_clocks(skew_s: float, caplog: pytes
     assert any("clock" in line for line in caplog.messages) == (skew_s != 40.0)
 
 
+@pytest.mark.parametrize("wrong_s", [80.0, 300.0, 1e7])
+async def test_after_our_clock_was_put_right_our_own_view_has_us_at_once(wrong_s: float) -> None:
+    ours, wall, identity = Clock(0.0), Clock(1000.0 + wrong_s), Identity.ephemeral()
+    dht = MemoryDht(wall)
+    view = view_of(dht, ours, wall)
+    async with Announcer(dht, identity, DiscoverySettings(), wall) as announcer:
+        await announcer.update(announcement(identity))
+        assert len(await view.refresh()) == 1
+        wall.now -= wrong_s
+        dht.records.clear()  # as dht_node does with what ends too late
+        ours.now, wall.now = ours.now + 15, wall.now + 15
+        await announcer.renew()
+        await view.refresh()
+        assert view.age(identity.peer_id) == 0
+
+
+async def test_an_announcement_from_the_future_is_news_but_once() -> None:
+    ours, wall, identity = Clock(0.0), Clock(1000.0), Identity.ephemeral()
+    dht = MemoryDht(wall)
+    view = view_of(dht, ours, wall)
+    record = encode_announcement(announcement(identity, sent_at=1e9), identity)
+    dht.records[keys_of(MODEL, 30, 8)[0]] = {identity.peer_id: (record, 1045.0)}
+    for age_s in (0, 30, 60):
+        ours.now = age_s
+        await view.refresh()
+        assert view.age(identity.peer_id) == age_s
+    assert view.announcements() == []
+
+
 async def test_the_view_refreshes_itself_and_tells_of_live_peers() -> None:
     clock = Clock()
     dht, identity = MemoryDht(clock), Identity.ephemeral()
