@@ -128,6 +128,10 @@ class LimitSettings:
     """Largest model file (tokenizer) that is taken from a peer."""
     max_streams_per_peer: int = 256
     max_streams: int = 2048
+    max_partial_bytes_per_peer: int = 64 * 1024 * 1024
+    """Of large frames that have arrived in part, over all streams of one other peer ..."""
+    max_partial_bytes: int = 512 * 1024 * 1024
+    """... and over all streams."""
     window_frames: int = 8
     """Prefill frames on their way to one stage that has not yet computed them."""
     max_waiting_frames: int = 64

@@ -127,6 +127,8 @@ def check_together(settings: Settings, origins: Mapping[str, str]) -> None:
     for small, large in (
         ("discovery.announce_period_s", "discovery.announce_ttl_s"),  # or peers vanish between two announcements
         ("limits.max_streams_per_peer", "limits.max_streams"),
+        ("limits.max_frame_bytes", "limits.max_partial_bytes_per_peer"),
+        ("limits.max_partial_bytes_per_peer", "limits.max_partial_bytes"),
     ):
         low, high = (getattr(getattr(settings, key.split(".")[0]), key.split(".")[1]) for key in (small, large))
         if low > high:

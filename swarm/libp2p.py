@@ -19,7 +19,7 @@ from swarm.config import Settings
 from swarm.daemon import Daemon, RestartCallback, cancel
 from swarm.errors import Busy, Cancelled, SwarmError, Unreachable
 from swarm.identity import Identity, is_peer_id
-from swarm.streams import FramedStream
+from swarm.streams import FramedStream, PartialFrames
 from swarm.transport import Handler, Stream
 from swarm.types import PeerAddress, PeerId
 
@@ -46,6 +46,8 @@ class Libp2pTransport:
         self._streams: set[FramedStream] = set()
         self._sockets: weakref.WeakSet[FramedStream] = weakref.WeakSet()
         """The streams, and those that are closed but linger; all must be gone before the event loop is."""
+        limits = settings.limits
+        self._partial = PartialFrames(limits.max_partial_bytes_per_peer, limits.max_partial_bytes)
         self._incoming: Counter[PeerId] = Counter()
         """Streams that each remote has opened to us."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -148,6 +150,7 @@ class Libp2pTransport:
             writer,
             max_frame_bytes=self._settings.limits.max_frame_bytes,
             send_s=self._settings.timeouts.send_s,
+            partial=self._partial,
             remote_address=remote_address,
             on_close=self._streams.discard,
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import Counter
 from collections.abc import Callable
 
 from swarm.errors import ProtocolError, StreamLost
@@ -31,6 +32,31 @@ _LINGER_S = 1.0
 fail."""
 
 
+class PartialFrames:
+    """How many bytes of large frames have arrived in part, at all streams of a process, and what may."""
+
+    def __init__(self, most_bytes_per_peer: int, most_bytes: int) -> None:
+        self._most_bytes_per_peer = most_bytes_per_peer
+        self._most_bytes = most_bytes
+        self._held: dict[FramedStream, int] = {}
+
+    def hold(self, stream: FramedStream, size: int) -> None:
+        """Too many of one peer cost it this stream; too many of all cost the peer that has most all that it began."""
+        self._held[stream] = self._held.get(stream, 0) + size
+        if sum(held for one, held in self._held.items() if one.remote == stream.remote) > self._most_bytes_per_peer:
+            stream.abort("had too many large frames under way")
+        while sum(self._held.values()) > self._most_bytes:
+            by_peer: Counter[PeerId] = Counter()
+            for one, held in self._held.items():
+                by_peer[one.remote] += held
+            (worst, _), *_ = by_peer.most_common(1)
+            for one in [one for one in self._held if one.remote == worst]:
+                one.abort("gave way: too many large frames were under way")
+
+    def release(self, stream: FramedStream) -> None:
+        self._held.pop(stream, None)
+
+
 class FramedStream:
     """A :class:`swarm.transport.Stream` over an asyncio reader and writer.
 
@@ -47,6 +73,7 @@ class FramedStream:
         "_on_close",
         "_outgoing",
         "_outgoing_bytes",
+        "_partial",
         "_pieces",
         "_reader",
         "_remote",
@@ -65,6 +92,7 @@ class FramedStream:
         *,
         max_frame_bytes: int,
         send_s: float,
+        partial: PartialFrames | None = None,
         remote_address: str = "",
         on_close: Callable[[FramedStream], None] | None = None,
     ) -> None:
@@ -76,6 +104,7 @@ class FramedStream:
         self._transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         self._max_frame_bytes = max_frame_bytes
         self._send_s = send_s
+        self._partial = partial or PartialFrames(max_frame_bytes, max_frame_bytes)
         self._on_close = on_close
         self._need: int | None = None
         """Bytes still to come of the frame whose header has been read."""
@@ -193,8 +222,8 @@ class FramedStream:
         else:
             asyncio.get_running_loop().call_later(_LINGER_S, self._linger, left, stalled_s)
 
-    def abort(self) -> None:
-        self._fail("was aborted here")
+    def abort(self, reason: str = "was aborted here") -> None:
+        self._fail(reason)
 
     async def _payload(self) -> bytes:
         need, reader = self._need, self._reader
@@ -211,13 +240,20 @@ class FramedStream:
         while need:
             async with asyncio.timeout(self._send_s):
                 piece = await reader.read(min(need, _PIECE_BYTES))
-            if not piece:
+            if piece and self._failure is None:
+                self._partial.hold(self, len(piece))
+            if not piece or self._failure is not None:
                 raise asyncio.IncompleteReadError(b"", need)
             self._pieces.append(piece)
             self._need = need = need - len(piece)
         frame = b"".join(self._pieces)
-        self._pieces, self._need = [], None
+        self._drop_pieces()
+        self._need = None
         return frame
+
+    def _drop_pieces(self) -> None:
+        self._pieces = []
+        self._partial.release(self)
 
     async def _drain(self) -> None:
         """Wait until the remote has taken most of the buffer; the deadline starts again whenever it takes some, however
@@ -245,6 +281,7 @@ class FramedStream:
     def _fail(self, reason: str, drop: bool = True) -> None:
         if self._failure is None:
             self._failure = reason
+            self._drop_pieces()
             if self._on_close is not None:
                 self._on_close(self)
         if drop:

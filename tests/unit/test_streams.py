@@ -11,7 +11,7 @@ import pytest
 
 from swarm import streams
 from swarm.errors import ProtocolError, StreamLost
-from swarm.streams import END, HEADER, FramedStream
+from swarm.streams import END, HEADER, FramedStream, PartialFrames
 from swarm.types import PeerId
 
 REMOTE = PeerId("12D3KooWRemote")
@@ -19,12 +19,14 @@ MAX = 4 * 1024 * 1024
 
 
 @contextlib.asynccontextmanager
-async def pair(send_s: float = 2.0) -> AsyncIterator[tuple[FramedStream, asyncio.StreamReader, asyncio.StreamWriter]]:
+async def pair(
+    send_s: float = 2.0, partial: PartialFrames | None = None, remote: PeerId = REMOTE
+) -> AsyncIterator[tuple[FramedStream, asyncio.StreamReader, asyncio.StreamWriter]]:
     """A stream and the raw far end of it."""
     left, right = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=left)
     far_reader, far_writer = await asyncio.open_connection(sock=right)
-    stream = FramedStream(REMOTE, reader, writer, max_frame_bytes=MAX, send_s=send_s)
+    stream = FramedStream(remote, reader, writer, max_frame_bytes=MAX, send_s=send_s, partial=partial)
     try:
         yield stream, far_reader, far_writer
     finally:
@@ -208,3 +210,44 @@ async def test_close_and_abort_may_come_in_any_order() -> None:
         with pytest.raises(StreamLost):
             await stream.send(b"")
         assert right.recv(10) == HEADER.pack(END)
+
+
+async def test_large_frames_that_never_end_are_bounded_for_each_peer_and_for_all() -> None:
+    mb = 1024 * 1024
+    partial = PartialFrames(most_bytes_per_peer=3 * mb, most_bytes=5 * mb)
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def begin(
+            remote: str, size: int, whole: int = MAX
+        ) -> tuple[asyncio.Task[bytes | None], asyncio.StreamWriter]:
+            stream, _, writer = await stack.enter_async_context(pair(partial=partial, remote=PeerId(remote)))
+            writer.write(HEADER.pack(whole) + bytes(size))
+            receiving = asyncio.create_task(stream.receive())
+            async with asyncio.timeout(2):
+                while partial._held.get(stream, 0) < size and not receiving.done():  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            return receiving, writer
+
+        greedy, _ = await begin("A", 3 * mb)
+        more, _ = await begin("A", 300_000)
+        with pytest.raises(StreamLost, match="too many large frames under way"):
+            await more
+        other, writer = await begin("B", 2 * mb, whole=3 * mb)
+        assert not greedy.done()
+        third, _ = await begin("C", mb)
+        with pytest.raises(StreamLost, match="gave way"):
+            await greedy
+        assert sum(partial._held.values()) == 3 * mb
+        writer.write(bytes(mb))
+        assert await other == bytes(3 * mb)
+        assert sum(partial._held.values()) == mb
+        third.cancel()
+        await asyncio.gather(third, return_exceptions=True)
+    assert not partial._held, "nothing is held for streams that are gone"
+
+
+async def test_small_frames_are_not_counted() -> None:
+    partial = PartialFrames(0, 0)
+    async with pair(partial=partial) as (stream, _, writer):
+        writer.write(HEADER.pack(2000) + bytes(2000))
+        assert await stream.receive() == bytes(2000)
