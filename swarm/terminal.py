@@ -13,7 +13,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def standard_streams(command: str) -> Iterator[None]:
-    """For all that ``command`` does. A full disk ends it with one line on stderr and exit code 1."""
+    """For all that ``command`` does. It ends well if nobody reads on, and a full disk is one line and exit code 1."""
     _open_missing()
     try:
         try:
@@ -21,6 +21,11 @@ def standard_streams(command: str) -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of our stdout has gone (a pipe into head)
+        _discard_stdout()
+        sys.exit(0)
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):  # which typer makes an exit code 1
+            raise
         _discard_stdout()
         sys.exit(0)
     except OSError as error:

@@ -78,8 +78,6 @@ def failing_well(as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(130) from None
-    except BrokenPipeError:
-        raise typer.Exit(0) from None  # the reader of our stdout has gone (a pipe into head)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,25 @@ def shell(command: str) -> tuple[int, str]:
 )
 def test_a_full_disk_is_one_line(command: str, name: str) -> None:
     assert shell(f"{command} >/dev/full") == (1, f"{name}: can't write: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", ["swarm.cli config show", "swarm.cli --help", "peers.cli serve --help"])
+def test_nobody_reads_on_and_all_is_well(command: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            cwd=ROOT,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_standard_streams_may_be_closed() -> None:
