@@ -31,7 +31,7 @@ from swarm.commands.options import (
 from swarm.config import Settings
 from swarm.config_loader import load_settings
 from swarm.errors import SwarmError
-from swarm.logs import log_to_stderr
+from swarm.logs import log_to_stderr, say
 from swarm.terminal import standard_streams
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _failing_well(as_json: bool) -> Iterator[None]:
     except SwarmError as error:
         if as_json:
             _print_json({"event": "error", "code": error.code, "message": error.message})
-        print(f"swarm-peer: {error.message}", file=sys.stderr)
+        _say(error.message)
         raise typer.Exit(error.exit_code) from None
 
 
@@ -195,7 +195,7 @@ def _print_json(event: dict[str, object]) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"swarm-peer: {text}", file=sys.stderr, flush=True)
+    say("swarm-peer", text)
 
 
 def _sentence(event: dict[str, object]) -> str:
@@ -208,7 +208,7 @@ def _sentence(event: dict[str, object]) -> str:
             return f"layers {start}:{end} loaded to {percent}%"
         case {"event": "ready", "layers": [start, end], "model": model, "weights_mb": size, "addresses": [first, *_]}:
             serving = f"serving layers {start}:{end} of {model} ({size} MB of weights)"
-            return f"{serving}\nswarm-peer: {event['coverage']}\nswarm-peer: others join with --initial-peers {first}"
+            return f"{serving}\n{event['coverage']}\nothers join with --initial-peers {first}"
         case {"event": "moving", "layers": [start, end], "reason": reason}:
             return f"moves to layers {start}:{end}: {reason}"
         case {"event": "warning", "message": message}:

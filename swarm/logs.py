@@ -35,3 +35,12 @@ def log_to_stderr(level: int, log_format: str, text_format: str = STAMPED) -> No
     text = logging.Formatter(text_format)
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def say(program: str, text: str) -> None:
+    """To whoever started ``program``: name and ``text`` on stderr, or objects like the others where logs are JSON."""
+    formatters = (handler.formatter for handler in logging.getLogger().handlers)
+    json_format = next((formatter for formatter in formatters if isinstance(formatter, JsonFormatter)), None)
+    for line in text.splitlines():
+        record = logging.LogRecord(program, logging.INFO, "", 0, line, None, None)
+        print(json_format.format(record) if json_format else f"{program}: {line}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,4 +107,4 @@ def print_json(event: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    print(f"swarm: {text}", file=sys.stderr, flush=True)
+    logs.say("swarm", text)

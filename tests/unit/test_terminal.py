@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,15 @@ def test_nobody_reads_on_and_all_is_well(command: str) -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["swarm.cli gateway --port 0", "peers.cli serve --layers 0:99"])
+def test_with_json_logs_nothing_else_comes_on_stderr(command: str) -> None:
+    code, stderr = shell(f"{command} --log-format json")
+    told = [json.loads(line) for line in stderr.splitlines()]
+    assert code != 0
+    assert len(told) > 1
+    assert all(line["message"] and line["logger"].startswith("swarm") for line in told)
 
 
 def test_standard_streams_may_be_closed() -> None:
