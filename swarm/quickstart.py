@@ -18,7 +18,7 @@ RANGES = (LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30))
 PROMPT = "Why is the sky blue? Answer in two sentences."
 TOKENS = "200"
 USAGE = """\
-usage: bin/quickstart [PROMPT...]    answer a prompt, then stop
+usage: bin/quickstart [PROMPT...]    answer a prompt, then stop (one that begins with a dash: after --)
        bin/quickstart --web [PORT]   a console in the browser; Ctrl-C stops it"""
 PORT = "8000"
 
@@ -37,6 +37,11 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["--web"]:
         return _web(arguments[1:])
+    if arguments[:1] == ["--"]:
+        arguments = arguments[1:]
+    elif arguments and arguments[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return 2
     prompt = " ".join(arguments).strip() or PROMPT
     signal.signal(signal.SIGTERM, _interrupt)
     _say(f"three peers with ten of {MODEL}'s thirty layers each, on this machine only")

@@ -543,8 +543,10 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             assert (await swarm_peers("list"))[0] == 4
 
 
-@pytest.mark.parametrize("arguments", [["--web", "x"], ["--web", "8000", "more"]])
-def test_the_quick_start_refuses_what_is_no_port(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--web", "x"], ["--web", "8000", "more"], ["--port", "8000"]])
+def test_the_quick_start_refuses_what_is_no_option_or_port(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert quickstart.main(arguments) == 2
     assert "bin/quickstart --web [PORT]" in capsys.readouterr().err
 
@@ -556,6 +558,7 @@ def test_the_quick_start_takes_no_settings_of_another_swarm(monkeypatch: pytest.
     given: list[dict[str, str]] = []
 
     def ran(command: list[str], *, check: bool, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        assert command[-2:] == ["--", "-1?"]
         given.append(dict(os.environ) if env is None else env)
         return subprocess.CompletedProcess(command, 0)
 
@@ -563,7 +566,7 @@ def test_the_quick_start_takes_no_settings_of_another_swarm(monkeypatch: pytest.
     monkeypatch.setattr(subprocess, "run", ran)
     monkeypatch.setattr(quickstart.signal, "signal", lambda *_: None)
     monkeypatch.setenv("SWARM_POLICY_GPU_REQUIRED", "true")
-    assert quickstart.main(["Why?"]) == 0
+    assert quickstart.main(["--", "-1?"]) == 0
     assert "SWARM_POLICY_GPU_REQUIRED" not in given[0]
     assert "PATH" in given[0]
 
