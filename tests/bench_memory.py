@@ -29,11 +29,11 @@ def tell(stage):
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
     print(stage, *(int(fields[name].split()[0]) // 1024 for name in ("VmHWM", "RssAnon", "RssFile")), len(sys.modules))
 tell("python")
-import peers.cli
+import peers.commands
 tell("command line")
 import torch
 tell("torch")
-from peers.cli import _import_server
+from peers.commands import _import_server
 _import_server()
 tell("transformers and all else")
 """

@@ -13,7 +13,7 @@ from swarm.children import PYTHON
 from swarm.errors import SwarmError
 
 _IMPORTS = """
-from peers.cli import _import_server
+from peers.commands import _import_server
 _import_server()
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -18,7 +18,7 @@ import uvloop
 from typer.testing import CliRunner
 
 import swarm
-from peers.cli import app as peer_app
+from peers.commands import app as peer_app
 from swarm.blocking_client import Client
 from swarm.client import connect_async
 from swarm.identity import Identity

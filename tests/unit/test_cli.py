@@ -15,7 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from peers.cli import app as peer_app
+from peers.commands import app as peer_app
 from swarm import __version__
 from swarm.cli import main
 from swarm.commands import generate

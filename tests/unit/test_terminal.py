@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from swarm.cli import main
+from peers.cli import main as peer_main
+from swarm.cli import main as swarm_main
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHUw6WaVsZiZnpMQDXrzprqH4Ry3gyp8xC9Gm6psrPPcU"
@@ -76,14 +78,17 @@ def test_standard_streams_may_be_closed() -> None:
     assert "Traceback" not in stderr
 
 
-def test_ctrl_c_while_modules_load_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("main", "module"), [(swarm_main, "swarm.commands.app"), (peer_main, "peers.commands")])
+def test_ctrl_c_while_modules_load_is_quiet(
+    main: Callable[[], None], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Interrupting:
         def find_spec(self, name: str, *_: object) -> None:
-            if name == "swarm.commands.app":
+            if name == module:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    monkeypatch.delitem(sys.modules, "swarm.commands.app", raising=False)
+    monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
