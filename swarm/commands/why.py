@@ -53,7 +53,9 @@ def why(
             say("looking at the swarm")
         run(ask, initial_peers, config, as_json=as_json, verbose=verbose)
     if as_json:
-        print_json({"event": "why", **asdict(found), "alternatives": [asdict(option) for option in options]})
+        hops = [asdict(share) | {"layers": [share.layers.start, share.layers.end]} for share in found.hops]
+        others = [asdict(option) for option in options]
+        print_json({"event": "why", **asdict(found), "hops": hops, "alternatives": others})
     else:
         print("".join(f"{sentence(option)}\n" for option in options), end="")
 

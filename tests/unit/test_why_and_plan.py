@@ -39,6 +39,7 @@ def test_why_tells_where_the_time_went_and_exports(trace_file: Path, tmp_path: P
     assert result.exit_code == 0, result.output
     event = json.loads(result.stdout)
     assert event["dominant"] == "the layers of hop 1 (-other)"
+    assert [hop["layers"] for hop in event["hops"]] == [[0, 4], [4, 8]]
     assert event["alternatives"] == [], "nobody was asked"
     assert json.loads(exported.read_text())
     plain = CliRunner().invoke(app, ["why", "--trace", str(trace_file)])
