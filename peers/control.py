@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TypeVar
 
 from peers.frame_router import FrameRouter
 from peers.runner import StageRunner
@@ -21,6 +22,8 @@ from swarm.types import LayerRange, PeerId, PeerState, SessionId
 from swarm.wire import MODEL
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_TARGETS = 4
 MAX_PREVIOUS = 8
@@ -89,20 +92,25 @@ class ControlHandler:
             self._detach(key, tell, clean=clean, prefix=prefix)
 
     async def _next(self, stream: Stream, key: StageKey, tell: Tell) -> bytes | None:
-        """The owner's next frame; meanwhile it hears a heartbeat every ``heartbeat_s``."""
-        receiving = asyncio.ensure_future(stream.receive())
+        """The owner's next frame; meanwhile it hears heartbeats."""
+
+        def beating() -> StageRunner:
+            runner = self._table.runners.get(key)
+            if runner is None or runner.owner.stream is not tell:
+                raise Evicted("this stage gave its memory to another session, or was opened again elsewhere")
+            return runner
+
+        return await self._beat(stream.receive(), beating, tell)
+
+    async def _beat(self, waiting: Coroutine[None, None, T], beating: Callable[[], StageRunner], tell: Tell) -> T:
+        """What is waited for; meanwhile the owner hears a heartbeat of the stage every ``heartbeat_s``."""
+        task = asyncio.ensure_future(waiting)
         try:
-            while True:
-                done, _ = await asyncio.wait((receiving,), timeout=self._timeouts.heartbeat_s)
-                if done:
-                    return receiving.result()
-                runner = self._table.runners.get(key)
-                if runner is None or runner.owner.stream is not tell:
-                    raise Evicted("this stage gave its memory to another session, or was opened again elsewhere")
-                reply = pb.ControlReply(status=self._status(runner))
-                await stream.send(reply.SerializeToString())
+            while not (await asyncio.wait((task,), timeout=self._timeouts.heartbeat_s))[0]:
+                await tell(pb.ControlReply(status=self._status(beating())))
+            return task.result()
         finally:
-            receiving.cancel()
+            task.cancel()
 
     async def _last_words(self, stream: Stream, error: SwarmError) -> None:
         try:
@@ -132,7 +140,8 @@ class ControlHandler:
                 raise Busy(f"this peer is {self._state()} and takes no new sessions")
             runner = self._table.admit(owner, request, self._router)
         else:
-            await runner.reopen(request)
+            reopened = runner
+            await self._beat(runner.reopen(request), lambda: reopened, tell)  # it may have a long step to end
             if self._table.runners.get(key) is not runner:
                 raise Evicted("this stage is gone")
         self._table.attach(key)

@@ -79,10 +79,7 @@ class HopControl:
         self._opened, self._opening = asyncio.get_running_loop().create_future(), request.epoch
         await self._send(pb.ControlRequest(open=request))
         try:
-            async with asyncio.timeout(self._settings.timeouts.open_s):
-                opened = await self._opened
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer to open within {self._settings.timeouts.open_s:.0f} s") from None
+            opened = await self._answer(self._opened)
         finally:
             self._opened = None
         if opened.epoch != request.epoch or opened.have > request.keep:
@@ -91,6 +88,23 @@ class HopControl:
         if self.came_with is None:
             self.came_with = opened.have
         self.targets = []
+
+    async def _answer(self, opened: asyncio.Future[pb.Opened]) -> pb.Opened:
+        """A peer that has a step to end first beats meanwhile. One that froze is lost as soon as at any other time.
+
+        Counted in waits that brought nothing, and not on the clock: while this process stood still nobody was silent.
+        """
+        timeouts, misses = self._settings.timeouts, 0
+        try:
+            async with asyncio.timeout(timeouts.open_s):
+                while misses < timeouts.heartbeat_misses:
+                    heard_at = self.last_heard
+                    if (await asyncio.wait((opened,), timeout=timeouts.heartbeat_s))[0]:
+                        return opened.result()
+                    misses = misses + 1 if self.last_heard == heard_at else 0
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer to open within {timeouts.open_s:.0f} s") from None
+        raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * timeouts.heartbeat_s:.1f} s")
 
     async def start(self, epoch: int, targets: list[pb.Target]) -> None:
         self.targets = targets

@@ -114,9 +114,19 @@ class Watch:
             self._chain.prepare_handover(control, self._pace.latest_s)
 
     def _check_silence(self) -> None:
-        for control in self._chain.controls:
+        timeouts, controls = self._settings.timeouts, self._chain.controls
+        for control in controls:
             with control.blamed():
-                control.check_heard(self._settings.timeouts)
+                try:
+                    control.check_heard(timeouts)
+                except DeadlineExceeded as error:
+                    # Who fell silent with it is lost by the same accident: the rebuild must not begin with asking
+                    # them. Unless nobody is heard: then it may be our own network, and they may be there in a moment.
+                    if any(other.is_heard(timeouts) for other in controls):
+                        for other in controls:
+                            if other is not control and not other.is_heard(timeouts):
+                                other.abort(error)
+                    raise
 
     def _check_progress(self) -> None:
         """A peer that beats but doesn't move is given the step deadline, and more while it computes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -380,6 +381,60 @@ def test_refused_by_everybody_says_the_limit() -> None:
         assert all(not peer.service.table.runners for peer in world.peers), "the others were opened and are freed"
 
     run_virtual(main)
+
+
+def test_two_that_freeze_at_once_are_replaced_as_soon_as_one() -> None:
+    """Were the second one asked to go on in the new epoch first, its silence would be waited for once more."""
+
+    def longest_gap_s(frozen: int) -> float:
+        times: list[float] = []
+
+        def freeze(world: World, session: Session, index: int) -> None:
+            times.append(asyncio.get_running_loop().time())
+            if index == 4 and not session.rebuilds:
+                for position in range(frozen):
+                    world.peer_of(session, position).node.freeze()
+
+        outcome = run(51, [*THIRDS, *THIRDS], freeze)
+        assert [len(rebuild.lost) for rebuild in outcome.session.rebuilds] == [frozen]
+        return max(after - before for before, after in itertools.pairwise(times))
+
+    assert longest_gap_s(2) == pytest.approx(longest_gap_s(1), abs=0.5)
+
+
+def test_a_peer_that_froze_unnoticed_is_given_up_by_a_new_session_after_the_heartbeats_that_it_owes() -> None:
+    async def main() -> None:
+        world = World(52)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        for peer in world.peers[:3]:
+            peer.node.freeze()
+        for peer in world.peers[3:]:
+            peer.executor.layer_s = 2 * max(frozen.executor.layer_s for frozen in world.peers[:3])
+            world.announce(peer)
+        began = asyncio.get_running_loop().time()
+        outcome = await world.generate(PROMPT, 1)
+        assert outcome.error is None
+        timeouts = SETTINGS.timeouts
+        silence_s = timeouts.heartbeat_s * timeouts.heartbeat_misses
+        assert silence_s <= asyncio.get_running_loop().time() - began < silence_s + 1
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_survivor_with_a_long_step_to_end_is_not_taken_for_frozen_when_it_is_opened_anew() -> None:
+    def kill(world: World, session: Session, index: int) -> None:
+        survivor = world.peer_of(session, 1)
+        survivor.executor.layer_s = 3.0  # a step takes longer than the silence that loses a peer
+        if index == 4 and not session.rebuilds:
+            world.later(0.5, kill_first(world, session))
+
+    async def kill_first(world: World, session: Session) -> None:
+        world.kill(world.peer_of(session, 0), forget=True)
+
+    outcome = run(53, [*THIRDS, LayerRange(0, 2)], kill, tokens=7)
+    assert [hop.layers for rebuild in outcome.session.rebuilds for hop in rebuild.lost] == [LayerRange(0, 2)]
 
 
 def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_committed_tokens() -> None:
