@@ -86,23 +86,34 @@ class DelegatedSession:
         return self.transcript.finish_reason or self._finished
 
     async def events(self) -> AsyncGenerator[RouteChanged | Generated, None]:
-        """As :meth:`swarm.session.Session.events`; a peer that is lost or busy is followed by the next."""
-        failures = 0
+        """As :meth:`swarm.session.Session.events`; a peer that is lost or busy is followed by the next.
+
+        Once the session has begun, somebody who takes it over is looked for as long as for lost layers.
+        """
+        now, wait_s = asyncio.get_running_loop().time, self._settings.recovery.wait_s
+        turn = failures = 0
+        begun, lost_at = False, now()
         while True:
             known = len(self.transcript)
-            peer = self._via[failures % len(self._via)]
+            peer = self._via[turn % len(self._via)]
             try:
                 async for event in self._through(peer):
+                    begun = True
                     yield event
                 return
             except SwarmError as error:
                 # Only what another owner could do better is tried again: it has the same swarm to work with.
                 lost = isinstance(error, StreamLost | DeadlineExceeded | Unreachable) or error.code == "busy"
-                failures = failures + 1 if len(self.transcript) == known else 1
-                if not lost or failures > 2 * len(self._via):
+                turn += 1
+                failures += 1
+                if failures == 1 or len(self.transcript) > known:
+                    failures, lost_at = 1, now()
+                waited = not begun or now() - lost_at > wait_s
+                if not lost or (failures > 2 * len(self._via) and waited):
                     raise
                 logger.info("the owner %s of this session was lost: %s", peer.peer_id[-6:], error)
                 await asyncio.sleep(self._settings.timeouts.heartbeat_s / 2 if failures > len(self._via) else 0)
+                await self._transport.ready()
 
     async def _through(self, peer: PeerAddress) -> AsyncGenerator[RouteChanged | Generated, None]:
         self._stream = stream = await self._transport.open(peer, DELEGATE)

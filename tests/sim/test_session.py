@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,10 +17,10 @@ from swarm.info import ask_for_plan
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.session import Session
-from swarm.testing import SimTransport
+from swarm.testing import SimNode, SimTransport
 from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
-from swarm.transport import DELEGATE
-from swarm.types import PeerId, SessionId
+from swarm.transport import DELEGATE, Stream
+from swarm.types import PeerAddress, PeerId, SessionId
 from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -456,6 +457,121 @@ def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_commit
                         world.kill(owners[0], forget=True)
         assert tokens == world.decoder.generate(PROMPT, 20, 31, frozenset())
         assert session.finish_reason == "length"
+        await world.settle()
+
+    run_virtual(main)
+
+
+class RestartingTransport(SimTransport):
+    """Of a process whose network daemon takes ``pause_s`` to come back."""
+
+    pause_s = 4.0
+
+    def __init__(self, node: SimNode) -> None:
+        super().__init__(node)
+        self._up_at = 0.0
+
+    def restart(self) -> None:
+        self.node.restart_daemon()
+        self._up_at = asyncio.get_running_loop().time() + self.pause_s
+
+    async def ready(self) -> int:
+        await asyncio.sleep(self._up_at - asyncio.get_running_loop().time())
+        return await super().ready()
+
+    async def open(self, peer: PeerAddress, protocol: str) -> Stream:
+        if asyncio.get_running_loop().time() < self._up_at:
+            raise Unreachable("the own p2p daemon is down; it is being restarted")
+        return await super().open(peer, protocol)
+
+
+def delegated(seed: int, via: list[int], accidents: dict[int, Callable[[World, SimTransport], None]]) -> float:
+    """``accidents`` by the number of tokens that are there; ``via`` are indices of peers. The longest gap."""
+
+    async def main() -> float:
+        world = World(seed)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        request = GenerationRequest(tuple(PROMPT), 20, SamplingParams(seed=seed), frozenset())
+        transport = RestartingTransport(world.owner)
+        owners = [world.peers[index].node.address for index in via]
+        now, tokens, times = asyncio.get_running_loop().time, [], []
+        async with DelegatedSession(transport, owners, PROFILE, request, world.settings) as session:
+            async for event in session.events():
+                if isinstance(event, Generated):
+                    assert event.index == len(tokens)
+                    tokens.append(event.token_id)
+                    times.append(now())
+                    if len(tokens) in accidents:
+                        accidents[len(tokens)](world, transport)
+        assert tokens == world.decoder.generate(PROMPT, 20, seed, frozenset())
+        await world.settle()
+        return max(after - before for before, after in itertools.pairwise(times))
+
+    return run_virtual(main)
+
+
+def test_a_thin_client_asks_the_next_owner_each_time_that_one_is_lost() -> None:
+    """Not the lost one again: a frozen peer takes its time to show that it does not answer."""
+
+    def freeze(index: int) -> Callable[[World, SimTransport], None]:
+        return lambda world, _: world.peers[index].node.freeze()
+
+    timeouts = SETTINGS.timeouts
+    silence_s = timeouts.heartbeat_s * timeouts.heartbeat_misses
+    # the next owner may have to notice by itself that a hop is frozen, which takes it as long
+    assert delegated(37, [0, 4, 2], {5: freeze(0), 12: freeze(4)}) < 2 * silence_s + 1
+
+
+def test_a_thin_client_waits_for_its_own_daemon_before_it_asks_another_owner() -> None:
+    def restart(_: World, transport: SimTransport) -> None:
+        assert isinstance(transport, RestartingTransport)
+        transport.restart()
+
+    gap_s = delegated(38, [0], {7: restart})
+    assert RestartingTransport.pause_s <= gap_s < RestartingTransport.pause_s + 1
+
+
+def test_a_thin_client_whose_only_owner_is_away_for_seconds_goes_on_when_it_is_back() -> None:
+    def restart(world: World, _: SimTransport) -> None:
+        node = world.peers[0].node
+        handlers, node.handlers = node.handlers, {}
+        node.restart_daemon()
+
+        async def come_back() -> None:
+            node.handlers = handlers
+
+        world.later(8.0, come_back())
+
+    assert 8.0 <= delegated(39, [0], {7: restart}) < 10.0
+
+
+def test_a_thin_client_whose_only_owner_is_gone_says_so_after_the_wait_for_a_replacement() -> None:
+    """One that never began has nothing to lose, and says so soon."""
+
+    async def main() -> None:
+        world = World(40)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        now, owner = asyncio.get_running_loop().time, world.peers[0]
+        request = GenerationRequest(tuple(PROMPT), 20, SamplingParams(seed=40), frozenset())
+
+        async def error_after_s() -> float:
+            last_at = now()
+            session = DelegatedSession(
+                SimTransport(world.owner), [owner.node.address], PROFILE, request, world.settings
+            )
+            with contextlib.suppress(Unreachable):
+                async with session:
+                    async for event in session.events():
+                        last_at = now()
+                        if isinstance(event, Generated) and event.index == 5:
+                            world.kill(owner, forget=True)
+                pytest.fail("nobody owned the session, and it ended well")
+            return now() - last_at
+
+        assert SETTINGS.recovery.wait_s <= await error_after_s() < SETTINGS.recovery.wait_s + 2
+        assert await error_after_s() < 2
         await world.settle()
 
     run_virtual(main)
