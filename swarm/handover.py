@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.005
 """Between two looks at how far the successors have come: at least this, at most ten times as much."""
 
+LAG = 16
+"""Positions that the successors may still lack when they are taken: they run so few in one pass. Where others use them,
+too, or the way to them is long, the newest position is never there while the old route goes on.
+"""
+
 
 class Handover:
     """From one ``leaving`` hop to ``fresh`` ones. They belong to the handover until :meth:`take`."""
@@ -80,10 +85,11 @@ class Handover:
             await before.start(chain.epoch, [*present, chain.opener.target(first, first.have, epoch)])
 
     async def _catch_up(self) -> None:
-        """Until the last of them lacks no more than the newest position."""
+        """Until the last of them lacks hardly more than the newest position."""
         timeouts, transcript = self._chain.settings.timeouts, self._chain.transcript
-        tokens = transcript.tokens
-        while self.fresh[-1].have < len(tokens) - 1:
+        tokens, last = transcript.tokens, self.fresh[-1]
+        proven = last.have + 1  # then it has computed something, and whoever sends to it has reached it
+        while last.have < min(len(tokens) - 1, max(proven, len(tokens) - 1 - LAG)):
             if self._fed is not None and self._fed < len(tokens):
                 self._fed, start = len(tokens), self._fed
                 await self.fresh[0].input(self._epoch, start, tokens[start:], transcript.step)

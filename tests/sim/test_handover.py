@@ -14,7 +14,7 @@ from swarm.rebuilds import Patience
 from swarm.session import Session
 from swarm.testing import Faults, run_virtual
 from swarm.types import LayerRange
-from tests.sim.world import SimPeer, World
+from tests.sim.world import Outcome, SimPeer, World
 
 FIRST, SECOND = LayerRange(0, 3), LayerRange(3, 6)
 TOKENS = 150
@@ -154,5 +154,32 @@ def test_a_peer_that_answers_with_an_error_of_ours_is_a_successor_once_at_most(m
         outcome = await world.generate([1, 2, 3], 4 * TOKENS, schedule)
         assert outcome.error is None or outcome.error.code == "no_route"
         assert most == 1
+
+    run_virtual(scenario)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_successors_that_others_use_too_are_taken_though_they_never_have_the_newest_position(position: int) -> None:
+    """They run the rows of all, one step after another: each comes a little later than at the peer that leaves."""
+
+    async def scenario() -> None:
+        world = World(43)
+        for layers in (FIRST, SECOND, FIRST, SECOND):
+            await world.add_peer(layers)
+        for peer in world.peers:
+            peer.executor.layer_s = 0.005
+        others: list[asyncio.Task[Outcome]] = []
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                world.drain(world.peer_of(session, position))
+                others.extend(asyncio.create_task(world.generate([4, 5], TOKENS)) for _ in range(3))
+
+        outcome = await world.generate([1, 2, 3], TOKENS, schedule, speculate=False)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], TOKENS, 43, frozenset())
+        assert [route.cause for route in outcome.routes] == ["opened", "leaving"]
+        assert outcome.session.rebuilds[0].token_index < 50
+        await asyncio.gather(*others)
 
     run_virtual(scenario)
