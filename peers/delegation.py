@@ -32,7 +32,10 @@ MOST_CLIENTS = 64
 
 
 class DelegationHandler:
-    """At most ``limits.max_delegated`` generations at once; more are refused with ``busy``."""
+    """At most ``limits.max_delegated`` generations at once; more are refused with ``busy``.
+
+    So is everybody once :meth:`drained` was called.
+    """
 
     def __init__(self, transport: Transport, view: View, profile: ModelProfile, settings: Settings) -> None:
         self._transport = transport
@@ -42,6 +45,9 @@ class DelegationHandler:
         self._health = Health(settings.recovery.max_penalty_s)
         self._prefixes: OrderedDict[PeerId, Prefixes] = OrderedDict()
         """Of each thin client, those that asked last."""
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
         self.running = 0
 
     def plan(self, request: pb.PlanRequest) -> pb.RouteNews:
@@ -60,6 +66,11 @@ class DelegationHandler:
             raise explained(error, announcements, self._profile, self._view.check) from None
         return route_to_wire(0, route, "planned")
 
+    async def drained(self) -> None:
+        """Take no more generations, and wait until none is under way."""
+        self._draining = True
+        await self._idle.wait()
+
     async def handle(self, stream: Stream) -> None:
         """One generation. A client that goes away frees every stage."""
         try:
@@ -72,14 +83,19 @@ class DelegationHandler:
                 message.ParseFromString(frame)
             except ValueError:
                 raise ProtocolError("no Delegate message") from None
+            if self._draining:
+                raise Busy("this peer is leaving and takes no new sessions of thin clients")
             limit = self._settings.limits.max_delegated
             if self.running >= limit:  # looked at only now: who opens streams and says nothing takes nobody's place
                 raise Busy(f"limits.max_delegated: this peer owns {limit} sessions of thin clients already")
             self.running += 1
+            self._idle.clear()
             try:
                 await self._generate(stream, message)
             finally:
                 self.running -= 1
+                if not self.running:
+                    self._idle.set()
         except TimeoutError:
             logger.info("%s delegated nothing", stream.remote[-6:])
         except SwarmError as error:

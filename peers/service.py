@@ -53,16 +53,16 @@ class PeerService:
         self.link_prober = self._router.prober(self.view)
         self._sweeper = self._tasks.create_task(self.table.sweep())
         control = ControlHandler(self.table, self._router, lambda: self.state)
-        delegation = DelegationHandler(self.transport, self.view, self.executor.profile, self.settings)
+        self._delegation = DelegationHandler(self.transport, self.view, self.executor.profile, self.settings)
         prober = None
         if self._vouching is not None:
             prober = Prober(self.transport, self.executor, self.table.budget, self._vouching, self.settings)
         timeouts = self.settings.timeouts
-        answers = Answers(self._description, delegation.plan, self.files, prober, self._dial_back, timeouts)
+        answers = Answers(self._description, self._delegation.plan, self.files, prober, self._dial_back, timeouts)
         await self.transport.serve(CONTROL, control.handle)
         await self.transport.serve(LINK, self._router.handle_link)
         await self.transport.serve(INFO, answers.handle)
-        await self.transport.serve(DELEGATE, delegation.handle)
+        await self.transport.serve(DELEGATE, self._delegation.handle)
         self.state = PeerState.SERVING
         return self
 
@@ -80,6 +80,16 @@ class PeerService:
         self.table.prefixes.close()
         for runner in self.table.runners.values():
             self._tasks.create_task(runner.owner.tell_status(runner.status(draining=True)))
+
+    async def drained(self, *, leaving: bool) -> None:
+        """Wait until owners have moved their sessions away.
+
+        A peer that is ``leaving`` takes no more sessions of thin clients, and waits for the ends of those that it owns.
+        At one that stays they go on, whatever it serves next.
+        """
+        if leaving:
+            await self._delegation.drained()
+        await self.table.empty()
 
     def _description(self) -> pb.Description:
         profile, layers = self.executor.profile, self.executor.layers

@@ -140,8 +140,8 @@ class Tenure:
             urgent = self.move is not None and self.move.urgent
             drain_s = peer.settings.placement.gap_drain_s if urgent else peer.settings.timeouts.drain_s
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(drain_s):  # until the owners have moved their sessions away
-                    await service.table.empty()
+                async with asyncio.timeout(drain_s):
+                    await service.drained(leaving=self.move is None)
 
     def announcement(self) -> Announcement:
         """What is so at this moment."""

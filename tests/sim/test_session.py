@@ -577,6 +577,50 @@ def test_a_thin_client_whose_only_owner_is_gone_says_so_after_the_wait_for_a_rep
     run_virtual(main)
 
 
+@pytest.mark.parametrize("leaving", [True, False])
+def test_a_peer_that_leaves_ends_what_it_owns_for_thin_clients_and_takes_no_more(leaving: bool) -> None:
+    """At one that only goes on with other layers they have nothing to wait for."""
+
+    async def main() -> None:
+        world = World(41)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        owner, other = world.peers[0], world.peers[4]
+        expected = world.decoder.generate(PROMPT, 80, 41, frozenset())
+
+        async def delegate(*via: SimPeer, at_token: Callable[[int], None] = lambda index: None) -> None:
+            request = GenerationRequest(tuple(PROMPT), 80, SamplingParams(seed=41), frozenset())
+            addresses = [peer.node.address for peer in via]
+            session = DelegatedSession(SimTransport(world.owner), addresses, PROFILE, request, world.settings)
+            async with session:
+                tokens = []
+                async for event in session.events():
+                    if isinstance(event, Generated):
+                        tokens.append(event.token_id)
+                        at_token(event.index)
+            assert tokens == expected
+
+        started: list[asyncio.Task[None]] = []
+
+        def leave(index: int) -> None:
+            if index == 5:
+                world.drain(owner)
+                started.append(asyncio.create_task(owner.service.drained(leaving=leaving)))
+            if index == 10:  # another thin client, which knows another owner or gets on without
+                started.append(asyncio.create_task(delegate(owner, *([other] if leaving else []))))
+            if index == 60:
+                assert started[0].done() is not leaving
+
+        await delegate(owner, at_token=leave)
+        await asyncio.gather(*started)
+        if leaving:
+            with pytest.raises(Busy, match="leaving"):
+                await delegate(owner)
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_thin_client_knows_that_a_token_is_the_last_one_that_there_is_room_for() -> None:
     """Else it holds back what may still become a stop text, for ever."""
 
