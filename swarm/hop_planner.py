@@ -97,16 +97,20 @@ class HopPlanner:
     async def explain(self, error: NoRoute, refused: Mapping[PeerId, SwarmError]) -> None:
         """Raise why a session that never ran finds no route; first look once more, and return if there is one now."""
         for refusal in refused.values():
-            if not isinstance(refusal, PeerLost | Unreachable):
+            if not isinstance(refusal, PeerLost | Unreachable | Busy):
                 raise refusal from None
+        await self.refresh()
+        try:
+            self.plan(LayerRange(0, self._profile.num_layers), refused, ())
+            return
+        except NoRoute:
+            for refusal in refused.values():
+                if isinstance(refusal, Busy):
+                    raise refusal from None
         if refused:
             named = ", ".join(peer[-6:] for peer in refused)
             raise NoRoute(f"{error.message}: {named} announced them but can't be reached") from None
-        await self.refresh()
-        try:
-            self.plan(LayerRange(0, self._profile.num_layers), (), ())
-        except NoRoute:
-            raise explained(error, self._view.announcements(), self._profile, self._view.check) from None
+        raise explained(error, self._view.announcements(), self._profile, self._view.check) from None
 
     def blame(self, hop: Hop, error: SwarmError) -> None:
         """What a peer says of this request is no failure of the peer; a range that it no longer has is."""

@@ -384,6 +384,40 @@ def test_refused_by_everybody_says_the_limit() -> None:
     run_virtual(main)
 
 
+@pytest.mark.parametrize("accident", ["killed", "frozen", "full"])
+def test_a_new_session_looks_once_more_before_it_ends_because_those_that_it_knew_fail(accident: str) -> None:
+    """The view is seconds old: who came for a peer that was lost is not in it yet."""
+
+    async def main() -> None:
+        world = World(54)
+        for layers in [*THIRDS, LayerRange(2, 4)]:
+            await world.add_peer(layers)
+        failing, newcomer = world.peers[1], world.peers[3]
+        table = failing.service.table
+        if accident == "killed":
+            world.kill(failing, forget=False)
+        elif accident == "frozen":
+            failing.node.freeze()
+        else:
+            table.budget.reserve(SessionId("another"), table.budget.free_bytes)
+        news = world.directory.known.pop(newcomer.node.address.peer_id)
+
+        async def refresh() -> None:
+            await asyncio.sleep(0.01)
+            world.directory.known[news.peer.peer_id] = news
+
+        world.directory.refresh = refresh  # type: ignore[method-assign]
+        outcome = await world.generate(PROMPT, 12)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate(PROMPT, 12, 54, frozenset())
+        assert outcome.session.route.hops[1].peer == newcomer.node.address
+        if accident == "full":
+            table.budget.release(SessionId("another"))
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_two_that_freeze_at_once_are_replaced_as_soon_as_one() -> None:
     """Were the second one asked to go on in the new epoch first, its silence would be waited for once more."""
 
