@@ -95,7 +95,7 @@ class TimeoutSettings:
     daemon_start_s: float = 60.0
     connect_s: float = 3.0
     open_s: float = 10.0
-    """From Open to Opened on a connected stream."""
+    """From Open to Opened on a connected stream; a peer that does not even beat meanwhile is lost as at other times."""
     send_s: float = 10.0
     """One blocked write."""
     heartbeat_s: float = 1.0
@@ -143,7 +143,7 @@ class LimitSettings:
 @dataclass(frozen=True, slots=True)
 class RecoverySettings:
     wait_s: float = 30.0
-    """How long a session waits for a replacement when layers are missing."""
+    """How long a session waits for a replacement when layers are missing, and a thin client for one of its owner."""
     max_rebuilds: int = 64
     """Rebuilds without a single new token between them count; any token starts the count again."""
     max_penalty_s: float = 120.0
