@@ -81,6 +81,9 @@ class HopControl:
         try:
             opened = await self._answer(self._opened)
         finally:
+            self._opened.cancel()  # nobody waits for it any more
+            if not self._opened.cancelled():
+                self._opened.exception()  # nor misses what became of it meanwhile
             self._opened = None
         if opened.epoch != request.epoch or opened.have > request.keep:
             raise ProtocolError(f"opened epoch {opened.epoch} with {opened.have} positions, not as asked")

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from swarm.handover import LAG
 from swarm.session import Session
 from swarm.types import LayerRange, PeerState
 from swarm.wire import MODEL, Wire
@@ -173,9 +174,11 @@ def check_rebuilds(world: World, outcome: Outcome, kinds: list[str], story: str)
         assert not rebuilds, story
     if rebuilds and not world.faults.reorder and not outcome.no_kv_cache:
         # A successor that took over warm may have to run the newest position once more, to sample after it. Guesses
-        # that were not yet known to be right are run again.
-        kept = min(r.kept - 1 if r.reason.endswith("is leaving") else r.kept for r in rebuilds)
-        kept -= world.settings.engine.prefill_chunk_tokens if outcome.session.transcript.request.speculate else 0
+        # that were not yet known to be right are run again; those of a successor may be so far back as it lags behind.
+        guesses = outcome.session.transcript.request.speculate
+        warm = 1 + (LAG if guesses else 0)
+        kept = min(r.kept - warm if r.reason.endswith("is leaving") else r.kept for r in rebuilds)
+        kept -= world.settings.engine.prefill_chunk_tokens if guesses else 0
         for peer in world.peers:
             for times in peer.executor.positions_run.values():
                 again = [position for (position, _), count in times.items() if count > 1]
