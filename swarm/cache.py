@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
+from swarm.atomic_file import write_atomically
 from swarm.errors import ModelError
 
 _READ_BYTES = 4 * 1024 * 1024
@@ -33,15 +33,7 @@ def store_cached(key: str, value: str) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         place = _place(key)
         place.parent.mkdir(parents=True, exist_ok=True)
-        # several peers of one machine write at once: each its own file, then an atomic rename
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
-            try:
-                file.write(value)
-                file.flush()
-                Path(file.name).replace(place)
-            except OSError:  # a full disk: nothing half written stays
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        write_atomically(place, value.encode())  # several peers of one machine write at once
 
 
 def file_sha256(path: Path) -> str:

@@ -129,7 +129,6 @@ class Dht:
 
     async def get_many(self, keys: Collection[str]) -> dict[str, dict[str, tuple[bytes, float]]]:
         """As :meth:`get`, for all keys in one search."""
-        found: dict[str, dict[str, tuple[bytes, float]]] = {key: {} for key in keys}
         if self._dht is None or not self._transport.alive:
             raise Unreachable("the DHT can't be read: this process is not connected")
         try:
@@ -141,6 +140,7 @@ class Dht:
             raise Unreachable(f"the DHT can't be read: {error!r}") from error
         if self._client and not self.peers:
             raise Unreachable("the DHT can't be read: none of its nodes answers")
+        found: dict[str, dict[str, tuple[bytes, float]]] = {key: {} for key in keys}
         for key, result in results.items():
             if result is not None and isinstance(result.value, dict):
                 found[key] = {subkey: (entry.value, entry.expiration_time) for subkey, entry in result.value.items()}

@@ -114,19 +114,25 @@ class Watch:
             self._chain.prepare_handover(control, self._pace.latest_s)
 
     def _check_silence(self) -> None:
-        timeouts, controls = self._settings.timeouts, self._chain.controls
-        for control in controls:
+        for control in self._chain.controls:
             with control.blamed():
                 try:
-                    control.check_heard(timeouts)
+                    control.check_heard(self._settings.timeouts)
                 except DeadlineExceeded as error:
-                    # Who fell silent with it is lost by the same accident: the rebuild must not begin with asking
-                    # them. Unless nobody is heard: then it may be our own network, and they may be there in a moment.
-                    if any(other.is_heard(timeouts) for other in controls):
-                        for other in controls:
-                            if other is not control and not other.is_heard(timeouts):
-                                other.abort(error)
+                    self._lose_with(control, error)
                     raise
+
+    def _lose_with(self, lost: HopControl, error: DeadlineExceeded) -> None:
+        """Who fell silent with it is lost by the same accident: the rebuild must not begin with asking them.
+
+        Unless nobody is heard: then it may be our own network, and they may be there in a moment.
+        """
+        controls = self._chain.controls
+        silent = [control for control in controls if not control.is_heard(self._settings.timeouts)]
+        if len(silent) < len(controls):
+            for control in silent:
+                if control is not lost:
+                    control.abort(error)
 
     def _check_progress(self) -> None:
         """A peer that beats but doesn't move is given the step deadline, and more while it computes."""
