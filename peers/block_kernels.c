@@ -6,7 +6,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 
-#include "matrix_unit.h"
+#include "bfloat16_products.h"
 
 enum { MOST_THREADS = 16, PATIENCE = 2000 };
 
@@ -16,7 +16,7 @@ int lanes(void) { return LANES; }
 
 /* Panels first .. stop - 1 of out[count, outputs] = rows[count, inputs] @ matrix.T. Returns 0, or -1 without memory. */
 int product(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *out) {
-    int64_t size = scratch_floats(of, count);
+    int64_t size = scratch_floats(SINGLE, of, count);
     float *scratch = size ? aligned_alloc(LINE, (size + LINE_FLOATS) / LINE_FLOATS * LINE) : NULL;
     if (size && scratch == NULL) return -1;
     multiply_by(of, first * of->packed, smaller(stop * of->packed, of->outputs), rows, count, scratch, out, of->outputs);
@@ -101,7 +101,7 @@ typedef struct {
     const float *cosines, *sines; /* by position */
     const int64_t *positions;
     int64_t heads, kv_heads, dim;
-    int rounded; /* products by the matrix unit, in bfloat16 */
+    int rounded; /* products in bfloat16 */
     float scale, epsilon;
     putting *put;
     attention *attend;
@@ -131,7 +131,7 @@ static void times(worker *own, const matrix *of, const float *rows, float *out) 
     if (own->index + 1 == own->of->at.threads) stop = of->outputs; /* with the panel that is not full */
     if (own->of->rounded) {
         round_rows(rows, own->of->count * of->inputs, own->halves);
-        multiply_rounded(of, first, stop, own->halves, own->of->count, (uint8_t *)own->scratch, out);
+        multiply_rounded(of, first, stop, own->halves, own->of->count, own->scratch, out);
     } else
         multiply_by(of, first, stop, rows, own->of->count, own->scratch, out, of->outputs);
 }
@@ -229,7 +229,7 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
         attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
         const matrix *all[] = {&layers[n].query_key_value, &layers[n].output, &layers[n].gate_up, &layers[n].down};
         for (int i = 0; i < 4; i++) {
-            scratch = larger(scratch, rounded ? PANEL * all[i]->inputs / 2 : scratch_floats(all[i], count));
+            scratch = larger(scratch, rounded ? rounded_scratch_floats(all[i], count) : scratch_floats(SINGLE, all[i], count));
             halves = larger(halves, rounded ? count * all[i]->inputs / 2 : 0);
         }
     }

@@ -96,8 +96,8 @@ class BlockKernels:
         library.lanes.restype = ctypes.c_int
         self.lanes: int = library.lanes()
         """Floats of one vector."""
-        self.matrix_unit: bool = library.matrix_unit() != 0
-        """Whether the CPU multiplies bfloat16 in a unit of its own, and this process may use it."""
+        self.multiplies_bfloat16: bool = library.multiplies_bfloat16() != 0
+        """Whether the CPU does that itself, faster than float32, and this process may use it."""
         self._round_panels = library.round_panels
         self._round_panels.argtypes = [pointer, number, number, number, pointer]
         self._round_panels.restype = None

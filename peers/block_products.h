@@ -15,8 +15,9 @@ enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
 enum { BLOCK = 32, PANEL = 64, PANEL_VECTORS = PANEL / LANES };
 enum { AHEAD_BLOCKS = 2 };
 
-/* More rows than these find a panel expanded; a register's width decides how much that costs. */
-enum { FEW_ROWS = LANES == 16 ? 10 : TILE_ROWS };
+/* More rows than these find a panel expanded; a register's width decides how much that costs, and half as much is written
+   of bfloat16. */
+INLINE int few_rows(int how) { return how != DOTTED && LANES == 16 ? 10 : TILE_ROWS; }
 
 /* As Python fills it: numbers of 64 bits. */
 typedef struct {
@@ -107,147 +108,7 @@ INLINE floats weights(int kind, const uint8_t *at, int v, factor by) {
     case Q4_1: call(Q4_1); break; \
     case Q8_0: call(Q8_0); break
 
-/* ---- products ---- */
-
-/* out[count, TILE_VECTORS * LANES] = rows[count, inner] @ a panel's outputs from vector `from` on. */
-INLINE void packed_tile(int kind, int count, int from, const uint8_t *panel, int64_t blocks, const float *rows,
-                        int64_t apart, float *out, int64_t stride) {
-    floats sums[TILE_ROWS][TILE_VECTORS] = {0};
-    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK) {
-        factor by[TILE_VECTORS];
-        for (int at = 0; at < block_bytes(kind); at += LINE) fetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at);
-        for (int v = 0; v < TILE_VECTORS; v++) by[v] = factors(kind, panel, from + v);
-        const uint8_t *at = panel + factor_bytes(kind);
-        for (int k = 0; k < BLOCK; k++, at += code_bytes(kind)) {
-            floats column[TILE_VECTORS];
-            for (int v = 0; v < TILE_VECTORS; v++) column[v] = weights(kind, at, from + v, by[v]);
-            for (int m = 0; m < count; m++) {
-                floats row = all(rows[m * apart + k]);
-                for (int v = 0; v < TILE_VECTORS; v++) sums[m][v] = fused(column[v], row, sums[m][v]);
-            }
-        }
-    }
-    for (int m = 0; m < count; m++)
-        for (int v = 0; v < TILE_VECTORS; v++) store(out + m * stride + v * LANES, sums[m][v]);
-}
-
-/* out[blocks * BLOCK, PANEL], the numbers that `packed_tile` multiplies with. */
-INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *out) {
-    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
-        factor by[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
-        const uint8_t *at = panel + factor_bytes(kind);
-        for (int k = 0; k < BLOCK; k++, at += code_bytes(kind))
-            for (int v = 0; v < PANEL_VECTORS; v++, out += LANES) store(out, weights(kind, at, v, by[v]));
-    }
-}
-
-/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are narrow, a tile has few
-   rows and columns are read often: of these the first cache holds them from one tile to the next. */
-INLINE int64_t cached_steps(int64_t count, int64_t width, int64_t all_steps) {
-    enum { CACHED_FLOATS = 16384 / sizeof(float) };
-    return LANES == 16 || count <= 2 * TILE_ROWS ? all_steps : CACHED_FLOATS / width;
-}
-
-INLINE void block_panel(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
-                        float *out, int64_t stride) {
-    int64_t inputs = blocks * BLOCK, expanded = count > FEW_ROWS;
-    const float *next = (const float *)(panel + blocks * block_bytes(kind));
-    const float *end = next + blocks * block_bytes(kind) / sizeof *next;
-    if (expanded) {
-        expand_panel(kind, panel, blocks, scratch);
-        for (int64_t part = cached_steps(count, PANEL, inputs), first = 0; first < inputs; first += part) {
-            int64_t steps = smaller(part, inputs - first);
-            for (int64_t done = 0, many; done < count; done += many, next += steps * LINE_FLOATS) {
-                many = rows_of_tile(count - done);
-                /* meanwhile the next panel comes, a line for each input; past the end of all it does nothing */
-#define EXPANDED(fetched) \
-    multiply(SINGLE, (int)many, first > 0, fetched, next, rows + done * inputs + first, inputs, scratch + first * PANEL, \
-             steps, PANEL, PANEL, out + done * stride, stride)
-                if (next < end) EXPANDED(1);
-                else EXPANDED(NOTHING);
-            }
-        }
-        return;
-    }
-    for (int64_t done = 0; done < count;) {
-        int many = rows_of_tile(count - done);
-        for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
-#define PACKED(known) \
-    if (known <= TILE_ROWS) \
-    packed_tile(kind, known, v, panel, blocks, rows + done * inputs, inputs, out + done * stride + v * LANES, stride)
-            FOR_ROWS(many, PACKED)
-        }
-        done += many;
-    }
-}
-
-/* A cache holds the panel from one tile of rows to the next, and each tile fetches its share of the next panel, if there
-   is one: memory and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
-INLINE void float_panel(int each, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
-                        int64_t count, float *out, int64_t stride) {
-    int64_t all_steps = inputs / each, tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lines = last ? 0 : packed / LINE_FLOATS;
-    const float *next = panel + packed * all_steps;
-    for (int64_t part = cached_steps(count, packed, all_steps), first = 0; first < all_steps; first += part) {
-        int64_t steps = smaller(part, all_steps - first), fetched = 0, done = 0;
-        for (int64_t t = 1; t <= tiles; t++) {
-            int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
-            int many = rows_of_tile(count - done);
-#define FETCHING(known) \
-    multiply(each, many, first > 0, known, next + (fetched * all_steps + now * first) * LINE_FLOATS, \
-             rows + done * inputs + first * each, inputs, panel + first * packed, steps * each, packed, packed, \
-             out + done * stride, stride)
-            switch (now) {
-                case ITSELF: FETCHING(ITSELF); break;
-                case NOTHING: FETCHING(NOTHING); break;
-                case 1: FETCHING(1); break;
-                default: FETCHING(2); /* a few lines of unusually wide panels are left */
-            }
-            fetched += now, done += many;
-        }
-    }
-}
-
-INLINE int64_t panel_bytes(const matrix *of) {
-    if (of->kind == FLOAT32) return of->packed * of->inputs * (int64_t)sizeof(float);
-    if (of->kind == BFLOAT16) return of->packed * of->inputs * 2;
-    return of->inputs / BLOCK * block_bytes((int)of->kind);
-}
-
-INLINE int64_t expanded_floats(const matrix *of, int64_t count) {
-    return of->kind < BFLOAT16 && count > FEW_ROWS ? PANEL * of->inputs : 0;
-}
-
-/* Floats that `multiply_by` needs at `scratch`, which begins with a line. */
-INLINE int64_t scratch_floats(const matrix *of, int64_t count) {
-    return expanded_floats(of, count) + (of->outputs % of->packed ? of->packed * count : 0);
-}
-
-/* out[count, outputs] = rows[count, inputs] @ matrix.T, outputs first .. stop - 1 of it, from a panel's first one to a
-   panel's last one or the matrix's; rows of `out` are `stride` floats apart. */
-static void multiply_by(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *scratch,
-                        float *out, int64_t stride) {
-    const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + first / of->packed * panel_bytes(of);
-    float *edge = scratch + expanded_floats(of, count);
-    int64_t blocks = of->inputs / BLOCK;
-    for (int64_t n = first; n < stop; n += of->packed, panel += panel_bytes(of)) {
-        int64_t used = smaller(stop - n, of->packed), whole = used == of->packed, apart = whole ? stride : of->packed;
-        int last = n + of->packed >= stop;
-        float *to = whole ? out + n : edge;
-        switch (of->kind) {
-#define IN_BLOCKS(known) block_panel(known, panel, blocks, rows, count, scratch, to, apart)
-            BLOCK_KINDS(IN_BLOCKS);
-            case BFLOAT16:
-                float_panel(PAIRED, (const float *)panel, of->packed, of->inputs, last, rows, count, to, apart);
-                break;
-            default: float_panel(SINGLE, (const float *)panel, of->packed, of->inputs, last, rows, count, to, apart);
-        }
-        for (int64_t m = 0; !whole && m < count; m++)
-            memcpy(out + m * stride + n, edge + m * of->packed, used * sizeof *out);
-    }
-}
-
-/* ---- for the machine's own kernels ---- */
+/* ---- weights as bfloat16 ---- */
 
 /* Two inputs' numbers as bfloat16 side by side, rounded to the nearest */
 INLINE ints pairs(floats first, floats second) {
@@ -283,4 +144,174 @@ INLINE void round_panel(int kind, const uint8_t *panel, int64_t blocks, int64_t 
         round_block(kind, panel, 0, PANEL_VECTORS, to, 4 * packed);
         for (int v = 0; v < PANEL_VECTORS; v++) to[v] += BLOCK / 2 * 4 * packed;
     }
+}
+
+/* ---- products ---- */
+
+/* out[count, TILE_VECTORS * LANES] = rows[count, inner] @ a panel's outputs from vector `from` on. SINGLE or DOTTED. */
+INLINE void packed_tile(int kind, int how, int count, int from, const uint8_t *panel, int64_t blocks, const float *rows,
+                        int64_t apart, float *out, int64_t stride) {
+    floats sums[TILE_ROWS][TILE_VECTORS] = {0};
+    const int each = how == DOTTED ? 2 : 1;
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK / each) {
+        factor by[TILE_VECTORS];
+        for (int at = 0; at < block_bytes(kind); at += LINE) fetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at);
+        for (int v = 0; v < TILE_VECTORS; v++) by[v] = factors(kind, panel, from + v);
+        const uint8_t *at = panel + factor_bytes(kind);
+        for (int k = 0; k < BLOCK / each; k++, at += each * code_bytes(kind)) {
+            floats column[TILE_VECTORS];
+            for (int v = 0; v < TILE_VECTORS; v++) {
+                column[v] = weights(kind, at, from + v, by[v]);
+                if (how == DOTTED)
+                    column[v] = (floats)pairs(column[v], weights(kind, at + code_bytes(kind), from + v, by[v]));
+            }
+            for (int m = 0; m < count; m++)
+                for (int v = 0; v < TILE_VECTORS; v++)
+                    sums[m][v] = plus_product(how, column[v], rows + m * apart + k, sums[m][v]);
+        }
+    }
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < TILE_VECTORS; v++) store(out + m * stride + v * LANES, sums[m][v]);
+}
+
+/* out[blocks * BLOCK, PANEL], the numbers that `packed_tile` multiplies with. */
+INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
+        factor by[PANEL_VECTORS];
+        for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
+        const uint8_t *at = panel + factor_bytes(kind);
+        for (int k = 0; k < BLOCK; k++, at += code_bytes(kind))
+            for (int v = 0; v < PANEL_VECTORS; v++, out += LANES) store(out, weights(kind, at, v, by[v]));
+    }
+}
+
+/* `multiply` as functions of their own: compilers would take a minute if all were inlined wherever they are called. */
+typedef void multiplying(int count, int add, const float *next, const float *rows, int64_t apart, const float *columns,
+                         int64_t inner, int64_t width, int64_t used, float *out, int64_t stride);
+#define MULTIPLYING(name, how, fetched) \
+    static __attribute__((noinline)) void name(int count, int add, const float *next, const float *rows, int64_t apart, \
+                                               const float *columns, int64_t inner, int64_t width, int64_t used, \
+                                               float *out, int64_t stride) { \
+        multiply(how, count, add, fetched, next, rows, apart, columns, inner, width, used, out, stride); \
+    }
+#define ALL_FETCHED(name, how) \
+    MULTIPLYING(name##_itself, how, ITSELF) \
+    MULTIPLYING(name##_nothing, how, NOTHING) \
+    MULTIPLYING(name##_one, how, 1) \
+    MULTIPLYING(name##_two, how, 2) \
+    /* by what is fetched, from ITSELF on; more than two lines are left of unusually wide panels */ \
+    static multiplying *const name[] = {name##_itself, name##_nothing, name##_one, name##_two};
+ALL_FETCHED(single, SINGLE)
+ALL_FETCHED(paired, PAIRED)
+ALL_FETCHED(dotted_pairs, DOTTED)
+
+INLINE multiplying *multiplying_as(int how, int64_t fetched) {
+    multiplying *const *all = how == SINGLE ? single : how == PAIRED ? paired : dotted_pairs;
+    return all[smaller(fetched, 2) - ITSELF];
+}
+
+/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are narrow, a tile has few
+   rows and columns are read often: of these the first cache holds them from one tile to the next. */
+INLINE int64_t cached_steps(int64_t count, int64_t width, int64_t all_steps) {
+    enum { CACHED_FLOATS = 16384 / sizeof(float) };
+    return LANES == 16 || count <= 2 * TILE_ROWS ? all_steps : CACHED_FLOATS / width;
+}
+
+/* `rows` are `inputs` numbers apart, or as many pairs. */
+INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks, const float *rows, int64_t inputs,
+                        int64_t count, float *scratch, float *out, int64_t stride) {
+    int64_t expanded = count > few_rows(how);
+    const float *next = (const float *)(panel + blocks * block_bytes(kind));
+    const float *end = next + blocks * block_bytes(kind) / sizeof *next;
+    if (expanded) {
+        if (how == DOTTED) round_panel(kind, panel, blocks, PANEL, (uint8_t *)scratch);
+        else expand_panel(kind, panel, blocks, scratch);
+        for (int64_t part = cached_steps(count, PANEL, inputs), first = 0; first < inputs; first += part) {
+            int64_t steps = smaller(part, inputs - first);
+            for (int64_t done = 0, many; done < count; done += many, next += steps * LINE_FLOATS) {
+                many = rows_of_tile(count - done);
+                /* meanwhile the next panel comes, a line for each step; past the end of all it does nothing */
+                multiplying_as(how, next < end ? 1 : NOTHING)((int)many, first > 0, next, rows + done * inputs + first,
+                                                              inputs, scratch + first * PANEL, steps, PANEL, PANEL,
+                                                              out + done * stride, stride);
+            }
+        }
+        return;
+    }
+    for (int64_t done = 0; done < count;) {
+        int many = rows_of_tile(count - done);
+        for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
+#define PACKED(known) \
+    if (known <= TILE_ROWS) \
+    packed_tile(kind, how, known, v, panel, blocks, rows + done * inputs, inputs, out + done * stride + v * LANES, stride)
+            FOR_ROWS(many, PACKED)
+        }
+        done += many;
+    }
+}
+
+/* A cache holds the panel from one tile of rows to the next, and each tile fetches its share of the next panel, if there
+   is one: memory and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
+INLINE void float_panel(int how, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
+                        int64_t count, float *out, int64_t stride) {
+    int64_t all_steps = inputs / per_step(how), tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lines = last ? 0 : packed / LINE_FLOATS;
+    const float *next = panel + packed * all_steps;
+    for (int64_t part = cached_steps(count, packed, all_steps), first = 0; first < all_steps; first += part) {
+        int64_t steps = smaller(part, all_steps - first), fetched = 0, done = 0;
+        for (int64_t t = 1; t <= tiles; t++) {
+            int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
+            int many = rows_of_tile(count - done);
+            multiplying_as(how, now)(many, first > 0, next + (fetched * all_steps + now * first) * LINE_FLOATS,
+                                     rows + done * inputs + first * per_step(how), inputs, panel + first * packed,
+                                     steps * per_step(how), packed, packed, out + done * stride, stride);
+            fetched += now, done += many;
+        }
+    }
+}
+
+INLINE int64_t panel_bytes(const matrix *of) {
+    if (of->kind == FLOAT32) return of->packed * of->inputs * (int64_t)sizeof(float);
+    if (of->kind == BFLOAT16) return of->packed * of->inputs * 2;
+    return of->inputs / BLOCK * block_bytes((int)of->kind);
+}
+
+INLINE int64_t expanded_floats(int how, const matrix *of, int64_t count) {
+    return of->kind < BFLOAT16 && count > few_rows(how) ? PANEL * of->inputs : 0;
+}
+
+/* Floats that `multiply_as` needs at `scratch`, which begins with a line. */
+INLINE int64_t scratch_floats(int how, const matrix *of, int64_t count) {
+    return expanded_floats(how, of, count) + (of->outputs % of->packed ? of->packed * count : 0);
+}
+
+/* out[count, outputs] = rows[count, inputs] @ matrix.T, outputs first .. stop - 1 of it, from a panel's first one to a
+   panel's last one or the matrix's; rows of `out` are `stride` floats apart. SINGLE, or DOTTED with a
+   matrix that is not float32. */
+INLINE void multiply_as(int how, const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count,
+                        float *scratch, float *out, int64_t stride) {
+    const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + first / of->packed * panel_bytes(of);
+    float *edge = scratch + expanded_floats(how, of, count);
+    int64_t inputs = how == DOTTED ? of->inputs / 2 : of->inputs, blocks = of->inputs / BLOCK;
+    for (int64_t n = first; n < stop; n += of->packed, panel += panel_bytes(of)) {
+        int64_t used = smaller(stop - n, of->packed), whole = used == of->packed, apart = whole ? stride : of->packed;
+        int last = n + of->packed >= stop;
+        float *to = whole ? out + n : edge;
+        switch (of->kind) {
+#define IN_BLOCKS(known) block_panel(known, how, panel, blocks, rows, inputs, count, scratch, to, apart)
+            BLOCK_KINDS(IN_BLOCKS);
+#define IN_FLOATS(lying) float_panel(lying, (const float *)panel, of->packed, inputs, last, rows, count, to, apart)
+            case BFLOAT16:
+                if (how == DOTTED) IN_FLOATS(DOTTED);
+                else IN_FLOATS(PAIRED);
+                break;
+            default: IN_FLOATS(SINGLE);
+        }
+        for (int64_t m = 0; !whole && m < count; m++)
+            memcpy(out + m * stride + n, edge + m * of->packed, used * sizeof *out);
+    }
+}
+
+static void multiply_by(const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count, float *scratch,
+                        float *out, int64_t stride) {
+    multiply_as(SINGLE, of, first, stop, rows, count, scratch, out, stride);
 }

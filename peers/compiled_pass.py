@@ -6,8 +6,8 @@ compiled kernels walk through the layers themselves: norms, products, rotation, 
 long prompts they are as fast as oneDNN.
 
 A row's result is the same to the last bit whichever rows share the pass, so that a stage that replays a session's rows
-in other chunks than they came in gets what the lost one had. That goes for bfloat16, too, where the CPU's matrix unit
-multiplies it: rows are rounded before each product, and only there.
+in other chunks than they came in gets what the lost one had. That goes for bfloat16, too, where the CPU
+multiplies it itself: rows are rounded before each product, and only there.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class CompiledPass:
         first = layers[0]
         self._heads, self._kv_heads, self._dim, self._scale = first.heads, first.kv_heads, first.head_dim, first.scaling
         self._epsilon = _epsilon(first)
-        self.rounded = dtype == torch.bfloat16 and kernels.matrix_unit and all(map(_may_be_rounded, layers))
-        """Products are bfloat16's, by the CPU's matrix unit: as fast for one row, and much faster for many."""
+        self.rounded = dtype == torch.bfloat16 and kernels.multiplies_bfloat16 and all(map(_may_be_rounded, layers))
+        """Products are bfloat16's, the CPU's own: as fast for one row, and much faster for many."""
 
     @classmethod
     def of(cls, layers: Sequence[nn.Module], rotation: nn.Module, dtype: torch.dtype) -> Self | None:

@@ -113,32 +113,52 @@ INLINE void fetch(const void *line) { __builtin_prefetch(line, 0, 3); }
    of columns. */
 enum { NOTHING = 0, ITSELF = -1 };
 
-/* How columns lie: [inner, width] numbers of 32 bits, or [inner / 2, width, 2] of bfloat16, so that a vector's bits have
-   two inputs' numbers. Either way columns are `width` floats further on at the next step. */
-enum { SINGLE = 1, PAIRED = 2 };
+/* How columns lie: SINGLE are [inner, width] numbers of 32 bits. PAIRED and DOTTED are [inner / 2, width, 2] of bfloat16,
+   so that a vector's bits have two inputs' numbers; of DOTTED the rows are in bfloat16, too, and two numbers of theirs
+   count as one of 32 bits. Columns are always `width` floats further on at the next step. */
+enum { SINGLE, PAIRED, DOTTED };
 
-INLINE floats one_of(int each, int i, floats column) {
-    if (each == SINGLE) return column;
+/* Numbers of a row that one step takes */
+INLINE int per_step(int how) { return how == PAIRED ? 2 : 1; }
+
+INLINE floats one_of(int how, int i, floats column) {
+    if (how != PAIRED) return column;
     return (floats)(i ? (ints)column & -65536 : (ints)column << 16);
+}
+
+/* The CPU's own product of bfloat16: of each lane the two, summed in float32. */
+INLINE floats dotted(floats a, floats b, floats c) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    (void)a, (void)b; /* never called */
+    return c;
+#endif
+}
+
+INLINE floats plus_product(int how, floats column, const float *number, floats sum) {
+    if (how != DOTTED) return fused(column, all(*number), sum);
+    int32_t both;
+    memcpy(&both, number, sizeof both);
+    return dotted(column, (floats)(both - (ints){0}), sum);
 }
 
 /* out[count, vectors * LANES] = rows[count, inner] @ columns[inner, width], of which it takes the first; or += with
    `add`. */
-INLINE void tile(int each, int count, int vectors, int add, int fetched, const float *next, const float *rows,
+INLINE void tile(int how, int count, int vectors, int add, int fetched, const float *next, const float *rows,
                  int64_t apart, const float *columns, int64_t inner, int64_t width, float *out, int64_t stride) {
     floats sums[TILE_ROWS][TILE_VECTORS] = {0};
     for (int m = 0; add && m < count; m++)
         for (int v = 0; v < vectors; v++) sums[m][v] = load(out + m * stride + v * LANES);
-    for (int64_t k = 0; k < inner; k += each, columns += width) {
+    for (int64_t k = 0; k < inner; k += per_step(how), columns += width) {
         for (int v = 0; fetched == ITSELF && v < vectors; v++) fetch(columns + AHEAD_ROWS * width + v * LANES);
         for (int n = 0; n < fetched; n++, next += LINE_FLOATS) __builtin_prefetch(next, 0, 2);
-        for (int i = 0; i < each; i++) {
+        for (int i = 0; i < per_step(how); i++) {
             floats column[TILE_VECTORS];
-            for (int v = 0; v < vectors; v++) column[v] = one_of(each, i, load(columns + v * LANES));
-            for (int m = 0; m < count; m++) {
-                floats row = all(rows[m * apart + k + i]);
-                for (int v = 0; v < vectors; v++) sums[m][v] = fused(column[v], row, sums[m][v]);
-            }
+            for (int v = 0; v < vectors; v++) column[v] = one_of(how, i, load(columns + v * LANES));
+            for (int m = 0; m < count; m++)
+                for (int v = 0; v < vectors; v++)
+                    sums[m][v] = plus_product(how, column[v], rows + m * apart + k + i, sums[m][v]);
         }
     }
     for (int m = 0; m < count; m++)
@@ -146,11 +166,11 @@ INLINE void tile(int each, int count, int vectors, int add, int fetched, const f
 }
 
 /* As above, for the first `used` of `width` columns, a multiple of LANES. */
-INLINE void wide_tile(int each, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
+INLINE void wide_tile(int how, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
                       const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
     for (int64_t from = 0; from < used; from += TILE_VECTORS * LANES)
 #define TILE(vectors) \
-    tile(each, count, vectors, add, fetched, next, rows, apart, columns + from, inner, width, out + from, stride)
+    tile(how, count, vectors, add, fetched, next, rows, apart, columns + from, inner, width, out + from, stride)
         switch ((used - from) / LANES) {
             case 1: TILE(1); break;
             case 2: TILE(2); break;
@@ -174,10 +194,10 @@ INLINE void wide_tile(int each, int count, int add, int fetched, const float *ne
 INLINE int rows_of_tile(int64_t left) { return (int)(left / ((left + TILE_ROWS - 1) / TILE_ROWS)); }
 
 /* As above, for at most TILE_ROWS rows. */
-INLINE void multiply(int each, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
+INLINE void multiply(int how, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
                      const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
 #define ROWS(known) \
     if (known <= TILE_ROWS) \
-    wide_tile(each, known, add, fetched, next, rows, apart, columns, inner, width, used, out, stride)
+    wide_tile(how, known, add, fetched, next, rows, apart, columns, inner, width, used, out, stride)
     FOR_ROWS(count, ROWS)
 }

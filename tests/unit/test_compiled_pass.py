@@ -112,18 +112,18 @@ def test_bfloat16_comes_nearer_to_float32_than_the_modules_do(family: str, weigh
     assert error < 0.02 * wanted.abs().mean()
 
 
-@pytest.fixture(params=["matrix unit", "none"])
-def _matrix_unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the processor's, and as if it had none."""
+@pytest.fixture(params=["multiplied", "widened"])
+def _bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the processor multiplies it, and as if it did not."""
     kernels = block_kernels()
     assert kernels is not None
-    if request.param == "none":
-        monkeypatch.setattr(kernels, "matrix_unit", False)
-    elif not kernels.matrix_unit:
-        pytest.skip("no matrix unit here")
+    if request.param == "widened":
+        monkeypatch.setattr(kernels, "multiplies_bfloat16", False)
+    elif not kernels.multiplies_bfloat16:
+        pytest.skip("this processor does not")
 
 
-@pytest.mark.usefixtures("_processor", "_matrix_unit")
+@pytest.mark.usefixtures("_processor", "_bfloat16")
 @pytest.mark.parametrize(
     ("weights", "dtype"), [("auto", "float32"), ("int4", "float32"), ("auto", "bfloat16"), ("int4", "bfloat16")]
 )
@@ -158,7 +158,7 @@ def test_rows_get_the_same_bits_in_chunks_of_any_size(weights: str, kv: str, tmp
     assert_the_same_in_any_chunks(shard_of(tmp_path, "llama", weights), kv)
 
 
-@pytest.mark.usefixtures("_matrix_unit")
+@pytest.mark.usefixtures("_bfloat16")
 @pytest.mark.parametrize("kv", ["model", "int8"])
 @pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,7 +178,7 @@ def test_what_the_kernels_do_not_know_goes_through_the_modules(changes: dict[str
     assert passes(shard) == 0
 
 
-@pytest.mark.usefixtures("_processor", "_matrix_unit")
+@pytest.mark.usefixtures("_processor", "_bfloat16")
 @pytest.mark.parametrize(
     ("weights", "dtype"),
     [("auto", "float32"), ("bfloat16", "float32"), ("int4", "float32"), ("auto", "bfloat16"), ("int4", "bfloat16")],

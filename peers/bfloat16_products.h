@@ -1,7 +1,9 @@
-/* Products of bfloat16 rows with bfloat16 matrices by the CPU's matrix unit (Intel's AMX), summed in float32.
+/* Products of bfloat16 rows with bfloat16 matrices as the CPU multiplies them itself, summed in float32: Intel's in a unit
+   for matrices (AMX), AMD's in vectors (AVX512_BF16, twice as many products an instruction as of float32).
 
-   A row's sums do not depend on the rows beside it, so one row and a chunk of many get the same bits. They are those of
-   plain arithmetic, too: of each 32 inputs the even and the odd ones are summed in order, and the two added to the rest. */
+   A row's sums do not depend on the rows beside it, so one row and a chunk of many get the same bits. The unit's are those
+   of plain arithmetic, too: of each 32 inputs the even and the odd ones are summed in order, and the two added to the
+   rest. */
 
 #include "block_products.h"
 
@@ -15,11 +17,14 @@
 
 enum { UNIT_ROWS = 16, UNIT_BYTES = 64, UNIT_OUTPUTS = 16 };
 
-/* Whether this process may use one; Linux wants to be asked for it. */
-int matrix_unit(void) {
+/* Whether it does, and this process may use that. Linux wants to be asked for the unit. Intel's vectors take as long for
+   two products of bfloat16 as for four of float32. */
+int multiplies_bfloat16(void) {
 #if MATRIX_UNIT
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#elif defined __AVX512BF16__
+    return __builtin_cpu_is("amd") != 0;
 #else
     return 0;
 #endif
@@ -117,10 +122,17 @@ INLINE void unit_panel(int kind, const uint8_t *panel, int64_t packed, int64_t o
         }
 }
 
-/* As `multiply_by`, with weights and `rows` in bfloat16. `expanded` has room for a panel. Numbers of outputs, and of those
-   that a matrix in bfloat16 has side by side, are multiples of PART, at most PANEL. */
+/* Floats that `multiply_rounded` needs at `scratch`, which begins with a line. */
+INLINE int64_t rounded_scratch_floats(const matrix *of, int64_t count) {
+    (void)count;
+    return PANEL * of->inputs / 2;
+}
+
+/* As `multiply_by`, with weights and `rows` in bfloat16. Numbers of outputs, and of those that a matrix in bfloat16 has
+   side by side, are multiples of PART, at most PANEL. */
 static void multiply_rounded(const matrix *of, int64_t first, int64_t stop, const uint16_t *rows, int64_t count,
-                             uint8_t *expanded, float *out) {
+                             float *scratch, float *out) {
+    uint8_t *expanded = (uint8_t *)scratch;
     int64_t inputs = of->inputs, blocks = inputs / BLOCK, stride = of->outputs;
     const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + first / of->packed * panel_bytes(of);
     int shaped = -1;
@@ -144,9 +156,11 @@ static void multiply_rounded(const matrix *of, int64_t first, int64_t stop, cons
 
 #else
 
+INLINE int64_t rounded_scratch_floats(const matrix *of, int64_t count) { return scratch_floats(DOTTED, of, count); }
+
 static void multiply_rounded(const matrix *of, int64_t first, int64_t stop, const uint16_t *rows, int64_t count,
-                             uint8_t *expanded, float *out) {
-    (void)of, (void)first, (void)stop, (void)rows, (void)count, (void)expanded, (void)out; /* never called */
+                             float *scratch, float *out) {
+    multiply_as(DOTTED, of, first, stop, (const float *)rows, count, scratch, out, of->outputs);
 }
 
 #endif
