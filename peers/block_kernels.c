@@ -216,12 +216,12 @@ static int all_finite(const float *values, int64_t count) {
     return total(zeros) == 0.0f;
 }
 
-/* given[count, size] through all layers, into `hidden`. The tables of cosines and sines are [positions, dim]. Returns 0;
+/* given[count, size] through all layers, and the norm after the last one if there is a `norm`, into `hidden`. The tables of cosines and sines are [positions, dim]. Returns 0;
    1 if what came out is not finite everywhere; or -1 without memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
                const int64_t *positions, int64_t heads, int64_t kv_heads, int64_t dim, int64_t rounded, float scale,
-               float epsilon, putting *put, attention *attend, const void *spans, int64_t sessions, int64_t threads,
-               const float *given, float *hidden) {
+               float epsilon, const float *norm, putting *put, attention *attend, const void *spans, int64_t sessions,
+               int64_t threads, const float *given, float *hidden) {
     threads = larger(1, smaller(threads, MOST_THREADS));
     int64_t size = layers[0].output.outputs, mixed = 0, attended = 0, scratch = 0, halves = 0;
     for (int64_t n = 0; n < number; n++) {
@@ -254,5 +254,6 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
     work(workers);
     for (int64_t t = 1; t < started; t++) pthread_join(workers[t].thread, NULL);
     free(memory);
+    if (norm) norm_rows(hidden, count, size, norm, epsilon, hidden);
     return all.failed ? -1 : !all_finite(hidden, count * size);
 }

@@ -90,7 +90,7 @@ class BlockKernels:
         self._run_layers = library.run_layers
         self._run_layers.argtypes = [
             pointer, number, number, pointer, pointer, pointer, number, number, number, number, ctypes.c_float,
-            ctypes.c_float, pointer, pointer, pointer, number, number, pointer, pointer,
+            ctypes.c_float, pointer, pointer, pointer, pointer, number, number, pointer, pointer,
         ]  # fmt: skip
         self._run_layers.restype = ctypes.c_int
         library.lanes.restype = ctypes.c_int
@@ -115,7 +115,7 @@ class BlockKernels:
 
     def run_layers(
         self, layers: Numbers, count: int, cos: int, signed_sin: int, positions: Numbers, heads: int, kv_heads: int,
-        dim: int, rounded: bool, scale: float, epsilon: float, put: int, attend: int, spans: Numbers, sessions: int,
+        dim: int, rounded: bool, scale: float, epsilon: float, norm: int | None, put: int, attend: int, spans: Numbers, sessions: int,
         threads: int, given: Floats, hidden: Floats,
     ) -> bool:  # fmt: skip
         """Fills ``hidden`` from ``given``, see ``block_kernels.c``; both are contiguous. ``cos`` and ``signed_sin`` are
@@ -123,7 +123,7 @@ class BlockKernels:
         that makes of the sessions. Returns whether all that came out is finite."""
         found = self._run_layers(
             layers, count, given.shape[0], cos, signed_sin, positions, heads, kv_heads, dim, rounded, scale, epsilon,
-            put, attend, spans, sessions, threads, given.ctypes.data, hidden.ctypes.data,
+            norm, put, attend, spans, sessions, threads, given.ctypes.data, hidden.ctypes.data,
         )  # fmt: skip
         if found < 0:
             raise Internal("no memory for a pass")

@@ -39,6 +39,7 @@ class CompiledPass:
         layers: Sequence[DecoderLayer],
         rotation: Rotation,
         dtype: torch.dtype,
+        norm: nn.Module | None,
         kernels: BlockKernels,
         attention: AttentionKernel,
     ) -> None:
@@ -52,13 +53,16 @@ class CompiledPass:
         first = layers[0]
         self._heads, self._kv_heads, self._dim, self._scale = first.heads, first.kv_heads, first.head_dim, first.scaling
         self._epsilon = _epsilon(first)
+        self._norm = None if norm is None else _held(weight_of(norm), self._kept)
         self.rounded = dtype == torch.bfloat16 and kernels.multiplies_bfloat16 and all(map(_may_be_rounded, layers))
         """Products are bfloat16's, the CPU's own: as fast for one row, and much faster for many."""
 
     @classmethod
-    def of(cls, layers: Sequence[nn.Module], rotation: nn.Module, dtype: torch.dtype) -> Self | None:
+    def of(
+        cls, layers: Sequence[nn.Module], rotation: nn.Module, dtype: torch.dtype, norm: nn.Module | None
+    ) -> Self | None:
         """None where there is no compiler, or a layer has something that the kernels don't know. ``dtype`` is that of
-        what the caches hold."""
+        what the caches hold; ``norm``, if any, follows the last layer."""
         if dtype not in (torch.float32, torch.bfloat16):
             return None
         kernels, attention = block_kernels(), attention_kernel()
@@ -69,10 +73,12 @@ class CompiledPass:
             return None
         if len({(layer.heads, layer.kv_heads, layer.head_dim, layer.scaling, _epsilon(layer)) for layer in known}) > 1:
             return None
-        return cls(known, rotation, dtype, kernels, attention)
+        if norm is not None and norm.variance_epsilon != _epsilon(known[0]):
+            return None
+        return cls(known, rotation, dtype, norm, kernels, attention)
 
     def run(self, given: Floats, spans: Spans) -> tuple[Floats, bool]:
-        """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer, and whether all of it is finite; the
+        """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer and its norm, and whether all of it is finite; the
         new keys and values are in the caches.
 
         These are arrays, not tensors: an operation of torch lets go of Python's lock, which the loop's thread takes
@@ -84,7 +90,7 @@ class CompiledPass:
         finite = self._kernels.run_layers(
             self._numbers, len(self._layers), cos, signed_sin, (ctypes.c_int64 * len(positions))(*positions),
             self._heads, self._kv_heads, self._dim, self.rounded, self._scale, self._epsilon,
-            self._attention.put_address, self._attention.attend_address, spans.table, len(spans),
+            self._norm, self._attention.put_address, self._attention.attend_address, spans.table, len(spans),
             torch.get_num_threads(), given, result,
         )  # fmt: skip
         return result, finite
@@ -157,11 +163,15 @@ def _described(layer: DecoderLayer, kept: list[torch.Tensor]) -> list[int]:
         numbers += matrix
     bias = getattr(layer.query_key_value, "bias", None)
     norms = [None if norm is None else weight_of(norm) for norm in _norms(layer)]
-    for held in (*norms[:2], None if bias is None else bias.float(), *norms[2:]):
-        if held is not None:
-            kept.append(held.contiguous())
-        numbers.append(0 if held is None else kept[-1].data_ptr())
+    for found in (*norms[:2], None if bias is None else bias.float(), *norms[2:]):
+        numbers.append(0 if found is None else _held(found, kept))
     return [*numbers, layer.layer_idx, layer.window or 0]
+
+
+def _held(numbers: torch.Tensor, kept: list[torch.Tensor]) -> int:
+    """Their address; ``kept`` keeps them there."""
+    kept.append(numbers.contiguous())
+    return kept[-1].data_ptr()
 
 
 def _epsilon(layer: DecoderLayer) -> float:

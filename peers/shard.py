@@ -23,7 +23,6 @@ from peers.compiled_pass import CompiledPass
 from peers.graph_pass import GraphPass
 from peers.kv_cache import SequenceCache
 from peers.loading import Progress, load_model
-from peers.norm import fast_norm
 from peers.quantized_linear import PanelLinear
 from peers.row_codec import Rows
 from swarm import kv
@@ -236,14 +235,13 @@ class _View:
         kinds = getattr(model.config, "layer_types", None)
         if kinds is not None:
             view.config.__dict__["layer_types"] = kinds[layers.start : layers.end]
-        if layers.end != model.config.num_hidden_layers:
+        last = layers.end == model.config.num_hidden_layers
+        if not last:
             view._modules["norm"] = nn.Identity()
         if layers.start > 0 and hasattr(view, "embedding_multiplier"):
             view.embedding_multiplier = 1.0
         self._base = view
-        self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb, dtype)
-        last = layers.end == model.config.num_hidden_layers
-        self._norm = fast_norm(base.norm) if self._pass is not None and last else None
+        self._pass = CompiledPass.of(list(view._modules["layers"]), base.rotary_emb, dtype, base.norm if last else None)
         self._dtype, self._device = dtype, like.device
         # Without the decorators, which merge config defaults and look for outputs to record, at every call.
         self._run = inspect.unwrap(type(base).forward)
@@ -257,8 +255,7 @@ class _View:
         """Hidden states ``[rows, hidden]``, and whether all of them are finite."""
         if self._pass is not None:
             arrays = [_array(step.hidden) for step in steps if step.hidden is not None] or [self._embedded(steps)]
-            result, finite = self._pass.run(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), spans)
-            return result if self._norm is None else self._norm(torch.from_numpy(result)), finite
+            return self._pass.run(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), spans)
         given = self._given(steps)
         if self._graph is not None and self._graph.takes(spans):
             hidden = self._graph.run(given, spans)
