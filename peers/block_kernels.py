@@ -115,8 +115,8 @@ class BlockKernels:
 
     def run_layers(
         self, layers: Numbers, count: int, cos: int, signed_sin: int, positions: Numbers, heads: int, kv_heads: int,
-        dim: int, rounded: bool, scale: float, epsilon: float, norm: int | None, put: int, attend: int, spans: Numbers, sessions: int,
-        threads: int, given: Floats, hidden: Floats,
+        dim: int, rounded: bool, scale: float, epsilon: float, norm: int | None, put: int, attend: int, spans: Numbers,
+        sessions: int, threads: int, given: Floats, hidden: Floats,
     ) -> bool:  # fmt: skip
         """Fills ``hidden`` from ``given``, see ``block_kernels.c``; both are contiguous. ``cos`` and ``signed_sin`` are
         addresses of such arrays, ``put`` and ``attend`` of the functions in ``attention_kernel.c``; ``spans`` is what

@@ -11,13 +11,15 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 
 from swarm.cache import cache_folder
 
@@ -29,6 +31,8 @@ COMPILERS: Final = ("cc", "gcc", "clang")
 FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 COMPILE_S: Final = 180.0
 """A slow machine with much else to do takes a minute."""
+TURN_S: Final = 2 * COMPILE_S
+"""So long is another process waited for that compiles."""
 HERE: Final = Path(__file__).parent
 """Where headers are."""
 
@@ -89,13 +93,34 @@ def _compiled(source: Path) -> Path:
     if compiler is None:
         raise OSError("no C compiler (cc, gcc or clang)")
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Several peers of one machine may compile at once: each into a folder of its own, then an atomic rename.
+    with _in_turn(place.parent):
+        if not place.is_file():
+            _compile(compiler, source, place)
+    return place
+
+
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Peers that start at the same moment wait for the first one's libraries. Not for ever: a holder may hang, and then
+    several compile at once."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=TURN_S)
+    except Timeout:
+        logger.warning("%s is held for %g s: its holder is not waited for any more", lock.lock_file, TURN_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compile(compiler: str, source: Path, place: Path) -> None:
+    """Into a folder of its own, then an atomic rename."""
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "kernels.so"
         command = [compiler, *FLAGS, f"-I{HERE}", str(source), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
         made.replace(place)
-    return place
 
 
 def cpu_features() -> list[bytes]:

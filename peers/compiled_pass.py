@@ -78,8 +78,8 @@ class CompiledPass:
         return cls(known, rotation, dtype, norm, kernels, attention)
 
     def run(self, given: Floats, spans: Spans) -> tuple[Floats, bool]:
-        """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer and its norm, and whether all of it is finite; the
-        new keys and values are in the caches.
+        """Contiguous float32 ``[rows, hidden]`` -> the same, after the last layer and its norm, and whether all of
+        it is finite; the new keys and values are in the caches.
 
         These are arrays, not tensors: an operation of torch lets go of Python's lock, which the loop's thread takes
         then, and the rows wait for it; and with the processor's caches full of weights each costs ten microseconds.

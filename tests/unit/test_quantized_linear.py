@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
@@ -156,6 +159,29 @@ def test_what_a_compiler_says_of_its_failure_is_logged(
     assert block_kernels.__wrapped__() is None
     assert "the compiler failed" in caplog.text
     assert "broken.c" in caplog.text
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_peers_that_start_together_compile_once(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless one hangs that has begun: its library is not waited for for ever."""
+    found, compiler, source = tmp_path / "found", tmp_path / "cc", tmp_path / "some.c"
+    compiler.write_text(f'#!/bin/sh\necho >> "{found}"\nsleep 0.2\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n')
+    compiler.chmod(0o755)
+    source.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(compiler))
+    if hangs:
+        monkeypatch.setattr(compiled_module, "TURN_S", 0.1)
+        (tmp_path / "swarm" / "kernels").mkdir(parents=True)
+    holder = FileLock(tmp_path / "swarm" / "kernels" / "lock") if hangs else nullcontext()
+    with holder, ThreadPoolExecutor(3) as pool:
+        places = set(pool.map(compiled_module._compiled, [source] * 3))
+    (place,) = places
+    assert place.is_file()
+    assert len(found.read_text().splitlines()) == (3 if hangs else 1)
+    assert ("not waited for" in caplog.text) == hangs
 
 
 # ---- shards -----------------------------------------------------------------------------------------------------
