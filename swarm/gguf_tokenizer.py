@@ -7,11 +7,14 @@ The splits are those of transformers and llama.cpp for these words.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from swarm.errors import ModelError, UnsupportedModel
 from swarm.gguf_file import GgufHeader
 from swarm.gguf_model import end_ids
+
+logger = logging.getLogger(__name__)
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIALS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -33,6 +36,9 @@ _LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe")
 _SPLITS = dict.fromkeys((*_LLAMA3_NAMES, "falcon3", "smaug-bpe", "dbrx", "pixtral"), _LLAMA3_SPLIT)
 _SPLITS |= dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2_SPLIT)
 _SPLITS["tekken"] = _TEKKEN_SPLIT
+_GPT2_NAMES = ("gpt-2", "phi-2", "olmo", "mpt", "jais", "trillion", "gigachat", "a.x-4.0")
+_DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""Each digit is a piece of its own, before GPT-2's split of what is between them."""
 
 
 def gguf_tokenizer_files(header: GgufHeader) -> dict[str, bytes]:
@@ -127,16 +133,18 @@ def _byte_level(header: GgufHeader, tokens: list[str]) -> Any:
     }
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(_bpe(header, models.BPE, vocab, pairs, fuse_unk=False))
-    byte_level: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    split = _SPLITS.get(str(header.metadata.get("tokenizer.ggml.pre")))
-    if split is not None:
-        byte_level = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(split), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
+    named = str(header.metadata.get("tokenizer.ggml.pre", "default"))
+    if named == "default":
+        logger.warning("%s does not say how its tokenizer splits text; it is taken for GPT-2's way", header.path)
+    elif named not in (known := [*_SPLITS, *_DIGITS_FIRST, *_GPT2_NAMES]):
+        raise UnsupportedModel(
+            f"{header.path} has a tokenizer that splits text as {named[:40]!r}; supported are {', '.join(known)}"
         )
-    tokenizer.pre_tokenizer = byte_level
+    split = _SPLITS.get(named)
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if named in _DIGITS_FIRST else []
+    steps += [pre_tokenizers.Split(Regex(split), behavior="isolated")] if split else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

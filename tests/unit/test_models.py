@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ TEXTS = (
     "",
     " ",
     "def f(x):\n    return x ** 2  # ½",
+    "A list:\n\n1. one\n2.  10 times",
 )
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -63,12 +63,17 @@ def tokenizer(built_in: ModelReference) -> TextTokenizer:
 
 
 @pytest.fixture(scope="module")
-def theirs(built_in: ModelReference) -> Iterator[Any]:
+def theirs(built_in: ModelReference) -> Any:
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield AutoTokenizer.from_pretrained(built_in.path.parent, gguf_file=built_in.path.name)
+        tokenizer = AutoTokenizer.from_pretrained(built_in.path.parent, gguf_file=built_in.path.name)
+    # of a GGUF file transformers does not read how text is split; this is what the original checkpoint's file has
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return tokenizer
 
 
 # references
@@ -433,6 +438,25 @@ def test_small_tokenizers_equal_transformers(kind: str, tmp_path: Path) -> None:
         chat = wanted.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
         assert ours.apply_chat_template(CHAT) == list(chat)
         assert ours.end_ids == (0,)
+
+
+def test_how_a_gguf_tokenizer_splits_text_is_known_or_refused(
+    tokenizer: TextTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vocabulary = json.loads(tokenizer_files(resolve("smollm2-135m"))["tokenizer.json"])["model"]["vocab"]
+    assert tokenizer.encode("\n\n1")[0] == vocabulary["ĊĊ"], "digits are split off first"
+
+    def files(name: str) -> dict[str, bytes]:
+        extra = {"tokenizer.ggml.pre": name} if name else None
+        return tokenizer_files(resolve(str(make_gguf(tmp_path / "m.gguf", extra=extra))))
+
+    with pytest.raises(UnsupportedModel, match=r"splits text as 'viking'; supported are llama3, .*smollm.*gpt-2"):
+        files("viking")
+    for known in ("gpt-2", "smollm", "qwen2"):
+        files(known)
+    assert caplog.text == ""
+    files("")
+    assert "does not say how its tokenizer splits text" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["built-in", "byte-level", "sentencepiece"])
