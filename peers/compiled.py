@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -13,7 +14,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
@@ -41,7 +41,8 @@ def load_kernels(source: Path, library: Callable[[Path], T], works: Callable[[T]
     """``library`` of the compiled ``source``. None, and a warning that says what is ``without`` it, where there is no
     compiler, or what it made does not work."""
     try:
-        kernels = library(_compiled(source))
+        with _compiled(source) as place:
+            kernels = library(place)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning("%s: %s", without, _why(error))
         return None
@@ -69,11 +70,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def to_compile() -> bool:
     """Whether there is a compiler, and something for it to do that takes its time."""
-    return _compiler() is not None and not all(_place(source).is_file() for source in HERE.glob("*.c"))
+    return _compiler() is not None and not all(map(_is_kept, HERE.glob("*.c")))
+
+
+def _is_kept(source: Path) -> bool:
+    try:
+        return _place(source).is_file()
+    except OSError:  # a cache that this user must not read
+        return False
 
 
 def _place(source: Path) -> Path:
-    """Of a C file's shared library in the cache."""
+    """Of a C file's shared library in the cache. Raises :class:`OSError` where there can't be one."""
     read = [file.read_bytes() for file in (source, *sorted(HERE.glob("*.h")))]
     facts = [*read, " ".join(FLAGS).encode(), platform.machine().encode(), *cpu_features()]
     return cache_folder() / "kernels" / f"{hashlib.sha256(b'|'.join(facts)).hexdigest()[:32]}.so"
@@ -84,22 +92,38 @@ def _compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def _compiled(source: Path) -> Path:
-    """A C file's shared library, from the cache or made now. Raises :class:`OSError` or :class:`SubprocessError`."""
-    place = _place(source)
-    if place.is_file():
-        return place
+@contextlib.contextmanager
+def _compiled(source: Path) -> Iterator[Path]:
+    """A C file's shared library, from the cache or made now. Where it can't be kept it is gone after the block, which
+    does not matter to who has loaded it. Raises :class:`OSError` or :class:`SubprocessError`."""
+    if _is_kept(source):
+        yield _place(source)
+        return
     compiler = _compiler()
     if compiler is None:
         raise OSError("no C compiler (cc, gcc or clang)")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _in_turn(place.parent):
-        if not place.is_file():
-            _compile(compiler, source, place)
-    return place
+    with contextlib.ExitStack() as stack:
+        place: Path | None
+        try:
+            place = _place(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_in_turn(place.parent))
+            # in a folder of its own, then an atomic rename: not all have waited for their turn
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=place.parent))
+        except OSError as error:
+            logger.warning("%s is compiled again at each start, since it can't be kept: %s", source.name, error)
+            place, folder = None, stack.enter_context(tempfile.TemporaryDirectory(prefix="swarm-kernels-"))
+        made = Path(folder) / "kernels.so"
+        if place is not None and place.is_file():
+            made = place
+        else:
+            command = [compiler, *FLAGS, f"-I{HERE}", str(source), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
+            made = made.replace(place) if place else made
+        yield made
 
 
-@contextmanager
+@contextlib.contextmanager
 def _in_turn(folder: Path) -> Iterator[None]:
     """Peers that start at the same moment wait for the first one's libraries. Not for ever: a holder may hang, and then
     several compile at once."""
@@ -112,15 +136,6 @@ def _in_turn(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _compile(compiler: str, source: Path, place: Path) -> None:
-    """Into a folder of its own, then an atomic rename."""
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder) / "kernels.so"
-        command = [compiler, *FLAGS, f"-I{HERE}", str(source), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)
-        made.replace(place)
 
 
 def cpu_features() -> list[bytes]:

@@ -17,20 +17,23 @@ _READ_BYTES = 4 * 1024 * 1024
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/swarm``, by default ``~/.cache/swarm``."""
+    """``$XDG_CACHE_HOME/swarm``, by default ``~/.cache/swarm``. Raises :class:`OSError` for a user without a home."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path("~/.cache").expanduser()) / "swarm"
+    try:
+        return (Path(root) if root else Path("~/.cache").expanduser()) / "swarm"
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home folder, and XDG_CACHE_HOME is not set") from None
 
 
 def load_cached(key: str) -> str | None:
     try:
         return _place(key).read_text(encoding="utf-8")
-    except (OSError, RuntimeError, ValueError):  # RuntimeError: there is no home directory
+    except (OSError, ValueError):
         return None
 
 
 def store_cached(key: str, value: str) -> None:
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError):
         place = _place(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, value.encode())  # several peers of one machine write at once

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -148,6 +151,25 @@ def test_a_machine_without_a_compiler_is_told_so(
     assert "no C compiler" in caplog.text
 
 
+@pytest.mark.parametrize("place", ["under a file", "no home"])
+def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if block_kernels() is None:
+        pytest.skip("no C compiler here")
+    if place == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert compiled_module.to_compile()
+    assert block_kernels.__wrapped__() is not None
+    assert "block_kernels.c is compiled again at each start, since it can't be kept: " in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_compiler_says_of_its_failure_is_logged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -175,11 +197,14 @@ def test_peers_that_start_together_compile_once(
     if hangs:
         monkeypatch.setattr(compiled_module, "TURN_S", 0.1)
         (tmp_path / "swarm" / "kernels").mkdir(parents=True)
+
+    def made(_: int) -> bool:
+        with compiled_module._compiled(source) as place:
+            return place.is_file()
+
     holder = FileLock(tmp_path / "swarm" / "kernels" / "lock") if hangs else nullcontext()
     with holder, ThreadPoolExecutor(3) as pool:
-        places = set(pool.map(compiled_module._compiled, [source] * 3))
-    (place,) = places
-    assert place.is_file()
+        assert all(pool.map(made, range(3)))
     assert len(found.read_text().splitlines()) == (3 if hangs else 1)
     assert ("not waited for" in caplog.text) == hangs
 
