@@ -53,5 +53,7 @@ def ruler(columns: Sequence[LayerRange], every: int = 10) -> str:
     """Layer numbers above their columns."""
     line = ""
     for position in range(0, len(columns), every):
-        line = line.ljust(position) + str(columns[position].start)
+        number = str(columns[position].start)
+        if position + len(number) <= len(columns):
+            line = line.ljust(position) + number
     return line.ljust(len(columns))

@@ -23,10 +23,10 @@ from swarm.plans import Check
 from swarm.types import Announcement, PeerId, PeerState
 
 WATCH_S = 2.0
-MOST_COLUMNS, LEAST_COLUMNS = 64, 15
+MOST_COLUMNS, LEAST_COLUMNS = 64, 10
 """Of the picture."""
-OTHER_COLUMNS = 62
-"""What stands beside it."""
+LEAST_TOLD = ("version", "KV free", "load", "age", "a token")
+"""What a narrow terminal does without, in this order."""
 STALE_S = 20.0
 """A peer announces itself every 15 s: one that is older may be gone."""
 CLEAR = "\x1b[H\x1b[2J"
@@ -82,8 +82,7 @@ def status_of(profile: ModelProfile, peers: Sequence[tuple[Announcement, float]]
 
 
 def _show(status: Status, *, clear: bool) -> None:
-    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else 2 * MOST_COLUMNS
-    width = min(MOST_COLUMNS, max(LEAST_COLUMNS, terminal - OTHER_COLUMNS))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 2 * MOST_COLUMNS
     lines = rendered(status, pen_for(sys.stdout.encoding), width, coloured=colours_wanted())
     if clear and sys.stdout.isatty():
         print(CLEAR, end="")
@@ -91,29 +90,26 @@ def _show(status: Status, *, clear: bool) -> None:
 
 
 def rendered(status: Status, pen: Pen, width: int, *, coloured: bool = False) -> list[str]:
+    """For a terminal of ``width`` columns."""
     profile, coverage = status.profile, status.coverage
-    columns = cells(profile.num_layers, width)
-    rows: list[list[str | Cell]] = []
-    for a, age_s in status.peers:
-        colour = STATE_COLOURS.get(a.state)
-        speed = a.decode_s_per_layer * len(a.layers)
-        rows.append(
-            [
-                a.peer.peer_id[-6:],
-                Cell(bar(a.layers, columns, pen, serving=a.state is PeerState.SERVING), colour),
-                str(a.layers),
-                Cell(a.state, colour),
-                f"{1e3 * speed:.1f} ms",
-                f"{a.sessions}" + (f" +{1e3 * a.queue_s:.0f} ms" if a.queue_s >= 0.001 else ""),
-                f"{a.kv_tokens_free / 1000:.0f}k",
-                Cell("?" if math.isinf(age_s) else f"{age_s:.0f} s", "yellow" if age_s > STALE_S else None),
-                a.version,
-            ]
-        )
-    head = ("peer", ruler(columns), "layers", "state", "a token", "load", "KV free", "age", "version")
-    right = ("a token", "load", "KV free", "age")
+    told = _columns(status)
+
+    def left() -> int:
+        return width - sum(2 + max(map(len, [name, *map(str, column)])) for name, column in told.items())
+
+    for name in LEAST_TOLD:
+        if left() < min(LEAST_COLUMNS, profile.num_layers):
+            del told[name]
+    columns = cells(profile.num_layers, min(MOST_COLUMNS, max(LEAST_COLUMNS, left())))
+    first, *others = told
+    picture: list[str | Cell] = [
+        Cell(bar(a.layers, columns, pen, serving=a.state is PeerState.SERVING), STATE_COLOURS.get(a.state))
+        for a, _ in status.peers
+    ]
+    rows = [list(row) for row in zip(told[first], picture, *(told[name] for name in others), strict=True)]
+    rows.append(["peers", counts_line(coverage.counts, columns), *[""] * len(others)])
     lines = table(
-        head, [*rows, ["peers", counts_line(coverage.counts, columns), *[""] * 7]], right=right, coloured=coloured
+        (first, ruler(columns), *others), rows, right=("a token", "load", "KV free", "age"), coloured=coloured
     )
     verdict = paint(coverage.sentence(), "green" if coverage.complete else "red", coloured=coloured)
     silent = [a.peer.peer_id[-6:] for a, age_s in status.peers if STALE_S < age_s < math.inf]
@@ -128,6 +124,25 @@ def rendered(status: Status, pen: Pen, width: int, *, coloured: bool = False) ->
         *doubt,
         *refused,
     ]
+
+
+def _columns(status: Status) -> dict[str, list[str | Cell]]:
+    """What is told of each peer, by its heading."""
+    return {
+        "peer": [a.peer.peer_id[-6:] for a, _ in status.peers],
+        "layers": [str(a.layers) for a, _ in status.peers],
+        "state": [Cell(a.state, STATE_COLOURS.get(a.state)) for a, _ in status.peers],
+        "a token": [f"{1e3 * a.decode_s_per_layer * len(a.layers):.1f} ms" for a, _ in status.peers],
+        "load": [
+            f"{a.sessions}" + (f" +{1e3 * a.queue_s:.0f} ms" if a.queue_s >= 0.001 else "") for a, _ in status.peers
+        ],
+        "KV free": [f"{a.kv_tokens_free / 1000:.0f}k" for a, _ in status.peers],
+        "age": [
+            Cell("?" if math.isinf(age_s) else f"{age_s:.0f} s", "yellow" if age_s > STALE_S else None)
+            for _, age_s in status.peers
+        ],
+        "version": [a.version for a, _ in status.peers],
+    }
 
 
 def as_event(status: Status) -> dict[str, Any]:

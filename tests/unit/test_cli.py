@@ -110,7 +110,7 @@ def test_status_is_a_picture_with_what_is_missing() -> None:
         (peer("BBBBBB", 0, 3), 7.0),
         (peer("CCCCCC", 2, 5), math.inf),
     ]
-    lines = rendered(status_of(profile(6), peers, anybody), ASCII, 64)
+    lines = rendered(status_of(profile(6), peers, anybody), ASCII, 80)
     assert lines[2:7] == [
         "peer    0       layers  state     a token  load  KV free  age  version",
         "BBBBBB  ###...  0:3     serving    6.0 ms     2      61k  7 s  0.1.0",
@@ -127,8 +127,26 @@ def test_status_is_a_picture_with_what_is_missing() -> None:
     json.dumps(event, allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [
+        (128, "peer    0         10        20          layers  state    a token  load  KV free  age  version"),
+        (80, "peer    0         17       layers  state    a token  load  KV free  age  version"),
+        (70, "peer    0         18      layers  state    a token  load  KV free  age"),
+        (60, "peer    0         20     layers  state    a token  load  age"),
+        (50, "peer    0            layers  state    a token  age"),
+        (40, "peer    0         20     layers  state"),
+        (20, "peer    0           layers  state"),
+    ],
+)
+def test_status_tells_less_on_a_narrow_terminal(width: int, head: str) -> None:
+    lines = rendered(status_of(profile(30), [(peer("AAAAAA", 0, 30), 3.0)], anybody), ASCII, width)
+    assert lines[2] == head
+    assert max(map(len, lines[2:5])) <= max(width, 35)
+
+
 def test_status_of_a_swarm_without_peers() -> None:
-    lines = rendered(status_of(profile(4), [], anybody), ASCII, 64)
+    lines = rendered(status_of(profile(4), [], anybody), ASCII, 80)
     assert lines[3] == "peers  0000"
     assert "nobody serves layers 0:4" in lines[-1]
 
