@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,15 +26,17 @@ from swarm.commands.options import (
     Version,
     Weights,
 )
+from swarm.commands.shared import Commands, failing_well, print_json
 from swarm.config import Settings
 from swarm.config_loader import load_settings
-from swarm.errors import SwarmError
 from swarm.logs import log_to_stderr, say
 
 if TYPE_CHECKING:
     from peers.machine import Report
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+PROGRAM = "swarm-peer"
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True)
 
 
 HostMaddrs = Annotated[list[str] | None, typer.Option(help="Where to listen; repeatable.")]
@@ -102,7 +102,7 @@ def serve(
         "metrics_port": metrics_port,
         "log_format": log_format,
     }
-    with _failing_well(as_json):
+    with failing_well(as_json, PROGRAM):
         settings = load_settings(config, os.environ, flags).settings
         log_to_stderr(logging.INFO if verbose else logging.WARNING, settings.log.format)
         _serve(settings, as_json)
@@ -140,30 +140,18 @@ def probe(
         "max_memory_mb": max_memory_mb,
     }
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
-    with _failing_well(as_json):
+    with failing_well(as_json, PROGRAM):
         settings = load_settings(config, os.environ, flags).settings
         import_transformers()
         from peers.survey import lines, survey
 
         def report(event: dict[str, object]) -> None:
             if as_json:
-                _print_json(event)
+                print_json(event)
             else:
                 print("\n".join(lines(event)))
 
         uvloop.run(survey(settings, report, fresh=fresh))
-
-
-@contextlib.contextmanager
-def _failing_well(as_json: bool) -> Iterator[None]:
-    """Errors of ours become one line and an exit code."""
-    try:
-        yield
-    except SwarmError as error:
-        if as_json:
-            _print_json({"event": "error", "code": error.code, "message": error.message})
-        _say(error.message)
-        raise typer.Exit(error.exit_code) from None
 
 
 def _serve(settings: Settings, as_json: bool) -> None:
@@ -172,7 +160,7 @@ def _serve(settings: Settings, as_json: bool) -> None:
 
     def report(event: dict[str, object]) -> None:
         if as_json:
-            _print_json(event)
+            print_json(event)
         _say(_sentence(event))
 
     uvloop.run(run(settings, report))
@@ -189,12 +177,8 @@ def _import_server() -> Callable[[Settings, Report], Coroutine[Any, Any, None]]:
     return serve
 
 
-def _print_json(event: dict[str, object]) -> None:
-    print(json.dumps(event), flush=True)
-
-
 def _say(text: str) -> None:
-    say("swarm-peer", text)
+    say(PROGRAM, text)
 
 
 def _sentence(event: dict[str, object]) -> str:

@@ -6,8 +6,9 @@ import typer
 
 from swarm.commands import bench, chaos, chat, gateway, generate, peers, plan, settings, status, why
 from swarm.commands.options import Version
+from swarm.commands.shared import Commands
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True)
 
 
 @app.callback()

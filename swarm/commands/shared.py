@@ -7,17 +7,19 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from swarm import logs
 from swarm.config import Settings
 from swarm.config_loader import LoadedSettings, load_settings
-from swarm.errors import SwarmError, Unreachable
+from swarm.errors import ConfigError, SwarmError, Unreachable
 
 Work = Callable[[Settings], Coroutine[Any, Any, None]]
 
@@ -26,6 +28,24 @@ NEXT_STEPS = (
     "'swarm-peer serve' starts a peer and prints its address, 'bin/quickstart' shows a whole swarm on this machine"
 )
 """For whoever has no swarm yet."""
+
+USAGE_ERRORS = typer.BadParameter.__bases__
+"""What all that the parser refuses is raised as; typer has no name for it."""
+
+
+class Commands(TyperGroup):
+    """With ``--json`` what the parser refuses is an event, too."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        arguments = sys.argv[1:] if args is None else list(args)
+        try:
+            return super().main(arguments, *rest, **options)
+        except SystemExit as ended:
+            refused: Any = ended.__context__
+            to_tell = "--json" in arguments and isinstance(refused, USAGE_ERRORS)
+            if to_tell:
+                print_json({"event": "error", "code": ConfigError.code, "message": refused.format_message()})
+            raise
 
 
 def load(config: Path | None, flags: dict[str, object], *, as_json: bool) -> LoadedSettings:
@@ -67,15 +87,15 @@ def log_to_stderr(verbose: bool, log_format: str = "text", *, stamped: bool = Fa
 
 
 @contextmanager
-def failing_well(as_json: bool) -> Iterator[None]:
+def failing_well(as_json: bool, program: str = "swarm") -> Iterator[None]:
     """Errors of ours become one line and an exit code, Ctrl-C 130; a bug keeps its traceback."""
     try:
         yield
     except SwarmError as error:
-        fail(error, as_json)
+        fail(error, as_json, program)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        say("interrupted")
+        logs.say(program, "interrupted")
         raise typer.Exit(130) from None
 
 
@@ -95,11 +115,11 @@ def ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def fail(error: SwarmError, as_json: bool) -> None:
+def fail(error: SwarmError, as_json: bool, program: str = "swarm") -> None:
     if as_json:
         print_json({"event": "error", "code": error.code, "message": error.message})
     message = " ".join(error.message.split())
-    say(f"{message}; {NEXT_STEPS}" if isinstance(error, Unreachable) else message)
+    logs.say(program, f"{message}; {NEXT_STEPS}" if isinstance(error, Unreachable) else message)
 
 
 def print_json(event: dict[str, Any]) -> None:

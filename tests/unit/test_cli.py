@@ -268,6 +268,26 @@ def test_with_json_a_refusal_is_an_event_too() -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "told"),
+    [
+        (app, ["generate", "--json"], "Missing argument 'prompt'"),
+        (app, ["generate", "hi", "--max-tokens", "few", "--json"], "Invalid value for '--max-tokens'"),
+        (app, ["peers", "start", "--json", "--nonsense"], "No such option: --nonsense"),
+        (peer_app, ["serve", "--json", "--threads", "x"], "Invalid value for '--threads'"),
+    ],
+)
+def test_with_json_what_the_parser_refuses_is_an_event_too(
+    command: typer.Typer, arguments: list[str], told: str
+) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2
+    event = json.loads(result.stdout)
+    assert (event["event"], event["code"]) == ("error", "config")
+    assert told in event["message"]
+    assert CliRunner().invoke(command, [part for part in arguments if part != "--json"] + ["--nonsense"]).stdout == ""
+
+
 @pytest.mark.parametrize("command", [app, peer_app])
 def test_the_version_is_told(command: typer.Typer) -> None:
     told = CliRunner().invoke(command, ["--version"])
