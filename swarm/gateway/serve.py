@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -51,13 +53,15 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
 
 def _impatient(head_s: float) -> type[H11Protocol]:
@@ -116,4 +120,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if isinstance(error, PermissionError):
             raise BadRequest(f"port {port} is not for this user; take one above 1023") from None
-        raise PortInUse(f"can't listen on {host} port {port}: {error.strerror}") from None
+        kind = PortInUse if error.errno == errno.EADDRINUSE else BadRequest
+        why = os.strerror(error.errno or 0)  # create_server adds the address to strerror
+        raise kind(f"can't listen on {host} port {port}: {why}") from None

@@ -26,7 +26,7 @@ from swarm import protocol_pb2 as pb
 from swarm.client import AsyncClient
 from swarm.config import Settings
 from swarm.coverage import Coverage
-from swarm.errors import NoRoute, PortInUse, SwarmError
+from swarm.errors import BadRequest, NoRoute, PortInUse, SwarmError
 from swarm.gateway.app import create_app
 from swarm.gateway.bodies import Body, ChatBody, CompletionBody
 from swarm.gateway.hub import Began, Ended, RouteTaken, TokenOut
@@ -1216,6 +1216,16 @@ async def test_a_stopped_scrape_leaves_the_metrics_server_alone() -> None:
         half.close()
         with pytest.raises(PortInUse):
             await MetricsServer(registry, "127.0.0.1", server.port).__aenter__()
+
+
+def test_an_address_that_cannot_be_listened_on_is_told_once() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse) as told:
+            listen("127.0.0.1", port)
+    assert str(told.value) == f"can't listen on 127.0.0.1 port {port}: Address already in use"
+    with pytest.raises(BadRequest, match=r"can't listen on 203\.0\.113\.1 port 0: Cannot assign requested address$"):
+        listen("203.0.113.1", 0)
 
 
 def test_json_logs_are_one_object_a_line() -> None:
