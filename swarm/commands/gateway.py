@@ -7,19 +7,36 @@ import os
 import sys
 import threading
 import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swarm.commands.options import AsJson, ConfigFile, InitialPeers, LogFormat, Model, Verbose
-from swarm.commands.shared import print_json, run, say
+from swarm.commands.shared import ending_on_sigterm, print_json, run, say
 from swarm.config import Settings
 from swarm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from swarm.gateway.local_peers import LocalPeers, PeerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """What is asked of this gateway alone, and is no setting."""
+
+    host: str
+    port: int
+    model: str | None
+    api_key: str
+    allow_remote_control: bool
+    start: Sequence[str]
+    """Layers of the peers that it starts here, and waits for."""
+    spare: Sequence[str]
+    """... and of those that it does not wait for."""
+    open_browser: bool
+    as_json: bool
 
 
 def gateway(
@@ -49,36 +66,19 @@ def gateway(
     verbose: Verbose = False,
 ) -> None:
     """Serve OpenAI's API and a console at http://HOST:PORT."""
+    flags = Flags(
+        host, port, model, api_key or "", allow_remote_control, start or (), spare or (), open_browser, as_json
+    )
 
     async def work(settings: Settings) -> None:
-        await _serve(
-            settings,
-            host,
-            port,
-            model,
-            api_key or "",
-            allow_remote_control,
-            start or [],
-            spare or [],
-            open_browser,
-            as_json,
-        )
+        await _serve(settings, flags)
 
-    run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags={"log_format": log_format}, stamped=True)
+    own = {"log_format": log_format}
+    with ending_on_sigterm():
+        run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags=own, stamped=True)
 
 
-async def _serve(
-    settings: Settings,
-    host: str,
-    port: int,
-    model: str | None,
-    key: str,
-    allow_remote_control: bool,
-    start: list[str],
-    spare: list[str],
-    open_browser: bool,
-    as_json: bool,
-) -> None:
+async def _serve(settings: Settings, flags: Flags) -> None:
     try:
         from swarm.gateway.app import create_app
         from swarm.gateway.local_peers import LocalPeers, PeerSpec
@@ -88,31 +88,32 @@ async def _serve(
         raise ConfigError(f"{error.name} is not installed: run bin/setup, or pip install '.[gateway]'") from None
     from swarm.client import AsyncClient
 
-    with listen(host, port) as sock:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    with listen(flags.host, flags.port) as sock:
+        host = f"[{flags.host}]" if ":" in flags.host else flags.host
+        url = f"http://{host}:{sock.getsockname()[1]}"
         async with contextlib.AsyncExitStack() as stack:
             local = await stack.enter_async_context(LocalPeers())
             initial_peers = list(settings.network.initial_peers)
             specs, spares = (
-                [PeerSpec(model or settings.model.name, settings.model.dtype, layers) for layers in ranges]
-                for ranges in (start, spare)
+                [PeerSpec(flags.model or settings.model.name, settings.model.dtype, layers) for layers in ranges]
+                for ranges in (flags.start, flags.spare)
             )
             initial_peers += await _start_peers(local, specs, initial_peers)
             say("joining the swarm")
-            client = await stack.enter_async_context(AsyncClient(initial_peers, model, settings))
+            client = await stack.enter_async_context(AsyncClient(initial_peers, flags.model, settings))
             for spec in spares:
                 local.start(spec, initial_peers)
-            access = Access(host, key, allow_remote_control)
+            access = Access(flags.host, flags.api_key, flags.allow_remote_control)
             state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
 
             def ready() -> None:
-                if as_json:
+                if flags.as_json:
                     print_json({"event": "ready", "url": url, "model": client.profile.name, "pid": os.getpid()})
                 else:
                     say(f"{client.profile.name} at {url}, OpenAI's API at {url}/v1; Ctrl-C ends")
-                if not (access.on_loopback or key):
-                    say(f"whoever reaches {host} can use this gateway; --api-key asks for a key")
-                if open_browser:
+                if not (access.on_loopback or access.api_key):
+                    say(f"whoever reaches {flags.host} can use this gateway; --api-key asks for a key")
+                if flags.open_browser:
                     _open_browser(url)
 
             def exiting() -> None:

@@ -61,7 +61,7 @@ def run(
 def started(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """For a test that does something to it while it runs."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(arguments, text=True, cwd=ROOT, env=environment(), **(pipes | options))
+    return subprocess.Popen(arguments, text=True, cwd=ROOT, **({"env": environment()} | pipes | options))
 
 
 def events(output: str) -> list[dict[str, Any]]:
@@ -389,6 +389,20 @@ def test_a_peer_that_is_told_to_stop_while_it_starts_leaves_nothing(tmp_path: Pa
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)  # nobody is left in its group
         assert is_gone(process.pid)
+
+
+def test_a_gateway_that_is_told_to_stop_while_its_peers_start_leaves_nothing(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "llama")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    arguments = command("gateway", "--port", "0", "--model", str(checkpoint), "--start", "0:1")
+    with started(arguments, env=environment(TMPDIR=str(folder))) as process:
+        assert process.stderr is not None
+        assert "loads layers 0:1" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "swarm: interrupted\n")
+    assert list(folder.iterdir()) == []
 
 
 def test_a_peer_whose_initial_peers_are_all_silent_says_so_and_serves() -> None:
