@@ -98,6 +98,9 @@ def start(
     max_memory_mb: Annotated[int, typer.Option(help="What the peer may take; 0: what is free.")] = 0,
     threads: Annotated[int, typer.Option(help="Of the compute thread; 0: as many as torch likes.")] = 1,
     model: Annotated[str, typer.Option(help="Another than the gateway's.")] = "",
+    host_maddrs: Annotated[
+        list[str] | None, typer.Option(help="Where it is to listen, if not on the loopback only; repeatable.")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Until it serves.")] = True,
     gateway: Gateway = LOCAL,
     api_key: Key = None,
@@ -110,6 +113,7 @@ def start(
         "max_memory_mb": max_memory_mb,
         "threads": threads,
         "model": model,
+        "host_maddrs": ",".join(host_maddrs or ()),
     }
     with failing_well(as_json):
         api = GatewayApi(gateway, api_key)

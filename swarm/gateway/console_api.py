@@ -47,6 +47,7 @@ class StartBody(_Body):
     threads: int = 1
     model: str = ""
     """Empty: the gateway's."""
+    host_maddrs: str = ""
 
 
 class MessageBody(_Body):
@@ -90,6 +91,7 @@ def start_peer(state: GatewayState, live: Live, body: StartBody) -> OwnPeer:
         device=body.device,
         max_memory_mb=body.max_memory_mb,
         threads=body.threads,
+        host_maddrs=body.host_maddrs,
     )
     return state.local_peers.start(spec, live.join_addresses())
 

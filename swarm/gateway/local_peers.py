@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import psutil
 
+from swarm import multiaddrs
 from swarm.architectures import DTYPE_BYTES
 from swarm.children import Child, Guard
 from swarm.errors import BadRequest, Busy, DeadlineExceeded, Internal
@@ -50,6 +51,8 @@ class PeerSpec:
     max_memory_mb: int = 0
     """0: what is free."""
     threads: int = 1
+    host_maddrs: str = ""
+    """Where it listens: multiaddrs with commas between them. Empty: the loopback only, on any free port."""
 
     def __post_init__(self) -> None:
         if self.layers != "auto":
@@ -64,6 +67,15 @@ class PeerSpec:
             raise BadRequest(f"{self.dtype!r} is no dtype; take one of {', '.join(DTYPE_BYTES)}")
         if not 0 < len(self.model) <= MAX_TEXT or not self.model.isprintable() or self.model.startswith("-"):
             raise BadRequest("that is no reference to a model")
+        for text in self.listens:
+            try:
+                multiaddrs.parse(text)
+            except ValueError as error:
+                raise BadRequest(f"bad listen address {text[:MAX_TEXT]!r}: {error}") from None
+
+    @property
+    def listens(self) -> list[str]:
+        return [text for part in self.host_maddrs.split(",") if (text := part.strip())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,7 @@ class OwnPeer:
                 "device": self.spec.device,
                 "max_memory_mb": self.spec.max_memory_mb,
                 "threads": self.spec.threads,
+                "host_maddrs": self.spec.host_maddrs,
             },
         }
 
@@ -203,6 +216,7 @@ class LocalPeers:
         self._number += 1
         name = f"p{self._number}"
         joins = [part for address in initial_peers for part in ("--initial-peers", address)]
+        listens = [part for text in spec.listens for part in ("--host-maddrs", text)]
         caps = ("--max-memory-mb", str(spec.max_memory_mb)) if spec.max_memory_mb else ()
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("SWARM_")}
         child = Child.spawn(
@@ -210,7 +224,7 @@ class LocalPeers:
             command=[
                 *(*self._command, "serve", "--json", "--model", spec.model),
                 *("--layers", spec.layers, "--device", spec.device, "--dtype", spec.dtype),
-                *("--threads", str(spec.threads), *caps, *joins),
+                *("--threads", str(spec.threads), *caps, *listens, *joins),
             ],
             guard=self._guard,
             log=Path(self._folder.name) / f"{name}.log",
