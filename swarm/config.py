@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 100.0
+"""Here and in requests. Logits that are divided by far less leave float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:

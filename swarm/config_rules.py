@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.config import Settings
+from swarm.config import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY, Settings
 from swarm.dht_time import TOLERANCE_S
 from swarm.errors import ConfigError, WrongRange
 from swarm.kv import KINDS
@@ -29,6 +29,10 @@ def _any(_: object) -> bool:
 
 def _whole(minimum: int) -> Rule:
     return Rule(f"a whole number of at least {minimum}", lambda value: bool(value >= minimum))
+
+
+def _between(low: float, high: float) -> Rule:
+    return Rule(f"a number from {low:g} to {high:g}", lambda value: bool(low <= value <= high))
 
 
 def _one_of(*names: str) -> Rule:
@@ -56,8 +60,9 @@ _SPECIAL: Mapping[str, Rule] = {
     "model.weights": _one_of("auto", "float32", "bfloat16", "int8", "int4"),
     "inference.top_p": Rule("a number above 0, at most 1", lambda value: 0 < value <= 1),
     "inference.top_k": _whole(0),
-    "inference.min_p": Rule("a number from 0 to 1", lambda value: 0 <= value <= 1),
-    "inference.repetition_penalty": Rule("a number above 0", lambda value: value > 0),
+    "inference.min_p": _between(0, 1),
+    "inference.temperature": _between(0, MAX_TEMPERATURE),
+    "inference.repetition_penalty": _between(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     "inference.speculation": _one_of("auto", "off"),
     "inference.wire": _one_of(*WIRES),
     "inference.kv": _one_of(*KINDS),

@@ -23,15 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from swarm import protocol_pb2
+from swarm.config import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 from swarm.errors import BadRequest, BadTensor
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
 
-MAX_TEMPERATURE: Final = 100.0
-MIN_REPETITION_PENALTY: Final = 0.01
-MAX_REPETITION_PENALTY: Final = 100.0
-"""Logits that are divided by far less leave float32."""
 MAX_PENALTY: Final = 2.0
 """Of presence and frequency, either sign; as OpenAI has it."""
 MAX_BIAS: Final = 100.0

@@ -10,14 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from swarm.sampling import (
-    MAX_BIAS,
-    MAX_BIASES,
-    MAX_LOGPROBS,
-    MAX_PENALTY,
-    MAX_REPETITION_PENALTY,
-    MIN_REPETITION_PENALTY,
-)
+from swarm.config import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
+from swarm.sampling import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY
 from swarm.transcript import MAX_TOKENS
 
 MAX_STOPS = 4

@@ -16,13 +16,11 @@ from transformers import (
 )
 
 from swarm import protocol_pb2
+from swarm.config import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY
 from swarm.errors import BadRequest, BadTensor
 from swarm.sampling import (
     GREEDY_BELOW,
     MAX_BIASES,
-    MAX_REPETITION_PENALTY,
-    MAX_TEMPERATURE,
-    MIN_REPETITION_PENALTY,
     SampleResult,
     SamplingParams,
     sample,
