@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from swarm.config import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 from swarm.sampling import MAX_BIAS, MAX_BIASES, MAX_LOGPROBS, MAX_PENALTY
@@ -19,6 +20,8 @@ MAX_STOP_CHARS = 1024
 MAX_N = 128
 MAX_TEMPERATURE = 2.0
 MAX_COMPLETION_LOGPROBS = 5
+MAX_PROMPTS = 2048
+"""However many texts ``gateway.max_choices`` allows."""
 COMPLETION_TOKENS = 16
 """What ``/v1/completions`` gives to who names no limit."""
 
@@ -27,6 +30,24 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Some = Field(min_length=1, fail_fast=True)
 """Of lists: the first bad item is told. An error for each of half a million would hold up everybody for seconds."""
 Count = Annotated[int | None, Field(ge=1, le=MAX_N)]
+
+
+def _few_biases(bias: object) -> object:
+    """Before each is looked at: pydantic does that first, and words an error for each."""
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise _too_many(len(bias), "entries", MAX_BIASES)
+    return bias
+
+
+def _few_prompts(prompt: object) -> object:
+    """Before each is looked at, unless it is one, of token ids."""
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        raise _too_many(len(prompt), "prompts", MAX_PROMPTS)
+    return prompt
+
+
+def _too_many(count: int, things: str, limit: int) -> PydanticCustomError:
+    return PydanticCustomError("too_long", f"{count} {things}; the limit is {limit}")
 
 
 class Body(BaseModel):
@@ -48,7 +69,7 @@ class GenerationBody(Body):
             Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)],
         ]
         | None,
-        Field(max_length=MAX_BIASES),
+        BeforeValidator(_few_biases),
     ] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     n: Count = None
@@ -79,7 +100,9 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] = None
     max_tokens: Annotated[int | None, Field(ge=0, le=MAX_TOKENS)] = None
-    prompt: str | TokenIds | Annotated[list[str], Some] | Annotated[list[TokenIds], Some]
+    prompt: Annotated[
+        str | TokenIds | Annotated[list[str], Some] | Annotated[list[TokenIds], Some], BeforeValidator(_few_prompts)
+    ]
     suffix: str | None = None
 
 

@@ -573,6 +573,8 @@ def test_of_many_wrong_items_the_first_one_is_told(kind: type[Body], fields: dic
         ("completions", {"frequency_penalty": -2.1}, "frequency_penalty", ""),
         ("completions", {"logit_bias": {"1": 101}}, "logit_bias.1", "100"),
         ("completions", {"logit_bias": {"cat": 1}}, "logit_bias.cat", ""),
+        ("completions", {"logit_bias": {f"cat{i}": 1 for i in range(1025)}}, "logit_bias", "1025 entries"),
+        ("completions", {"prompt": [[1]] * 2048 + ["x"]}, "prompt", "2049 prompts; the limit is 2048"),
         ("completions", {"logit_bias": {"99999999": 1}}, "logit_bias", "vocabulary"),
         ("completions", {"logprobs": 6}, "logprobs", ""),
         ("completions", {"logprobs": 1, "echo": True}, "logprobs", "echo"),
