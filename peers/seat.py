@@ -126,7 +126,9 @@ async def take_seat(
         await view.refresh()
         chosen = choose_range(credible(view), draft, profile.num_layers, settings)
         if chosen is None:
-            raise NotAdmitted(f"not one layer of {profile.name} fits this peer's memory")
+            raise NotAdmitted(
+                f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free)"
+            )
         await announcer.update(replace(draft, layers=chosen, moving_to=chosen))
         await asyncio.sleep(settings.settle_s / 2)
         await view.refresh()

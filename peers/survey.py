@@ -100,7 +100,9 @@ async def _measured(reference: ModelReference, profile: ModelProfile, capacity: 
     """A few layers from the middle, loaded for the purpose. Raises :class:`NotAdmitted` if not one fits."""
     count = min(MOST_MEASURED, capacity.middle or capacity.first or capacity.last)
     if not count:
-        raise NotAdmitted(f"not one layer of {profile.name} fits this peer's memory")
+        raise NotAdmitted(
+            f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free)"
+        )
     start = min(1, profile.num_layers - count) if capacity.middle else 0
     layers = LayerRange(start, start + count)
     work = asyncio.to_thread(load_shard, reference, profile, layers, settings, lambda event: None, lambda: False)

@@ -59,7 +59,7 @@ async def test_the_policy_and_a_peer_that_does_not_answer_are_told(settings: Set
 
 
 async def test_a_machine_without_room_for_a_layer_is_refused(settings: Settings) -> None:
-    with pytest.raises(NotAdmitted, match="not one layer of"):
+    with pytest.raises(NotAdmitted, match=r"fits what this peer may take \(--max-memory-mb"):
         await probed(replace(settings, peer=replace(settings.peer, max_memory_mb=1)))
 
 
