@@ -74,6 +74,7 @@ _IN_OTHER_WORDS = {
     "message did not have trailing newline": "what listens there is no peer",
     "i/o timeout": "no answer",
     "context deadline exceeded": "no answer in time",
+    "dial backoff": "it could not be dialled a moment ago",
 }
 """What p2pd says of an address that it dialled."""
 
@@ -94,7 +95,8 @@ def translate(error: Exception, peer: PeerAddress, deadline_s: float) -> SwarmEr
     if "routing: not found" in text or "no addresses" in text:
         return Unreachable(f"nobody knows an address of peer {peer.peer_id}")
     # p2pd names each address that it dialled in a line of its own; what went wrong comes last
-    causes = dict.fromkeys(line.rpartition(": ")[2] for line in text.splitlines() if line.lstrip().startswith("* ["))
+    lines = [line for line in text.splitlines() if line.lstrip().startswith("* [")]
+    causes = dict.fromkeys(line.rpartition("] ")[2].rpartition(": ")[2] for line in lines)
     told = dict.fromkeys(_IN_OTHER_WORDS.get(cause, cause) for cause in causes)
     return Unreachable(f"can't reach peer {peer.peer_id}: {', '.join(told) or text}")
 

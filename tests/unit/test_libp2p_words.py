@@ -14,6 +14,10 @@ DIALLED = "failed to dial: all dials failed\n  * [/ip4/10.0.0.1/tcp/80] failed t
     [
         (RuntimeError(DIALLED.format("message did not have trailing newline")), "what listens there is no peer"),
         (RuntimeError(DIALLED.format("connection refused")), "connection refused"),
+        (
+            RuntimeError("all dials failed\n  * [/ip4/10.0.0.1/tcp/80] dial backoff"),
+            "can't reach peer peer: it could not be dialled a moment ago",
+        ),
         (RuntimeError("dial: i/o timeout"), "dial: i/o timeout"),
         (TimeoutError(), "did not answer within 5 s"),
         (RuntimeError("Daemon failed to start: no transport"), "the own p2p daemon does not start: no transport"),
