@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def standard_streams(command: str) -> Iterator[None]:
     """For all that ``command`` does. It ends well if nobody reads on, and a full disk is one line and exit code 1."""
     _open_missing()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # models write characters that not every terminal has
     try:
         try:
             yield

@@ -72,6 +72,21 @@ def test_with_json_logs_nothing_else_comes_on_stderr(command: str) -> None:
     assert all(line["message"] and line["logger"].startswith("swarm") for line in told)
 
 
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", b"mod\xc3\xa8le"), ("utf-8", b"\xff")])
+def test_what_the_terminal_has_no_character_for_is_a_question_mark(encoding: str, name: bytes) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "swarm.cli", "config", "show"],
+        capture_output=True,
+        timeout=60,
+        cwd=ROOT,
+        env=os.environb | {b"SWARM_MODEL_NAME": name, b"PYTHONIOENCODING": encoding.encode()},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"model.name")
+    assert b"?" in done.stdout.splitlines()[0]
+
+
 def test_standard_streams_may_be_closed() -> None:
     code, stderr = shell(f"swarm.cli status --initial-peers {NOBODY} <&- >&-")
     assert code == 4
