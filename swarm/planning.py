@@ -20,7 +20,7 @@ MOST_CANDIDATES = 96
 """Of a large swarm, so many peers are searched with their real link times: the best by estimated ones."""
 PER_RANGE = 6
 """... and no more of one range."""
-MOST_PARTS = 3
+FEWEST_PARTS = 4
 """Of a peer whose KV room isn't enough for all its layers, so many parts are candidates in a large swarm."""
 MOST_NAMED = 64
 """Peers that a plan names as left out for being slower; those that were refused are all named."""
@@ -50,7 +50,7 @@ class Field:
         """Layers for which each usable peer has KV room."""
         self._admit(excluded)
         if self.usable:
-            self._prepare(self._parts(MOST_PARTS if len(announcements) > MOST_CANDIDATES else None))
+            self._prepare(self._parts())
 
     def _admit(self, excluded: frozenset[PeerId]) -> None:
         """Who may be on a route. Of a large swarm this loop is much of a plan: only what needs each peer is here."""
@@ -81,21 +81,25 @@ class Field:
         ]
         self._rooms = rooms[rooms >= 1]
 
-    def _parts(self, most: int | None) -> tuple[Ints, Ints, Ints]:
+    def _parts(self) -> tuple[Ints, Ints, Ints]:
         """Index of the peer, first layer and end of each candidate.
 
         A candidate is the whole range of a peer where there is KV room for it, else one of its parts of as many layers
-        as there is room for: all of them, or about ``most``.
+        as there is room for: all of them, or where those are too many, some with the first and the last.
         """
         start = np.maximum([a.layers.start for a in self.usable], self.wanted.start)
         end = np.minimum([a.layers.end for a in self.usable], self.wanted.end)
         room = np.minimum(self._rooms, end - start)
         spare = end - start - room
-        step = np.ones_like(spare) if most is None else np.maximum(1, spare // most)
-        count = spare // step + 1
-        owner = np.repeat(np.arange(len(self.usable)), count)
+        step = np.ones_like(spare)
+        if int(spare.sum()) + len(spare) > MOST_CANDIDATES:
+            most = max(FEWEST_PARTS, MOST_CANDIDATES // len(spare))
+            step = np.maximum(1, -(-spare // (most - 1)))
+        shift = np.arange(len(spare)) % step  # other parts of each peer, so that together they are anywhere
+        count = -(-(spare + shift) // step) + 1
+        owner = np.repeat(np.arange(len(spare)), count)
         nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
-        first = start[owner] + nth * step[owner]
+        first = start[owner] + np.clip(nth * step[owner] - shift[owner], 0, spare[owner])
         return owner, first, first + room[owner]
 
     def _prepare(self, parts: tuple[Ints, Ints, Ints]) -> None:

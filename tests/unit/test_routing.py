@@ -250,6 +250,22 @@ def test_kv_room_counts_the_layers_that_are_used() -> None:
     assert dict(found.left_out) == {"small": "no KV room: 100 tokens are free, 500 are needed"}
 
 
+@pytest.mark.parametrize(("peers", "free"), [(4, 30), (5, 26), (12, 20), (30, 26), (200, 45)])
+def test_peers_that_have_room_for_a_part_of_their_layers_share_them_out(peers: int, free: int) -> None:
+    """However many parts there are to choose from, the fastest peers' are not all that is looked at."""
+    announcements = [peer(f"p{index}", 0, 80, 0.001 * (1 + index), kv_tokens_free=free) for index in range(peers)]
+    found = plan(announcements, LayerRange(0, 80), Demand(tokens=100))
+    assert all(len(one.hop.layers) <= 80 * free // 100 for one in found.hops)
+    assert len({one.hop.peer.peer_id for one in found.hops}) == len(found.hops)
+
+
+def test_in_a_large_swarm_too_a_peer_with_little_room_may_serve_any_of_its_layers() -> None:
+    announcements = [peer(f"p{index}", 0, 70, 0.001) for index in range(100)]
+    announcements.append(peer("end", 60, 80, 0.001, kv_tokens_free=65))  # enough for 13 of its layers
+    last = plan(announcements, LayerRange(0, 80), Demand(tokens=100)).hops[-1].hop
+    assert (last.peer.peer_id, last.layers.end) == ("end", 80)
+
+
 @pytest.mark.parametrize(
     ("free", "tokens", "log_layers", "layers"),
     [(100, 0, 1.5, 4), (100, 100, 1.5, 4), (99, 100, 0.0, 3), (50, 100, 0.0, 2), (50, 100, 1.5, 1), (10, 100, 1.5, 0)],
