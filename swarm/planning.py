@@ -126,6 +126,8 @@ class Field:
         estimated = 2 * knowledge.links.heights_s(peers)  # into the peer and out of it, where the other ends are usual
         estimated = estimated + self._bytes_a_token() / knowledge.links.default_bytes_per_s
         scores, route = through(candidates, estimated[owner], self.wanted)
+        if self.ring:
+            scores -= self._bytes_a_token() / knowledge.links.default_bytes_per_s  # no part of the prompt goes back
         whole = (start <= self.wanted.start) & (end >= self.wanted.end)
         alone = candidates.fixed_s + candidates.layer_s * len(self.wanted) + candidates.last_s
         scores = np.where(whole & self.ring, np.minimum(scores, alone), scores)
@@ -171,24 +173,33 @@ class Field:
     def _network(self, candidates: Candidates) -> Network:
         owners, where = np.unique(candidates.owner, return_inverse=True)
         peers = [self.usable[index].peer.peer_id for index in owners]
-        heights = self.knowledge.links.heights_s(peers)
-        prompt_s = self._bytes_a_token() / self.knowledge.links.default_bytes_per_s
-        between = heights[:, None] + heights + prompt_s
+        links, nbytes = self.knowledge.links, self._bytes_a_token()
+        heights = links.heights_s(peers)
+        ways = heights[:, None] + heights
+        prompts = np.full_like(ways, nbytes / links.default_bytes_per_s)
         at = {peer: index for index, peer in enumerate(peers)}
         for index, peer in enumerate(peers):
-            for other in self.knowledge.links.measured_from(peer):
+            for other in links.measured_from(peer):
                 if other in at:
-                    between[index, at[other]] = self._link_cost(peer, other)
-        np.fill_diagonal(between, 0.0)
+                    ways[index, at[other]] = self._way_cost(peer, other)
+                    prompts[index, at[other]] = nbytes / links.bytes_per_s(peer, other)
+        np.fill_diagonal(ways, 0.0)
+        np.fill_diagonal(prompts, 0.0)
         before, after = self.knowledge.before, self.knowledge.after
         entry = np.array([self._link_cost(before, peer) if before else 0.0 for peer in peers])
         exit_ = np.array([self._link_cost(peer, after) if after else 0.0 for peer in peers])
-        return Network(between[np.ix_(where, where)], self.ring, entry[where], exit_[where])
+        pairs = np.ix_(where, where)
+        return Network((ways + prompts)[pairs], ways[pairs] if self.ring else None, entry[where], exit_[where])
+
+    def _way_cost(self, source: PeerId, target: PeerId) -> float:
+        """Of one token."""
+        return self.knowledge.links.seconds(source, target) + self.knowledge.links.risk_s(source, target)
 
     def _link_cost(self, source: PeerId, target: PeerId) -> float:
-        links = self.knowledge.links
-        prompt_s = self._bytes_a_token() / links.bytes_per_s(source, target)
-        return links.seconds(source, target) + links.risk_s(source, target) + prompt_s
+        """... with its share of the prompt's hidden states."""
+        if source == target:
+            return 0.0
+        return self._way_cost(source, target) + self._bytes_a_token() / self.knowledge.links.bytes_per_s(source, target)
 
     def _plan(self, candidates: Candidates, legs: list[Leg]) -> Plan:
         """The same costs without the luck that spreads the load."""
@@ -212,8 +223,10 @@ class Field:
             )
             cost_s += planned.decode_s + self.knowledge.hop_margin_s + float(self.penalties[index])
             cost_s += prefill_s / demand.new_tokens
-            if previous and previous != peer:
-                cost_s += self._link_cost(previous, peer) - planned.link_s
+            if previous:
+                closing = self.ring and not hops
+                way_s = self._way_cost(previous, peer) if closing else self._link_cost(previous, peer)
+                cost_s += way_s - planned.link_s
             hops.append(planned)
             previous = peer
         decode_s = sum(planned.decode_s for planned in hops)

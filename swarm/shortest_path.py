@@ -70,8 +70,8 @@ class Network:
     """Link costs between candidates ``[from, to]``, 0 within one owner; for a chain also into it and out of it."""
 
     between: Floats
-    ring: bool
-    """The last one sends to the first."""
+    back: Floats | None
+    """Of a ring, in which the last one sends to the first: only tokens."""
     entry: Floats
     exit: Floats
 
@@ -185,22 +185,22 @@ def _search(
     candidates: Candidates, network: Network, wanted: LayerRange, watched: list[int]
 ) -> tuple[float, list[Leg]] | None:
     start, end, price = candidates.start, candidates.end, candidates.layer_s
-    bounds = bounds_of(candidates, wanted)
+    ring, bounds = network.back is not None, bounds_of(candidates, wanted)
     bit = np.zeros(len(candidates), dtype=np.int64)
     for index, owner in enumerate(watched):
         bit[candidates.owner == owner] = 1 << index
     firsts = np.flatnonzero((start <= wanted.start) & (end > wanted.start))
     if len(firsts) == 0:
         return None
-    opening = candidates.fixed_s - price * wanted.start + (0.0 if network.ring else network.entry)
-    if network.ring:
+    opening = candidates.fixed_s - price * wanted.start + (0.0 if ring else network.entry)
+    if ring:
         reckoned = candidates.fixed_s + price * (end - wanted.start)
         promising = np.argsort(reckoned[firsts] / (end[firsts] - wanted.start), kind="stable")
         firsts = firsts[promising[: max(FEWEST_LANES, MOST_STATES // len(candidates))]]
-    lanes = len(firsts) if network.ring else 1
+    lanes = len(firsts) if ring else 1
     onward = np.where(candidates.owner[:, None] == candidates.owner, np.inf, network.between)
     run = np.full((1 << len(watched), lanes, len(candidates)), np.inf)
-    run[bit[firsts], np.arange(lanes) if network.ring else 0, firsts] = opening[firsts]
+    run[bit[firsts], np.arange(lanes) if ring else 0, firsts] = opening[firsts]
     begun = np.zeros(run.shape, dtype=np.int16)
     trace = _Trace([begun], [begun])
     for i, x in enumerate(bounds[1:-1], 1):
@@ -229,7 +229,7 @@ def _search(
         begun[:, :, entering] = np.where(better, np.int16(i), begun[:, :, entering])
     trace.begun.append(begun)
     total = np.where((start < wanted.end) & (end >= wanted.end), run + price * wanted.end + candidates.last_s, np.inf)
-    total += network.between[:, firsts].T if network.ring else network.exit
+    total += network.back[:, firsts].T if network.back is not None else network.exit
     at = np.unravel_index(int(total.argmin()), total.shape)
     cost = float(total[at])
     return (cost, _legs(trace, bounds, bit, (int(at[0]), int(at[1]), int(at[2])))) if np.isfinite(cost) else None
