@@ -43,8 +43,8 @@ class HopPlanner:
         """The session has had a route."""
 
     def plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> tuple[Hop, ...]:
-        """The best hops over ``layers`` between those that ``route`` has, in order, on both sides of them, and between
-        the cuts of the session's wire.
+        """The best hops over ``layers`` between those that ``route`` has right before and after them, round the ring,
+        and between the cuts of the session's wire.
 
         Of near-equals each session takes others, which spreads the load. A session that has begun asks even peers that
         announced no room, if there are no others: announcements are seconds old. Raises :class:`NoRoute`.
@@ -68,15 +68,16 @@ class HopPlanner:
             activation_bytes=row_bytes(encoding, profile.hidden_size),
             chunk_tokens=self._settings.engine.prefill_chunk_tokens,
         )
-        upstream = [hop.peer.peer_id for hop in route if hop.layers.end <= layers.start]
-        downstream = [hop.peer.peer_id for hop in route if hop.layers.start >= layers.end]
+        last = profile.num_layers
+        before = (hop.peer.peer_id for hop in route if hop.layers.end % last == layers.start)
+        after = (hop.peer.peer_id for hop in route if hop.layers.start == layers.end % last)
         knowledge = known(
             self._view,
             self._health,
             _now(),
             self._settings.planner,
-            before=upstream[-1] if upstream else None,
-            after=downstream[0] if downstream else None,
+            before=next(before, None),
+            after=next(after, None),
             seed=self._seed,
         )
         held = self._prefix.held()
