@@ -118,8 +118,9 @@ def weakest(
 def fill_gaps(served: Iterable[LayerRange], spares: Sequence[Spare], num_layers: int) -> dict[PeerId, LayerRange]:
     """Ranges for as many of ``spares`` as the missing layers need; the same for everyone who asks with the same facts.
 
-    The end of the model first, where the head takes room; then from left to right, by the smallest peer that fills what
-    is left of a gap, or else by the one that gets furthest.
+    The end of the model first, where the head takes room (not by the only one that has room for the embedding, where
+    that is needed); then from left to right, by the smallest peer that fills what is left of a gap, or else by the one
+    that gets furthest.
     """
     held = list(served)
     free = sorted(spares, key=lambda spare: spare.peer_id)
@@ -132,7 +133,9 @@ def fill_gaps(served: Iterable[LayerRange], spares: Sequence[Spare], num_layers:
 
     gaps = missing_layers(held, LayerRange(0, num_layers))
     if gaps and gaps[-1].end == num_layers and not any(_fills(spare, gaps[-1], num_layers) for spare in free):
-        spare = max(free, key=lambda one: one.capacity.last, default=None)
+        embedding = [one for one in free if one.capacity.first] if gaps[0].start == 0 else []
+        others = free if len(embedding) != 1 else [one for one in free if one not in embedding]
+        spare = max(others, key=lambda one: one.capacity.last, default=None)
         if spare is not None and spare.capacity.last:
             take(spare, LayerRange(max(gaps[-1].start, num_layers - spare.capacity.last), num_layers))
     at = 0

@@ -184,6 +184,59 @@ def test_gaps_are_filled_by_ranges_that_fit(held: list[tuple[int, int]], sizes: 
     assert set(missing_layers(everybody.values(), WHOLE)) <= {WHOLE} or len(everybody) > 0 or not spares
 
 
+# --- whatever could be covered is covered
+
+
+def could_cover(capacities: list[Capacity], num_layers: int) -> bool:
+    """Whether each of them can be given a range so that no layer is missing: by all orders from left to right."""
+    reached = [0] * (1 << len(capacities))
+    for used in range(1, len(reached)):
+        for index, capacity in enumerate(capacities):
+            start = reached[used ^ (1 << index)] if used >> index & 1 else num_layers
+            end = capacity.end_from(start, num_layers) if start < num_layers else start
+            reached[used] = max(reached[used], end if used >> index & 1 else 0)
+    return reached[-1] >= num_layers
+
+
+def of_sizes(text: str) -> list[Capacity]:
+    """``3,0,2``: in the middle, from the first layer, to the last."""
+    return [Capacity(*map(int, part.split(","))) for part in text.split()]
+
+
+def random_sizes(rng: random.Random, num_layers: int) -> list[Capacity]:
+    """Of peers that have, together, about the room that the model takes, and less of it at both ends."""
+    peers, embedding, head, scale = rng.randint(1, 6), rng.randint(0, 3), rng.randint(0, 4), rng.uniform(1.0, 2.0)
+    share = scale * num_layers / peers
+    sizes = [min(num_layers - 2, round(share * rng.choice([0.3, 0.6, 1.0, 1.0, 1.5]))) for _ in range(peers)]
+    return [Capacity(size, max(0, size - embedding), max(0, size - head)) for size in sizes]
+
+
+SOLE_EMBEDDERS = [
+    "3,0,3 1,0,1 1,0,1 3,0,3 5,2,5 2,0,2",
+    "3,0,2 3,0,2 5,2,4 2,0,1 3,0,2",
+    "3,0,1 1,0,0 3,0,1 3,0,1 3,0,1 4,1,2",
+]
+
+
+@pytest.mark.parametrize("sizes", SOLE_EMBEDDERS)
+def test_who_alone_has_room_for_the_embedding_does_not_take_the_head(sizes: str) -> None:
+    check_that_joiners_cover(of_sizes(sizes), 12)
+
+
+def test_joiners_of_any_sizes_cover_whatever_they_could_cover() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        check_that_joiners_cover(random_sizes(rng, 12), 12)
+
+
+def check_that_joiners_cover(capacities: list[Capacity], num_layers: int) -> None:
+    spares = [Spare(PeerId(f"p{index}"), capacity, 1.0) for index, capacity in enumerate(capacities)]
+    placed, _ = arrange(Strength((0.0,) * num_layers, (0,) * num_layers), [], spares)
+    assert all(spare.capacity.fits(placed[spare.peer_id], num_layers) for spare in spares if spare.peer_id in placed)
+    if could_cover(capacities, num_layers):
+        assert not missing_layers(placed.values(), LayerRange(0, num_layers)), capacities
+
+
 # --- closing gaps
 
 
