@@ -29,7 +29,8 @@ def close_gaps(holders: Sequence[Holder], num_layers: int) -> dict[PeerId, Layer
     """Who has to move where so that no layer is missing; empty if all is well or nothing helps.
 
     Those who are not needed where they are move first, so no layer becomes bare. Only if they are not enough, and all
-    of the model would be covered by it, do the others shift along.
+    of the model would be covered by it, do the others shift along; and if that does not help either, because peers
+    differ in size, all of them get other places.
     """
     if not missing_layers([holder.layers for holder in holders], LayerRange(0, num_layers)):
         return {}
@@ -39,7 +40,11 @@ def close_gaps(holders: Sequence[Holder], num_layers: int) -> dict[PeerId, Layer
     places |= fill_gaps([one.layers for one in holders if one.peer_id in needed], spares, num_layers)
     if missing_layers(places.values(), LayerRange(0, num_layers)):
         filled = [Holder(one.peer_id, places[one.peer_id], one.capacity) for one in holders]
-        places |= _shift(filled, num_layers, stay=True) or _shift(filled, num_layers, stay=False)
+        places |= (
+            _shift(filled, num_layers, stay=True)
+            or _shift(filled, num_layers, stay=False)
+            or _anew(holders, num_layers)
+        )
     moves = {one.peer_id: places[one.peer_id] for one in holders if not one.layers.covers(places[one.peer_id])}
     return _widened(moves, holders, num_layers)
 
@@ -109,6 +114,14 @@ def _shift(holders: Sequence[Holder], num_layers: int, *, stay: bool) -> dict[Pe
         if reached < num_layers:
             put(holder)
     return moves if reached >= num_layers else {}
+
+
+def _anew(holders: Sequence[Holder], num_layers: int) -> dict[PeerId, LayerRange]:
+    """All places given out again, as to joiners; empty if that does not suffice, or while some load what they have."""
+    if not all(one.capacity.middle for one in holders):
+        return {}
+    moves = fill_gaps([], [Spare(one.peer_id, one.capacity, 1.0) for one in holders], num_layers)
+    return {} if missing_layers(moves.values(), LayerRange(0, num_layers)) else moves
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,6 +237,27 @@ def check_that_joiners_cover(capacities: list[Capacity], num_layers: int) -> Non
         assert not missing_layers(placed.values(), LayerRange(0, num_layers)), capacities
 
 
+def test_peers_of_any_sizes_that_could_cover_all_layers_come_to_do_so_from_wherever_they_are() -> None:
+    """Though not all of those move at once who should, and what is loading is not asked to move again."""
+    rng, num_layers = random.Random(1), 12
+    for _ in range(500):
+        capacities = random_sizes(rng, num_layers)
+        placed = {i: rng.choice(found) for i, one in enumerate(capacities) if (found := windows(one, num_layers))}
+        loading: dict[int, int] = {}
+        for _ in range(40):
+            loading = {index: left - 1 for index, left in loading.items() if left}
+            now = [
+                Holder(PeerId(f"{index}"), layers, Capacity(0, 0, 0) if index in loading else capacities[index])
+                for index, layers in placed.items()
+            ]
+            moves = {int(peer): layers for peer, layers in close_gaps(now, num_layers).items() if rng.random() < 0.5}
+            assert all(capacities[index].fits(layers, num_layers) for index, layers in moves.items())
+            placed |= moves
+            loading |= {index: rng.randint(0, 3) for index in moves}
+        if could_cover(capacities, num_layers):
+            assert not missing_layers(placed.values(), LayerRange(0, num_layers)), capacities
+
+
 # --- closing gaps
 
 
