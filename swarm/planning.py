@@ -212,13 +212,12 @@ class Field:
             a = self.usable[index]
             peer = a.peer.peer_id
             prefill_s = a.prefill_s_per_token_layer * len(layers) * demand.prompt_tokens
-            head_s = a.head_s if layers.end == a.layers.end == self.wanted.end else 0.0
             planned = PlannedHop(
                 hop=Hop(a.peer, layers),
                 link_s=links.seconds(previous, peer) if previous else 0.0,
                 overhead_s=self.knowledge.hop_s,
                 queue_s=float(self.queues[index]),
-                compute_s=a.step_s + a.decode_s_per_layer * len(layers) + head_s,
+                compute_s=a.token_s(layers),
                 prefill_s=prefill_s,
             )
             cost_s += planned.decode_s + self.knowledge.hop_margin_s + float(self.penalties[index])

@@ -166,6 +166,11 @@ class Announcement:
     voucher: Voucher | None = None
     """For ``layers``; without one the peer is not used."""
 
+    def token_s(self, layers: LayerRange) -> float:
+        """One token through ``layers``, with all that a step takes beside them."""
+        head_s = self.head_s if layers.end == self.layers.end else 0.0
+        return self.step_s + self.decode_s_per_layer * len(layers) + head_s
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:

@@ -132,7 +132,7 @@ def _columns(status: Status) -> dict[str, list[str | Cell]]:
         "peer": [a.peer.peer_id[-6:] for a, _ in status.peers],
         "layers": [str(a.layers) for a, _ in status.peers],
         "state": [Cell(a.state, STATE_COLOURS.get(a.state)) for a, _ in status.peers],
-        "a token": [f"{1e3 * a.decode_s_per_layer * len(a.layers):.1f} ms" for a, _ in status.peers],
+        "a token": [f"{1e3 * a.token_s(a.layers):.1f} ms" for a, _ in status.peers],
         "load": [
             f"{a.sessions}" + (f" +{1e3 * a.queue_s:.0f} ms" if a.queue_s >= 0.001 else "") for a, _ in status.peers
         ],
@@ -158,6 +158,8 @@ def as_event(status: Status) -> dict[str, Any]:
                 "state": a.state.value,
                 "version": a.version,
                 "decode_s_per_layer": a.decode_s_per_layer,
+                "step_s": a.step_s,
+                "head_s": a.head_s,
                 "prefill_s_per_token_layer": a.prefill_s_per_token_layer,
                 "queue_s": a.queue_s,
                 "sessions": a.sessions,

@@ -99,7 +99,7 @@ def _row(a: Announcement, age_s: float, own: Mapping[str, str]) -> PeerRow:
         state=a.state,
         layers=a.layers,
         moving_to=a.moving_to if a.moving_to != a.layers else None,
-        token=_ms(a.decode_s_per_layer * len(a.layers)),
+        token=_ms(a.token_s(a.layers)),
         queue=_ms(a.queue_s) if a.queue_s >= 0.0005 else "",
         sessions=a.sessions,
         kv=_count(a.kv_tokens_free),

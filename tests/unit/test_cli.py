@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from swarm.commands.plan import rendered as rendered_plan
 from swarm.commands.status import as_event, rendered, status_of
 from swarm.commands.tables import Cell, table
 from swarm.errors import BadRequest, NoRoute, TooLong
+from swarm.gateway.console_map import swarm_map
 from swarm.models import ModelProfile
 from swarm.plans import Plan, PlannedHop
+from swarm.routing import plan as find_plan
 from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Token
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
@@ -143,6 +146,15 @@ def test_status_tells_less_on_a_narrow_terminal(width: int, head: str) -> None:
     lines = rendered(status_of(profile(30), [(peer("AAAAAA", 0, 30), 3.0)], anybody), ASCII, width)
     assert lines[2] == head
     assert max(map(len, lines[2:5])) <= max(width, 35)
+
+
+def test_status_plan_and_console_tell_the_same_time_of_a_token() -> None:
+    peers = [(peer("AAAAAA", 0, 3), 3.0), (replace(peer("BBBBBB", 3, 6), step_s=0.001, head_s=0.02), 3.0)]
+    planned = find_plan([a for a, _ in peers], LayerRange(0, 6)).hops
+    assert [one.compute_s for one in planned] == pytest.approx([0.006, 0.027])
+    seen = status_of(profile(6), peers, anybody)
+    assert [line.split()[4:6] for line in rendered(seen, ASCII, 64)[3:5]] == [["6.0", "ms"], ["27.0", "ms"]]
+    assert [row.token for row in swarm_map(seen, {}).rows] == ["6.0 ms", "27.0 ms"]
 
 
 def test_status_of_a_swarm_without_peers() -> None:
