@@ -254,6 +254,7 @@ class AsyncClient:
             prompt_tokens=prompt_tokens,
             new_tokens=max(1, new_tokens),
             activation_bytes=row_bytes(encoding, self.profile.hidden_size),
+            log_layers=self.profile.log_layers,
             chunk_tokens=self.settings.engine.prefill_chunk_tokens,
         )
 

@@ -66,6 +66,7 @@ class HopPlanner:
             prompt_tokens=tokens,
             new_tokens=max(1, self._transcript.stop_at - tokens),
             activation_bytes=row_bytes(encoding, profile.hidden_size),
+            log_layers=profile.log_layers,
             chunk_tokens=self._settings.engine.prefill_chunk_tokens,
         )
         last = profile.num_layers

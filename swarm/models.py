@@ -74,6 +74,11 @@ class ModelProfile:
     weights: str = "auto"
     """How matrices are stored and multiplied; ``auto``: in ``dtype``."""
 
+    @property
+    def log_layers(self) -> float:
+        """What one position takes in a checkpoint log, in units of its keys and values in one layer."""
+        return self.hidden_size / max(1, 2 * self.num_kv_heads * self.head_dim)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
 

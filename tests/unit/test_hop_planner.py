@@ -22,16 +22,16 @@ THIRD = LAYERS // 3
 THIRDS = [LayerRange(0, THIRD), LayerRange(THIRD, 2 * THIRD), LayerRange(2 * THIRD, LAYERS)]
 
 
-def peer(name: str, layers: LayerRange) -> Announcement:
+def peer(name: str, layers: LayerRange, layer_s: float = 0.001, kv_tokens_free: int = 1000) -> Announcement:
     return Announcement(
         peer=PeerAddress(PeerId(name)),
         model=PROFILE.model_id,
         layers=layers,
         state=PeerState.SERVING,
         version="0",
-        decode_s_per_layer=0.001,
+        decode_s_per_layer=layer_s,
         prefill_s_per_token_layer=0.0001,
-        kv_tokens_free=1000,
+        kv_tokens_free=kv_tokens_free,
     )
 
 
@@ -41,6 +41,14 @@ class Linked(Directory):
 
     def links(self) -> Links:
         return self.times
+
+
+def planner_of(view: Directory, session: str, tokens: int) -> HopPlanner:
+    """For a session of so many tokens, three of them the prompt's."""
+    request = GenerationRequest((1, 2, 3), tokens - 3, SamplingParams(), frozenset())
+    transcript, health = Transcript(request, tokens, PROFILE.vocab_size), Health(60.0)
+    prefix = SessionPrefix(health.prefixes, PROFILE.model_id, transcript)
+    return HopPlanner(SessionId(session), transcript, prefix, view, PROFILE, Settings(), health)
 
 
 @pytest.mark.parametrize("lost", range(3))
@@ -56,10 +64,15 @@ async def test_a_lost_hop_is_replaced_by_the_peer_with_the_best_ways_to_its_neig
     ways |= {(b, a): link for (a, b), link in ways.items()}
     ways[(far, neighbour) if to_the_next else (neighbour, far)] = LinkTime(0.1)
     known = {a.peer.peer_id: a for a in (peer("far", THIRDS[lost]), peer("near", THIRDS[lost]))}
-    transcript = Transcript(GenerationRequest((1, 2, 3), 4, SamplingParams(), frozenset()), 7, PROFILE.vocab_size)
-    health = Health(60.0)
-    prefix = SessionPrefix(health.prefixes, PROFILE.model_id, transcript)
     for name in ("one", "another", "a third"):
-        view = Linked(known, times=Links(ways))
-        planner = HopPlanner(SessionId(name), transcript, prefix, view, PROFILE, Settings(), health)
+        planner = planner_of(Linked(known, times=Links(ways)), name, 7)
         assert [hop.peer.peer_id for hop in planner.plan(THIRDS[lost], (), survivors)] == [near]
+
+
+async def test_the_checkpoint_log_of_a_part_takes_room_too() -> None:
+    """Of a peer that has room for 4 tokens in 6 layers: 12 tokens in 2 layers fit it only without the log."""
+    small, large = (peer(name, LayerRange(0, LAYERS), *facts) for name, *facts in (("s", 0.001, 4), ("l", 0.1, 1000)))
+    planner = planner_of(Directory({a.peer.peer_id: a for a in (small, large)}), "one", 12)
+    hops = planner.plan(LayerRange(0, LAYERS), (), ())
+    assert PROFILE.log_layers == 1.0
+    assert {hop.peer.peer_id: len(hop.layers) for hop in hops} == {"s": 1, "l": 5}
