@@ -183,6 +183,15 @@ def test_best_part_between_two_survivors(announcements: list[Announcement], link
     check_optimal([a for a in announcements if a.peer.peer_id < "p4"], demand, knowledge, ring=False)
 
 
+def test_a_neighbour_that_takes_over_a_lost_hop_sends_itself_nothing() -> None:
+    """A share of 8 ms a token of the prompt's way outweighs two layers that are slower by 6 ms."""
+    demand = Demand(prompt_tokens=500, new_tokens=20, activation_bytes=4000)
+    facts = {"prefill_s_per_token_layer": 0.0}
+    announcements = [peer("before", 0, 6, 0.012, **facts), peer("spare", 2, 4, 0.009, **facts)]
+    knowledge = Knowledge(hop_s=0.0, links=link_table(before_spare=0.0), before=PeerId("before"))
+    assert names(plan(announcements, LayerRange(2, 4), demand, knowledge, ring=False)) == "before[2:4]"
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_large_swarm_is_planned_almost_as_well_as_without_leaving_candidates_out(
     seed: int, monkeypatch: pytest.MonkeyPatch
