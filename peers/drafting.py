@@ -34,6 +34,8 @@ _ROW_SHARE = 0.08
 """A draft's row takes this share of a round's time before that is measured."""
 _ROW_WEIGHT = 4.0
 _KEPT_ROUND = 0.95
+_SHORTEST_S = 0.001
+"""A round counts as so long at least: the clock of uvloop's loops goes by milliseconds and gives 0 for shorter ones."""
 _OUTLIER = 3.0
 _GAIN, _GAIN_IN_DEBT = 1.03, 1.6
 """A draft has to promise this many times the tokens per second of a round without one; the second, where drafts have
@@ -101,6 +103,7 @@ class Rounds:
 
     def note(self, drafted: int, seconds: float, batch: int) -> None:
         """``batch``: sessions that shared the passes, at most of all stages."""
+        seconds = max(seconds, _SHORTEST_S)
         if self._n > 2:
             base, row = self.line()
             seconds = min(seconds, _OUTLIER * (base + drafted * row))

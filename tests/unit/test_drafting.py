@@ -136,6 +136,12 @@ def test_the_line_is_found_and_one_slow_round_does_not_move_it_far() -> None:
     assert rounds.line()[0] < 0.15
 
 
+def test_rounds_too_short_for_the_clock_are_no_reason_to_fail() -> None:
+    made = drafter([*range(100), *range(50)], (0.0, 0.0))
+    made.note_round(3, 3, 0.0, 1)
+    assert made.propose(3) == (50, 51, 52)
+
+
 def test_a_restart_forgets_tokens_and_keeps_what_was_learned() -> None:
     made = drafter([*range(100), *range(50)], DEAR)
     made.restart([7, 8, 9] * 5)
