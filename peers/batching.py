@@ -152,9 +152,10 @@ class Batching:
         self._returning -= {id(one.request.cache) for one in waiting}
 
     def forget(self, cache: int) -> None:
-        """The session with the cache of this ``id`` has no more steps."""
+        """The session with the cache of this ``id`` has ended: what waits of it is not run, and so holds no memory."""
         self._decoding.pop(cache, None)
         self._returning.discard(cache)
+        self._waiting = deque(waiting for waiting in self._waiting if id(waiting.request.cache) != cache)
 
     def hold_s(self, now: float) -> float | None:
         """When to ask again, if nothing is added: so long is something held back. None: nothing waits."""

@@ -105,7 +105,7 @@ class Executor(Protocol):
         """What so many positions take, in whole blocks."""
 
     def forget(self, cache: Cache) -> None:
-        """Its session has ended: there are no more steps with it."""
+        """Its session has ended: steps with it that wait are not run any more, and nobody hears of them."""
 
     def submit(self, step: StepRequest, done: Done) -> None:
         """Truncate the cache to ``step.start``, run the rows, extend the cache; then ``done``, once, on the loop.

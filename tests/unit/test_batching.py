@@ -201,6 +201,16 @@ def test_sessions_that_have_ended_hold_no_prompt_up(thread: Thread) -> None:
     thread.batching.forget(id(live))
 
 
+def test_what_waits_of_a_session_that_has_ended_is_not_run(thread: Thread) -> None:
+    ended = Cache()
+    thread.add(150, cache=ended)
+    thread.add(30)
+    thread.add(1, cache=ended)
+    thread.batching.forget(id(ended))
+    assert thread.rows(0.0) == [30]
+    assert len(thread.batching) == 0
+
+
 def test_a_session_does_not_hold_up_its_own_replay(thread: Thread) -> None:
     cache = Cache()
     thread.add(1, 0.0, cache=cache)
