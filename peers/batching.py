@@ -185,10 +185,10 @@ class Batching:
         if most < self._max_tokens:
             prompts = prompts[:MOST_PIECES]
         for waiting in steps if self._gave_way else steps + prompts:
-            room = min(most, self._max_tokens - rows)
+            room = self._max_tokens - rows
             if batch and room <= 0:
                 break
-            rows += waiting.cut(max(1, room))
+            rows += waiting.cut(max(1, min(most, room)) if waiting.is_prefill else waiting.request.rows)
             batch.append(waiting)
             if waiting.is_prefill:
                 self._had_piece = True

@@ -219,6 +219,17 @@ def test_a_session_does_not_hold_up_its_own_replay(thread: Thread) -> None:
     assert thread.rows(0.1) == [MOST]
 
 
+def test_a_decode_step_with_a_draft_is_no_prompt_and_runs_whole(thread: Thread) -> None:
+    thread.batching = Batching(MOST, 4)
+    thread.decode(0.0)
+    for rows in (8, 12):
+        thread.add(rows, 0.01)
+    assert thread.rows(0.01) == [8, 12]
+    for _ in range(10):
+        thread.add(7, 0.02)
+    assert [thread.rows(0.02), thread.rows(0.03)] == [[7] * 10, []]
+
+
 def test_a_prompt_that_is_held_back_holds_nobody_else_back(thread: Thread) -> None:
     last = thread.decode_often()
     thread.add(150, last)
