@@ -25,6 +25,7 @@ from peers.runner import StageRunner
 from peers.stage import OpenRequest, Stage
 from swarm.config import Settings
 from swarm.errors import Busy, Evicted, SwarmError
+from swarm.prefix import cut
 from swarm.types import PeerId, SessionId
 from swarm.wire import encoding_of, row_bytes
 
@@ -86,7 +87,8 @@ class StageTable:
         profile, key = self.executor.profile, (request.session, request.layers.start)
         last = request.layers.end == profile.num_layers
         room = self._in_blocks(max(request.keep, len(request.token_ids), 1))
-        found = self.prefixes.find(owner, request.layers, request.output_wire, request.kv, request.prefix)
+        prefix = cut(request.prefix, request.keep)  # room is reserved for no more
+        found = self.prefixes.find(owner, request.layers, request.output_wire, request.kv, prefix)
         self._let_in(key, request, room)
         try:
             first = request.layers.start == 0

@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 
+from peers.executor import Cache
 from peers.outside import Outside
 from peers.runner import StageRunner
 from peers.stage import OpenRequest, Work
@@ -49,7 +50,7 @@ def with_table(story: Callable[[StageTable], Awaitable[None]]) -> None:
     run_virtual(main)
 
 
-def admit(table: StageTable, session: str, longest: int, known: int = 1) -> StageRunner:
+def admit(table: StageTable, session: str, longest: int, known: int = 1, prefix: bytes = b"") -> StageRunner:
     """A stage that may have ``longest`` positions, of which so many are known to come."""
     request = OpenRequest(
         session=SessionId(session),
@@ -65,6 +66,7 @@ def admit(table: StageTable, session: str, longest: int, known: int = 1) -> Stag
         end_ids=frozenset(),
         stop_at=longest,
         prompt_length=1,
+        prefix=prefix,
     )
     return table.admit(PeerId("owner"), request, cast(Outside, Silent()))
 
@@ -192,5 +194,25 @@ def test_a_session_whose_owner_is_away_goes_only_when_it_does_not_compute() -> N
         await asyncio.sleep(1.0)
         assert let_in(table, "new", 60, known=60)
         assert open_sessions(table) == ["new"]
+
+    with_table(story)
+
+
+@pytest.mark.parametrize(("known", "taken"), [(1, 0), (31, 0), (32, 32), (36, 32)])
+def test_of_an_earlier_session_no_more_is_taken_over_than_there_is_room_reserved_for(known: int, taken: int) -> None:
+    async def story(table: StageTable) -> None:
+        text = tuple(range(64))
+        admit(table, "old", 100, known=64).accept(Work(epoch=1, start=0, rows=64, token_ids=text))
+        await asyncio.sleep(10.0)
+        table.free((SessionId("old"), 0), prefix=b"oneblockanother.")
+        copy, lengths = table.executor.copy_cache, []
+
+        def watched(cache: Cache, length: int, capacity: int) -> Cache:
+            lengths.append(length)
+            return copy(cache, length, capacity)
+
+        table.executor.copy_cache = watched  # type: ignore[method-assign]
+        assert admit(table, "new", 80, known, prefix=b"oneblockanother.").stage.have == taken
+        assert lengths == ([taken] if taken else [])
 
     with_table(story)
