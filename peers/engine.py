@@ -103,6 +103,7 @@ class Engine:
         self._prefill_threads = settings.peer.prefill_threads or max(self._threads, cores())
         self._dtype = DTYPES[shard.profile.dtype]
         self.pace = Pace()
+        self.passes = 0
         self._submitted: list[Waiting] = []
         """In this turn of the loop."""
         self._arrived: queue.SimpleQueue[list[Waiting] | int] = queue.SimpleQueue()
@@ -217,6 +218,7 @@ class Engine:
             now = time.perf_counter()
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
             self.pace.note(batch, waits_s, now - started, now)
+            self.passes += 1
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             self._running = ()
             self._batching.add(*[waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None])

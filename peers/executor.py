@@ -95,6 +95,10 @@ class Executor(Protocol):
     def kv_block(self) -> int:
         """Positions for which a cache gets memory at a time."""
 
+    @property
+    def passes(self) -> int:
+        """That it has run, of anybody's steps."""
+
     def new_cache(self, layers: LayerRange, capacity: int, kind: str = kv.MODEL) -> Cache:
         """Empty, for at most ``capacity`` positions; ``kind``: see ``swarm.kv``. Raises :class:`BadRequest`."""
 

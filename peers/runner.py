@@ -162,13 +162,17 @@ class StageRunner:
         return reply
 
     def status(self, draining: bool) -> pb.Status:
+        """``computed`` changes as the stage gets on: by its rows, and while a step waits for its turn, by passes for
+        others. An owner gives up a stage that stands still, and all that it has would be computed again, by as busy a
+        peer."""
+        turns = self.executor.passes % 2**31 if self.computing else 0
         return pb.Status(
             epoch=self.stage.epoch,
             have=self.stage.have,
             computing=self.computing,
             draining=draining,
             queued=len(self.stage.inbox),
-            computed=self.stage.computed,
+            computed=self.stage.computed + turns,
         )
 
     def close(self) -> None:

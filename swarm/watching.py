@@ -135,7 +135,8 @@ class Watch:
                     control.abort(error)
 
     def _check_progress(self) -> None:
-        """A peer that beats but doesn't move is given the step deadline, and more while it computes."""
+        """A peer that beats but doesn't move is given the step deadline, and more while it computes. To run steps of
+        others before ours is to move."""
         allowed = self._pace.deadline_s(self._settings)
         if any(control.computing for control in self._chain.controls):
             allowed *= self._settings.timeouts.step_slow_factor

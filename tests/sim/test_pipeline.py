@@ -1,4 +1,5 @@
-"""A long prompt goes through all stages at once: the time to its first token against an ideal pipeline's."""
+"""A long prompt goes through all stages at once: the time to its first token against an ideal pipeline's. And many long
+prompts at slow stages."""
 
 from __future__ import annotations
 
@@ -45,3 +46,23 @@ def test_four_equal_stages_work_at_the_same_time(link_s: float, chunk_s: float) 
     taken_s = run_virtual(first_token_s)
     print(f"{taken_s / ideal_s:.3f} of the ideal time")
     assert ideal_s < taken_s < LIMIT * ideal_s + 4 * link_s, "and two round trips to open the session"
+
+
+def test_sessions_for_which_others_have_to_be_computed_first_are_not_given_up() -> None:
+    """What a stage had computed that is given up while it waits for its turn is computed again, so all wait longer."""
+    sessions, chunk_s = 12, 4.0
+
+    async def main() -> None:
+        world = World(2, settings=replace(SETTINGS, engine=config.EngineSettings(prefill_chunk_tokens=CHUNK)))
+        for layers in (LayerRange(0, 3), LayerRange(3, 6)):
+            peer = await world.add_peer(layers)
+            peer.executor.layer_s = chunk_s / len(layers) / (1 + CHUNK / 8)
+        prompts = [[first, *range(2 * CHUNK - 1)] for first in range(sessions)]
+        for outcome in await asyncio.gather(*(world.generate(prompt, 2) for prompt in prompts)):
+            assert outcome.error is None
+            assert not outcome.session.rebuilds
+        await world.settle()
+
+    timeouts = SETTINGS.timeouts
+    assert sessions * chunk_s > timeouts.step_floor_s * timeouts.step_slow_factor, "else this shows nothing"
+    run_virtual(main)

@@ -72,7 +72,7 @@ class ToyExecutor:
         self.profile = PROFILE
         self.layer_s = rng.uniform(0.001, 0.01)
         self.lies = False
-        self.drafts_right = 0
+        self.drafts_right = self.passes = 0
         self.positions_run: dict[int, Counter[tuple[int, int]]] = {}
         """For each cache, how often each position was computed after the same tokens."""
         self.kinds: list[str] = []
@@ -114,6 +114,7 @@ class ToyExecutor:
         async with self._device:
             await asyncio.sleep(self.layer_s * len(step.layers) * (1 + step.rows / 8))
             await self.node.awake()
+        self.passes += 1
         assert isinstance(step.cache, ToyCache)
         came, goes = (row_bytes(encoding_of(wire, "float32"), 2) for wire in (step.input_wire, step.output_wire))
         if step.hidden is not None and BROKEN_ROW[:came] in step.hidden:
