@@ -151,11 +151,13 @@ class Batching:
         self._waiting.extend(waiting)
         self._returning -= {id(one.request.cache) for one in waiting}
 
-    def forget(self, cache: int) -> None:
-        """The session with the cache of this ``id`` has ended: what waits of it is not run, and so holds no memory."""
+    def forget(self, cache: int) -> list[Waiting]:
+        """The steps with the cache of this ``id``: they wait no longer, and others don't wait for them."""
         self._decoding.pop(cache, None)
         self._returning.discard(cache)
+        forgotten = [waiting for waiting in self._waiting if id(waiting.request.cache) == cache]
         self._waiting = deque(waiting for waiting in self._waiting if id(waiting.request.cache) != cache)
+        return forgotten
 
     def hold_s(self, now: float) -> float | None:
         """When to ask again, if nothing is added: so long is something held back. None: nothing waits."""

@@ -28,7 +28,7 @@ from peers.row_codec import DTYPES, Rows, array_of, decoded, encoded
 from peers.shard import Shard, Step, StepOutput, all_finite, use_device
 from swarm import kv
 from swarm.config import Settings
-from swarm.errors import BadTensor, Internal, SwarmError
+from swarm.errors import BadTensor, Cancelled, Internal, SwarmError
 from swarm.models import ModelProfile
 from swarm.sampling import SampleResult, sample
 from swarm.types import LayerRange
@@ -107,7 +107,7 @@ class Engine:
         self._submitted: list[Waiting] = []
         """In this turn of the loop."""
         self._arrived: queue.SimpleQueue[list[Waiting] | int] = queue.SimpleQueue()
-        """From the loop; a number: the ``id`` of an ended session's cache; an empty list: stop."""
+        """From the loop; a number: the ``id`` of a cache whose steps nobody wants; an empty list: stop."""
         self._failures = 0
         """Batches that the device failed, since the last one that it did not."""
         self._given = self._taken = 0
@@ -237,7 +237,10 @@ class Engine:
             except queue.Empty:
                 continue
             if isinstance(arrived, int):
-                self._batching.forget(arrived)
+                if forgotten := self._batching.forget(arrived):
+                    cancelled = [Cancelled("nobody wants this step any more")] * len(forgotten)
+                    self._loop.call_soon_threadsafe(_resolve, forgotten, cancelled)
+                del forgotten
                 continue
             if not arrived:
                 return []

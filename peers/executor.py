@@ -109,7 +109,7 @@ class Executor(Protocol):
         """What so many positions take, in whole blocks."""
 
     def forget(self, cache: Cache) -> None:
-        """Its session has ended: steps with it that wait are not run any more, and nobody hears of them."""
+        """Nobody wants its steps any more: ``done`` gets ``Cancelled`` for those that wait."""
 
     def submit(self, step: StepRequest, done: Done) -> None:
         """Truncate the cache to ``step.start``, run the rows, extend the cache; then ``done``, once, on the loop.

@@ -106,12 +106,13 @@ class StageRunner:
             self._acknowledge(work)
 
     async def reopen(self, request: OpenRequest) -> None:
-        """Move to a newer epoch: results of the step in flight stay here, nothing queued before is run."""
+        """Move to a newer epoch: what is being computed stays here, nothing that waits is run."""
         self.last_used = self._now()
         if request.epoch >= self.stage.epoch:
             self.stage.superseded = True
             self.stage.inbox.clear()
             self._stop_followers()
+            self.executor.forget(self.stage.cache)  # its turn may be longer away than the owner waits
         try:
             async with asyncio.timeout(self.settings.timeouts.open_s):
                 await self._idle.wait()
@@ -293,8 +294,8 @@ class StageRunner:
         self._job = None
         stage.inbox.clear()
         stage.expected = stage.have
-        blamed = job.work.sender if isinstance(error, BadTensor) else None
-        self.owner.report(error, blamed)
+        if not stage.superseded:
+            self.owner.report(error, job.work.sender if isinstance(error, BadTensor) else None)
         self._take_next()
 
     def _logit_rows(self, start: int, end: int) -> int:

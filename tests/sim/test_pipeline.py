@@ -48,21 +48,33 @@ def test_four_equal_stages_work_at_the_same_time(link_s: float, chunk_s: float) 
     assert ideal_s < taken_s < LIMIT * ideal_s + 4 * link_s, "and two round trips to open the session"
 
 
-def test_sessions_for_which_others_have_to_be_computed_first_are_not_given_up() -> None:
-    """What a stage had computed that is given up while it waits for its turn is computed again, so all wait longer."""
-    sessions, chunk_s = 12, 4.0
+SESSIONS, SLOW_S = 12, 4.0
+BACK = LayerRange(3, 6)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_stages_for_which_others_have_to_be_computed_first_are_not_given_up(killed: bool) -> None:
+    """Not by owners that wait for a token, and not by those that rebuild the route behind them. All that they had would
+    be computed again, and all wait longer."""
 
     async def main() -> None:
         world = World(2, settings=replace(SETTINGS, engine=config.EngineSettings(prefill_chunk_tokens=CHUNK)))
-        for layers in (LayerRange(0, 3), LayerRange(3, 6)):
+        for layers in (LayerRange(0, 3), BACK, BACK):
             peer = await world.add_peer(layers)
-            peer.executor.layer_s = chunk_s / len(layers) / (1 + CHUNK / 8)
-        prompts = [[first, *range(2 * CHUNK - 1)] for first in range(sessions)]
-        for outcome in await asyncio.gather(*(world.generate(prompt, 2) for prompt in prompts)):
+            peer.executor.layer_s = SLOW_S / len(layers) / (1 + CHUNK / 8)
+        prompts = [[first, *range(2 * CHUNK - 1)] for first in range(SESSIONS)]
+        generations = [asyncio.create_task(world.generate(prompt, 2)) for prompt in prompts]
+        if killed:
+            await asyncio.sleep(1.5 * SLOW_S)
+            world.kill(max(world.peers[1:], key=lambda peer: len(peer.service.table.runners)), forget=True)
+        outcomes = await asyncio.gather(*generations)
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
             assert outcome.error is None
-            assert not outcome.session.rebuilds
+            assert outcome.tokens == world.decoder.generate(prompt, 2, 2, frozenset())
+        lost = {hop.layers for outcome in outcomes for rebuild in outcome.session.rebuilds for hop in rebuild.lost}
+        assert lost == ({BACK} if killed else set())
         await world.settle()
 
-    timeouts = SETTINGS.timeouts
-    assert sessions * chunk_s > timeouts.step_floor_s * timeouts.step_slow_factor, "else this shows nothing"
+    wait_s, timeouts = SESSIONS * SLOW_S, SETTINGS.timeouts
+    assert wait_s > max(timeouts.step_floor_s * timeouts.step_slow_factor, timeouts.open_s), "else this shows nothing"
     run_virtual(main)

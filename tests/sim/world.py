@@ -13,7 +13,7 @@ from peers import drafting
 from peers.executor import Cache, Done, StepReply, StepRequest
 from peers.service import PeerService
 from swarm import kv
-from swarm.errors import BadTensor, SwarmError
+from swarm.errors import BadTensor, Cancelled, SwarmError
 from swarm.health import Health
 from swarm.models import ModelProfile
 from swarm.sampling import SampleResult, SamplingParams
@@ -78,6 +78,7 @@ class ToyExecutor:
         self.kinds: list[str] = []
         """How sessions had their keys and values kept here."""
         self._device = asyncio.Lock()
+        self._waiting: dict[asyncio.Task[None], tuple[Cache, Done]] = {}
 
     @property
     def kv_block(self) -> int:
@@ -96,10 +97,15 @@ class ToyExecutor:
         return 16 * len(layers) * -(-positions // self.kv_block) * self.kv_block
 
     def forget(self, cache: Cache) -> None:
-        pass
+        for task, (held, done) in list(self._waiting.items()):
+            if held is cache:
+                del self._waiting[task]
+                task.cancel()
+                done(Cancelled("forgotten"))
 
     def submit(self, step: StepRequest, done: Done) -> None:
         task = asyncio.ensure_future(self._answer(step, done))
+        self._waiting[task] = step.cache, done
         self.node.tasks.add(task)
         task.add_done_callback(self.node.tasks.discard)
 
@@ -112,6 +118,7 @@ class ToyExecutor:
 
     async def _run(self, step: StepRequest) -> StepReply:
         async with self._device:
+            del self._waiting[asyncio.current_task()]  # type: ignore[arg-type]
             await asyncio.sleep(self.layer_s * len(step.layers) * (1 + step.rows / 8))
             await self.node.awake()
         self.passes += 1

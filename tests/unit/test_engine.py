@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from peers.kv_cache import SequenceCache
 from peers.machine import measure
 from peers.shard import Shard, StepOutput
 from swarm.config import EngineSettings, Settings
-from swarm.errors import Internal, SwarmError
+from swarm.errors import Cancelled, Internal, SwarmError
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange
 from tests.reference import ModelSource, profile_of
@@ -147,6 +148,28 @@ async def test_the_thread_that_waits_holds_no_session(engine: Engine) -> None:
             break
         await asyncio.sleep(0.01)
     assert left() is None
+
+
+async def test_steps_that_wait_and_that_nobody_wants_any_more_are_not_run(engine: Engine) -> None:
+    computed, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        computed.set()
+        go_on.wait(5)
+
+    engine.pace.observe = hold
+    running, unwanted = step(engine, [3]), step(engine, PROMPT)
+    first = asyncio.create_task(run(engine, running))
+    assert await asyncio.to_thread(computed.wait, 5)
+    second = asyncio.create_task(run(engine, unwanted))
+    await asyncio.sleep(0.01)  # it is handed over
+    for request in (running, unwanted):
+        engine.forget(request.cache)
+    go_on.set()
+    assert (await first).tokens
+    with pytest.raises(Cancelled):
+        await second
+    assert (engine.queue_length, unwanted.cache.length) == (0, 0)
 
 
 async def test_an_engine_says_when_its_device_is_lost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
