@@ -49,7 +49,7 @@ def transformers_step(model: Any, device: str) -> Contender:
 
     @torch.inference_mode()
     def step(ids: list[int] = [7]) -> None:  # noqa: B006  (it is only read)
-        logits = model(torch.tensor([ids], device=device), past_key_values=cache, use_cache=True).logits
+        logits = model(torch.tensor([ids], device=device), None, None, cache, use_cache=True).logits
         int(logits[0, -1].argmax())
 
     step(list(range(CONTEXT)))

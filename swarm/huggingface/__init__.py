@@ -44,6 +44,8 @@ __all__ = ["SwarmCache", "SwarmConfig", "SwarmForCausalLM", "SwarmOutput"]
 HIDDEN_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CAPACITY = 512
 """Tokens that a session reserves at first, where nobody said how long the text will get."""
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a cache: the second until 5.23. Calls may use either."""
 
 
 class SwarmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -129,7 +131,7 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
             return found
 
     def new_cache(self, max_tokens: int = DEFAULT_CAPACITY) -> SwarmCache:
-        """For ``past_key_values``, to be kept across calls; ``max_tokens`` of each sequence are reserved at first."""
+        """For ``cache=``, to be kept across calls; ``max_tokens`` of each sequence are reserved at first."""
         return SwarmCache(self.client, max_tokens)
 
     def close(self) -> None:
@@ -169,32 +171,35 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: SwarmCache | None = None,
         **unsupported: Any,
     ) -> SwarmOutput | tuple[Any, ...]:
         """Logits ``[batch, kept columns, vocabulary]``; padded columns have zeros.
 
         ``attention_mask`` ``[batch, past and new columns]`` may hide padding; positions count what is not hidden.
-        Without a cache nothing stays at the peers, unless ``use_cache=True`` asks for one. ``output_hidden_states``
-        costs a round trip more, and as many rows from each hop as there are logits.
+        Without a cache nothing stays at the peers, unless ``use_cache=True`` asks for one; ``past_key_values`` is an
+        older name for it. ``output_hidden_states`` costs a round trip more, and as many rows from each hop as there are
+        logits.
         """
         given = [name for name, value in unsupported.items() if value is not None]
         if given or output_attentions:
             raise BadRequest(f"a model on the swarm takes no {', '.join(given or ['output_attentions'])}")
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
             raise BadRequest("input_ids [batch, tokens] are needed")
-        if past_key_values is not None and not isinstance(past_key_values, SwarmCache):
-            raise BadRequest(f"past_key_values is a {type(past_key_values).__name__}, not a SwarmCache")
+        kept = past_key_values if cache is None else cache
+        if kept is not None and not isinstance(kept, SwarmCache):
+            raise BadRequest(f"the cache is a {type(kept).__name__}, not a SwarmCache")
         columns = input_ids.shape[1]
         some = isinstance(logits_to_keep, torch.Tensor)
         whole = some or output_hidden_states or labels is not None or not 0 < logits_to_keep < columns
         keep = columns if whole else int(logits_to_keep)
-        cache = past_key_values if past_key_values is not None else self.new_cache(columns + 1)
-        if past_key_values is None and use_cache:  # within generate, such as for its guidance, it is nobody else's
+        cache = kept if kept is not None else self.new_cache(columns + 1)
+        if kept is None and use_cache:  # within generate, such as for its guidance, it is nobody else's
             _caches.get([]).append(cache)
         try:
             answers = cache.advance(input_ids, attention_mask, keep, bool(output_hidden_states))
         finally:
-            if past_key_values is None and not use_cache:
+            if kept is None and not use_cache:
                 cache.close()
         shown = [mask[-keep:] for mask in cache.masks]
         profile = self.client.profile
@@ -207,13 +212,14 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
                 _rows(shown, [a.hidden[cut] if a else b"" for a in answers], profile.hidden_size, dtype) for cut in cuts
             )
         loss = self.loss_function(logits, labels, profile.vocab_size) if labels is not None else None
-        kept = logits[:, logits_to_keep] if some else logits[:, -int(logits_to_keep) :]
+        wanted = logits[:, logits_to_keep] if some else logits[:, -int(logits_to_keep) :]
+        held: dict[str, Any] = {CACHE: cache if kept is not None or use_cache else None}
         output = SwarmOutput(
             loss=loss,
-            logits=kept.to(input_ids.device),
-            past_key_values=cache if past_key_values is not None or use_cache else None,
+            logits=wanted.to(input_ids.device),
             hidden_states=states,
             cuts=cuts,
+            **held,
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -221,6 +227,9 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         """As transformers has it. Sessions end with the call, unless it was given a cache or returns it."""
         made: list[SwarmCache] = []
         token = _caches.set(made)
+        for name in ("past_key_values", "cache"):
+            if name in kwargs:
+                kwargs[CACHE] = kwargs.pop(name)
         result: Any = None
         try:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -228,7 +237,7 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         finally:
             _caches.reset(token)
             for cache in made:
-                if cache is not getattr(result, "past_key_values", None):
+                if cache is not getattr(result, CACHE, None):
                     cache.close()
                 else:  # of a call within another one, as an assistant's, it ends with that
                     _caches.get([]).append(cache)
@@ -238,9 +247,9 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     ) -> None:
         """transformers' own hook."""
         longest = max(1, generation_config.max_length)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = cache = self.new_cache(longest)
+            model_kwargs[CACHE] = cache = self.new_cache(longest)
             _caches.get([]).append(cache)
         elif isinstance(cache, SwarmCache):
             cache._is_user_defined = True

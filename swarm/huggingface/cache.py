@@ -32,7 +32,7 @@ class _Row:
 
 
 class SwarmCache(Cache):
-    """``past_key_values``: the sequences of a batch, and the sessions that hold them in the swarm.
+    """``cache``, once ``past_key_values``: the sequences of a batch, and the sessions that hold them in the swarm.
 
     Keep it across calls of ``generate`` to go on with a conversation; :meth:`close` frees the peers' memory, and so
     does the model's ``close``. Sessions survive the loss of peers; if one ends all the same, for want of peers or after
@@ -117,6 +117,11 @@ class SwarmCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether a layer has no keys and values but a state; generate then gives it all tokens again."""
+        return [False] * len(self)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Negative: remove so many columns; positive, as it was in older versions: keep so many."""

@@ -89,7 +89,7 @@ class Reference:
         feed = torch.tensor([tokens])
         while len(tokens) < len(prompt) + max_tokens:
             with torch.inference_mode():
-                output = self._model(feed, past_key_values=cache, use_cache=True)
+                output = self._model(feed, None, None, cache, use_cache=True)  # by place: its name has changed
             cache = output.past_key_values
             logits: np.ndarray[Any, Any] = output.logits[0, -1].float().numpy()
             tokens.append(sample(logits, params, len(tokens), tokens, len(prompt)).token_id)

@@ -259,12 +259,14 @@ def test_logits_and_loss_of_all_positions(model: SwarmForCausalLM, local: Any) -
     torch.testing.assert_close(some, expected.logits[:, [1, 4]], rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_call_computes_only_what_is_new(model: SwarmForCausalLM, local: Any) -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_second_call_computes_only_what_is_new(model: SwarmForCausalLM, local: Any, name: str) -> None:
     cache = model.new_cache(64)
-    first = model.generate(PROMPT, past_key_values=cache, do_sample=False, max_new_tokens=10, eos_token_id=None)
+    given: dict[str, Any] = {name: cache}
+    first = model.generate(PROMPT, do_sample=False, max_new_tokens=10, eos_token_id=None, **given)
     assert cache.positions_computed == cache.get_seq_length() == first.shape[1] - 1
     second = torch.cat([first, torch.tensor([[9, 8, 7]])], dim=1)
-    again = model.generate(second, past_key_values=cache, do_sample=False, max_new_tokens=10, eos_token_id=None)
+    again = model.generate(second, do_sample=False, max_new_tokens=10, eos_token_id=None, **given)
     assert cache.positions_computed == again.shape[1] - 1
     with torch.no_grad():
         assert again.tolist() == local.generate(second, do_sample=False, max_new_tokens=10, eos_token_id=None).tolist()
