@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from swarm.client import AsyncClient, Message, connect_async
 from swarm.config import Settings
-from swarm.errors import BadRequest
+from swarm.errors import BadRequest, Cancelled
 from swarm.generation import Generation
 from swarm.models import ModelProfile
 from swarm.network_thread import NetworkThread
@@ -20,6 +20,8 @@ from swarm.tokenizer import TextTokenizer
 from swarm.types import Announcement, Route, Token
 
 T = TypeVar("T")
+
+_WAITS_FOR_ITSELF = "what a client runs can't wait for that client; see swarm.connect_async"
 
 
 class Client:
@@ -43,16 +45,18 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends what still runs. May be called again."""
+        """Ends what still runs. May be called again. Raises :class:`BadRequest` where it would wait for itself."""
         with self._changing:
+            if self._network is not None and self._network.is_current:
+                raise BadRequest(_WAITS_FOR_ITSELF)
             self._closed = True
             network, self._network = self._network, None
-            if network is None or not network.lives:
-                return
-            try:
-                network.begin(self._client.__aexit__(None, None, None))()
-            finally:
-                network.end()
+        if network is None or not network.lives:
+            return
+        try:  # without the lock: what still runs on the network's thread may ask for it
+            network.begin(self._client.__aexit__(None, None, None))()
+        finally:
+            network.end()
 
     @property
     def profile(self) -> ModelProfile:
@@ -94,23 +98,27 @@ class Client:
         async def following() -> RouteChanged | Token:
             return await anext(events)  # on the network's thread, whose loop learns here that it is to end them
 
-        try:
-            while True:
-                try:
-                    yield self.run(following())
-                except StopAsyncIteration:
-                    return
-        finally:
-            self._end(events)
+        while True:
+            try:
+                event = self.run(following())
+            except StopAsyncIteration:
+                return
+            try:
+                yield event
+            except BaseException:  # the reader has left; what is raised above has ended the events already
+                self._end(events)
+                raise
 
     def _end(self, events: AsyncGenerator[object, None]) -> None:
-        network = self._network
-        if network is None or not network.lives:
-            return  # closing has ended them, or they are another process's
+        with self._changing:
+            network = self._network
+            if network is None or not network.lives:
+                return  # closing ends them, or they are another process's
+            wait = network.begin(events.aclose())
         if network.is_current:  # the garbage collector came there upon a stream that was left half read
-            network.begin(events.aclose())
-        else:
-            self.run(events.aclose())
+            return
+        with contextlib.suppress(Cancelled):  # the client is closed meanwhile
+            wait()
 
     def peers(self) -> list[Announcement]:
         return self.run(self._opened().peers())
@@ -130,7 +138,7 @@ class Client:
                 if not network.lives:
                     raise BadRequest("this process was forked after its client was connected; connect another one here")
                 if network.is_current:
-                    raise BadRequest("what a client runs can't wait for that client; see swarm.connect_async")
+                    raise BadRequest(_WAITS_FOR_ITSELF)
                 wait = network.begin(work)
             except BaseException:
                 if isinstance(work, Coroutine):

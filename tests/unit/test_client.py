@@ -6,9 +6,11 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -179,9 +181,103 @@ def test_a_stream_that_the_garbage_collector_finds_on_the_networks_thread_is_end
     assert entered.story == ["entered", "freed"]
 
 
-def test_what_a_client_runs_can_not_wait_for_it(client: Client) -> None:
+class Lingering(Entered):
+    """Its streams don't end by themselves, and it takes until :attr:`asked` is set to leave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = replace(self.settings, timeouts=replace(self.settings.timeouts, send_s=0.01))
+        self.freeing = threading.Event()
+        self.leaving, self.asked = asyncio.Event(), asyncio.Event()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.leaving.set()
+        await self.asked.wait()
+
+    async def events(self, prompt: str) -> AsyncGenerator[Token, None]:
+        caller = threading.main_thread().ident
+        assert caller is not None
+        try:
+            yield Token(0, ord(prompt), prompt, ())
+            while sys._current_frames()[caller].f_code.co_name != "wait":  # noqa: ASYNC110 - no event says so
+                await asyncio.sleep(0.01)
+            signal.pthread_kill(caller, signal.SIGINT)
+            await asyncio.Event().wait()
+        finally:
+            self.freeing.set()
+            await asyncio.Event().wait()
+
+
+@pytest.fixture
+def lingering() -> Iterator[tuple[Client, Lingering]]:
+    world = Lingering()
+    client = Client(cast(AsyncClient, world))
+    yield client, world
+    world.asked.set()
+    client.close()
+
+
+def test_an_interrupt_is_what_is_raised_though_the_stream_takes_its_time_to_end(
+    lingering: tuple[Client, Lingering],
+) -> None:
+    client, world = lingering
+    with pytest.raises(KeyboardInterrupt):
+        list(client.stream("a"))
+    assert world.freeing.is_set()
+
+
+def test_a_reader_that_leaves_while_the_client_is_closed_hears_nothing_of_it(
+    lingering: tuple[Client, Lingering],
+) -> None:
+    client, world = lingering
+    stream, errors = client.stream("a"), []
+    next(stream)
+
+    def leave() -> None:
+        try:
+            cast(Any, stream).close()
+        except Cancelled as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    assert world.freeing.wait(10)
+    world.asked.set()
+    client.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert errors == []
+
+
+def test_work_under_way_may_ask_for_a_client_that_is_being_closed(lingering: tuple[Client, Lingering]) -> None:
+    """Both waited for ever: such as where one thread closed a transformers model and another one generated."""
+    client, world = lingering
+    refused: list[str] = []
+
+    async def ask() -> None:
+        world.working.set()
+        await world.leaving.wait()
+        try:
+            client.step_session(8)
+        except BadRequest as error:
+            refused.append(error.message)
+        world.asked.set()
+
+    asking = threading.Thread(target=lambda: client.run(ask()), daemon=True)
+    asking.start()
+    assert world.working.wait(10)
+    closing = threading.Thread(target=client.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    asking.join(10)
+    assert refused == ["this client is closed"]
+
+
+@pytest.mark.parametrize("use", [Client.close, lambda client: client.generate("a")], ids=["close", "generate"])
+def test_what_a_client_runs_can_not_wait_for_it(client: Client, use: Callable[[Client], object]) -> None:
     async def wait() -> None:
-        client.generate("a")
+        use(client)
 
     with pytest.raises(BadRequest, match="connect_async"):
         client.run(wait())
