@@ -246,6 +246,9 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """transformers' own hook."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise BadRequest("a sequence of the batch ends with padding, so nothing says what follows; pad on the left")
         longest = max(1, generation_config.max_length)
         cache = model_kwargs.get(CACHE)
         if cache is None and generation_config.use_cache is not False:

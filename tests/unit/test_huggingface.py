@@ -392,6 +392,8 @@ def test_what_can_not_be_is_refused_in_words(model: SwarmForCausalLM) -> None:
         model(PROMPT, attention_mask=torch.ones(1, 3))
     with pytest.raises(BadRequest, match="DynamicCache"):
         model(PROMPT, past_key_values=DynamicCache())
+    with pytest.raises(BadRequest, match="pad on the left"):
+        model.generate(torch.tensor([[5, 17], [5, 0]]), attention_mask=torch.tensor([[1, 1], [1, 0]]), max_new_tokens=2)
     with pytest.raises(TooLong):
         model(torch.ones(1, 300, dtype=torch.long))
     cache: SwarmCache = model.new_cache()
