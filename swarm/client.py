@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import reprlib
 import secrets
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
@@ -14,12 +15,12 @@ from typing import Any, Self, TypeVar
 
 from swarm.admission import check_announcement
 from swarm.announcement_record import check_record
-from swarm.config import Settings
+from swarm.config import SPECULATIONS, Settings
 from swarm.config_loader import load_settings
 from swarm.coverage import explained
 from swarm.delegation import DelegatedSession
 from swarm.discovery import SwarmView
-from swarm.errors import Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
+from swarm.errors import BadRequest, Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
 from swarm.generation import AsyncStream, Generation
 from swarm.health import Health
 from swarm.info import Description, describe, fetch_files
@@ -165,15 +166,18 @@ class AsyncClient:
             seed=secrets.randbits(63) if seed is None else seed,
         )
         sampling.check_vocabulary(self.profile.vocab_size)
+        drafts = defaults.speculation if speculation is None else speculation
+        if drafts not in SPECULATIONS:
+            raise BadRequest(f"speculation is {' or '.join(SPECULATIONS)}, not {reprlib.repr(drafts)}")
         return GenerationRequest(
             prompt=tuple(ids),
             max_tokens=defaults.max_tokens if max_tokens is None else max_tokens,
             sampling=sampling,
             end_ids=frozenset(self.profile.end_ids),
             no_kv_cache=not (defaults.enable_kv_cache if kv_cache is None else kv_cache),
-            speculate=(speculation or defaults.speculation) != "off",
-            wire=Wire.chosen(wire or defaults.wire, self.profile.dtype),
-            kv=kv or defaults.kv,
+            speculate=drafts != "off",
+            wire=Wire.chosen(defaults.wire if wire is None else wire, self.profile.dtype),
+            kv=defaults.kv if kv is None else kv,
         )
 
     def chat_prompt(self, messages: Iterable[Message]) -> list[int]:

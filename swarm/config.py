@@ -8,6 +8,7 @@ MAX_TEMPERATURE = 100.0
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 """Here and in requests. Logits that are divided by far less leave float32."""
+SPECULATIONS = ("auto", "off")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.config import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY, Settings
+from swarm.config import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY, SPECULATIONS, Settings
 from swarm.dht_time import TOLERANCE_S
 from swarm.errors import ConfigError, WrongRange
 from swarm.kv import KINDS
@@ -63,7 +63,7 @@ _SPECIAL: Mapping[str, Rule] = {
     "inference.min_p": _between(0, 1),
     "inference.temperature": _between(0, MAX_TEMPERATURE),
     "inference.repetition_penalty": _between(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
-    "inference.speculation": _one_of("auto", "off"),
+    "inference.speculation": _one_of(*SPECULATIONS),
     "inference.wire": _one_of(*WIRES),
     "inference.kv": _one_of(*KINDS),
     "peer.layers": Rule("auto or START:END, for example 0:10", _is_layers),

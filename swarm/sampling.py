@@ -15,6 +15,7 @@ Order and meaning of the filters are those of transformers' logits processors: b
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -77,6 +78,8 @@ class SamplingParams:
         _whole("logprobs", self.logprobs, MAX_LOGPROBS)
         if np.float32(self.top_p) == 0:  # as it would come off the wire
             raise BadRequest("top_p must be above 0; 1 switches it off")
+        if not isinstance(self.logit_bias, Mapping):
+            raise BadRequest(f"logit_bias maps token ids to numbers; {reprlib.repr(self.logit_bias)} does not")
         if len(self.logit_bias) > MAX_BIASES:
             raise BadRequest(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_BIASES}")
         for token_id, bias in self.logit_bias.items():

@@ -94,7 +94,9 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         if self.kv not in kv.KINDS:
-            raise BadRequest(f"keys and values can't be kept as {self.kv[:20]!r}; there are: {', '.join(kv.KINDS)}")
+            raise BadRequest(
+                f"keys and values can't be kept as {reprlib.repr(self.kv)}; there are: {', '.join(kv.KINDS)}"
+            )
         check_end_ids(self.end_ids)
         if not self.prompt:
             raise BadRequest("the prompt is empty")

@@ -24,6 +24,7 @@ byte in one row of five). ``tests/bench_accuracy.py`` measures what comes of it:
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,7 +67,7 @@ class Wire:
 
     def __post_init__(self) -> None:
         if self.name not in WIRES:
-            raise BadRequest(f"hidden states can't travel as {self.name[:20]!r}; there are: {', '.join(WIRES)}")
+            raise BadRequest(f"hidden states can't travel as {reprlib.repr(self.name)}; there are: {', '.join(WIRES)}")
         if self.cuts and self.cuts[0] != 0:
             raise BadRequest("the first hop of a route begins with layer 0")
         if any(earlier >= later for earlier, later in pairwise(self.cuts)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -338,6 +339,20 @@ def test_what_is_no_number_of_tokens_is_a_bad_request(asking: AsyncClient, max_t
     """Beyond 32 bits no peer could be told of it, and beyond a float's range no route be planned for it."""
     with pytest.raises(BadRequest, match="max_tokens must be"):
         asking.request("a", max_tokens=max_tokens)
+
+
+STRANGE: dict[str, list[Any]] = {
+    "speculation": ["of", False],
+    "wire": ["zip", 8],
+    "kv": ["int4", 8],
+    "logit_bias": [[5], "5"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in STRANGE.items() for value in values])
+def test_an_option_that_can_not_be_is_a_bad_request_that_names_it(asking: AsyncClient, name: str, value: Any) -> None:
+    with pytest.raises(BadRequest, match=re.escape(repr(value))):
+        asking.request("a", **{name: value})
 
 
 def test_token_ids_may_be_numpys(asking: AsyncClient) -> None:
