@@ -64,7 +64,7 @@ class DelegationHandler:
             )
         except NoRoute as error:
             raise explained(error, announcements, self._profile, self._view.check) from None
-        return route_to_wire(0, route, "planned")
+        return route_to_wire(RouteChanged(0, route, "planned"))
 
     async def drained(self) -> None:
         """Take no more generations, and wait until none is under way."""
@@ -137,8 +137,7 @@ class DelegationHandler:
     ) -> None:
         async for event in events:
             if isinstance(event, RouteChanged):
-                news = route_to_wire(event.epoch, event.route, event.reason)
-                await _tell(stream, pb.DelegateReply(route=news))
+                await _tell(stream, pb.DelegateReply(route=route_to_wire(event)))
                 continue
             token = pb.Output(start=prompt_length + event.index - 1, token_ids=[event.token_id])
             token.hops.extend(timing_to_wire(timing) for timing in event.hops)

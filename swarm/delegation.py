@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +18,7 @@ from swarm.config import Settings
 from swarm.errors import BadRequest, DeadlineExceeded, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import (
+    MAX_HOPS,
     address_from_wire,
     address_to_wire,
     check_end_ids,
@@ -35,18 +36,44 @@ from swarm.wire import MODEL, Wire
 logger = logging.getLogger(__name__)
 
 
-def route_to_wire(epoch: int, route: Route, reason: str) -> pb.RouteNews:
-    hops = [
-        pb.RouteHop(peer=address_to_wire(hop.peer), start=hop.layers.start, end=hop.layers.end) for hop in route.hops
-    ]
-    return pb.RouteNews(epoch=epoch, reason=reason, hops=hops)
+def route_to_wire(event: RouteChanged) -> pb.RouteNews:
+    news = pb.RouteNews(epoch=event.epoch, reason=event.reason, hops=_hops_to_wire(event.route.hops))
+    if (rebuild := event.rebuild) is not None:
+        news.rebuilt.CopyFrom(
+            pb.Rebuilt(
+                token_index=rebuild.token_index,
+                kept=rebuild.kept,
+                lost=_hops_to_wire(rebuild.lost),
+                replayed=[pb.Replayed(start=r.start, end=r.end, positions=count) for r, count in rebuild.replayed],
+                duration_us=int(rebuild.duration_s * 1e6),
+            )
+        )
+    return news
 
 
 def route_from_wire(news: pb.RouteNews) -> RouteChanged:
     """Raises :class:`BadRequest` or :class:`WrongRange` if the hops are no route."""
-    hops = tuple(Hop(address_from_wire(hop.peer), LayerRange(hop.start, hop.end)) for hop in news.hops)
-    reason = one_line(news.reason)
-    return RouteChanged(news.epoch, Route(hops), reason, "opened" if reason == "opened" else "lost")
+    reason, rebuild, told = one_line(news.reason), None, news.rebuilt
+    if news.HasField("rebuilt"):
+        rebuild = Rebuild(
+            epoch=news.epoch,
+            token_index=told.token_index,
+            kept=told.kept,
+            reason=reason,
+            lost=_hops_from_wire(told.lost[:MAX_HOPS]),
+            replayed=tuple((LayerRange(r.start, r.end), r.positions) for r in told.replayed[:MAX_HOPS]),
+            duration_s=told.duration_us / 1e6,
+        )
+    cause = "opened" if reason == "opened" else "lost"
+    return RouteChanged(news.epoch, Route(_hops_from_wire(news.hops)), reason, cause, rebuild)
+
+
+def _hops_to_wire(hops: Iterable[Hop]) -> list[pb.RouteHop]:
+    return [pb.RouteHop(peer=address_to_wire(hop.peer), start=hop.layers.start, end=hop.layers.end) for hop in hops]
+
+
+def _hops_from_wire(hops: Iterable[pb.RouteHop]) -> tuple[Hop, ...]:
+    return tuple(Hop(address_from_wire(hop.peer), LayerRange(hop.start, hop.end)) for hop in hops)
 
 
 class DelegatedSession:
@@ -64,6 +91,7 @@ class DelegatedSession:
         if not via:
             raise BadRequest("a delegated session needs a peer to delegate to")
         self.rebuilds: list[Rebuild] = []
+        """As its owners told of them; that one owner followed another is none."""
         self.transcript = Transcript(request, length_of(request, profile, settings), profile.vocab_size)
         self._transport = transport
         self._via = list(via)
@@ -139,6 +167,8 @@ class DelegatedSession:
                 if kind == "route":
                     changed = route_from_wire(reply.route)
                     transcript.wire = transcript.wire.cut_at(hop.layers.start for hop in changed.route.hops)
+                    if changed.rebuild is not None:
+                        self.rebuilds.append(changed.rebuild)
                     yield changed
                 elif kind == "token":
                     transcript.commit(reply.token)

@@ -515,14 +515,40 @@ class Delegate(_message.Message):
     def __init__(self, model: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., generated: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., end_ids: _Optional[_Iterable[int]] = ..., no_kv_cache: _Optional[bool] = ..., speculate: _Optional[bool] = ..., wire: _Optional[str] = ..., cuts: _Optional[_Iterable[int]] = ..., kv: _Optional[str] = ...) -> None: ...
 
 class RouteNews(_message.Message):
-    __slots__ = ("epoch", "reason", "hops")
+    __slots__ = ("epoch", "reason", "hops", "rebuilt")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
+    REBUILT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     reason: str
     hops: _containers.RepeatedCompositeFieldContainer[RouteHop]
-    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ..., hops: _Optional[_Iterable[_Union[RouteHop, _Mapping]]] = ...) -> None: ...
+    rebuilt: Rebuilt
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ..., hops: _Optional[_Iterable[_Union[RouteHop, _Mapping]]] = ..., rebuilt: _Optional[_Union[Rebuilt, _Mapping]] = ...) -> None: ...
+
+class Rebuilt(_message.Message):
+    __slots__ = ("token_index", "kept", "lost", "replayed", "duration_us")
+    TOKEN_INDEX_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    DURATION_US_FIELD_NUMBER: _ClassVar[int]
+    token_index: int
+    kept: int
+    lost: _containers.RepeatedCompositeFieldContainer[RouteHop]
+    replayed: _containers.RepeatedCompositeFieldContainer[Replayed]
+    duration_us: int
+    def __init__(self, token_index: _Optional[int] = ..., kept: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[RouteHop, _Mapping]]] = ..., replayed: _Optional[_Iterable[_Union[Replayed, _Mapping]]] = ..., duration_us: _Optional[int] = ...) -> None: ...
+
+class Replayed(_message.Message):
+    __slots__ = ("start", "end", "positions")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    positions: int
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., positions: _Optional[int] = ...) -> None: ...
 
 class RouteHop(_message.Message):
     __slots__ = ("peer", "start", "end")

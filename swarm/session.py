@@ -40,6 +40,8 @@ class RouteChanged:
     """``opened``, or what happened to whom."""
     cause: str = "opened"
     """``opened``, ``leaving``, or the code of the error by which a hop was lost; ``lost`` if nobody told."""
+    rebuild: Rebuild | None = None
+    """What the change cost; ``None`` of the first route."""
 
 
 class Session:
@@ -110,7 +112,7 @@ class Session:
         reason = cause = "opened"
         await chain.establish(reason)
         while True:
-            yield RouteChanged(chain.epoch, chain.route, reason, cause)
+            yield RouteChanged(chain.epoch, chain.route, reason, cause, chain.rebuilds[-1] if chain.rebuilds else None)
             known, begun = len(self.transcript), self.transcript.generated
             promised = {a.peer.peer_id: a for a in self._view.announcements()}
             heard_at = now()

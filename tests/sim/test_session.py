@@ -16,11 +16,11 @@ from swarm.errors import BadRequest, Busy, Cancelled, NoRoute, Unreachable
 from swarm.info import ask_for_plan
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
-from swarm.session import Session
+from swarm.session import RouteChanged, Session
 from swarm.testing import SimNode, SimTransport
 from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
 from swarm.transport import DELEGATE, Stream
-from swarm.types import PeerAddress, PeerId, SessionId
+from swarm.types import Hop, PeerAddress, PeerId, Route, SessionId
 from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -492,6 +492,35 @@ def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_commit
         assert tokens == world.decoder.generate(PROMPT, 20, 31, frozenset())
         assert session.finish_reason == "length"
         await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_thin_client_is_told_what_each_rebuild_cost() -> None:
+    async def main() -> None:
+        world = World(32)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        peers = {peer.node.address.peer_id: peer for peer in world.peers}
+        request = GenerationRequest(tuple(PROMPT), 20, SamplingParams(seed=32), frozenset())
+        routes: list[Route] = []
+        lost: list[Hop] = []
+        async with DelegatedSession(
+            SimTransport(world.owner), [world.peers[0].node.address], PROFILE, request, world.settings
+        ) as session:
+            async for event in session.events():
+                if isinstance(event, RouteChanged):
+                    routes.append(event.route)
+                elif event.index in (6, 12):
+                    lost.append(routes[-1].hops[event.index // 6])
+                    world.kill(peers[lost[-1].peer.peer_id], forget=True)
+        assert [list(rebuild.lost) for rebuild in session.rebuilds] == [[hop] for hop in lost]
+        for rebuild, hop, index in zip(session.rebuilds, lost, (7, 13), strict=True):
+            assert rebuild.token_index >= index
+            assert rebuild.kept == len(PROMPT) + rebuild.token_index
+            assert rebuild.replayed == ((hop.layers, rebuild.kept),)
+            assert 0 < rebuild.duration_s < 10
+            assert "lost" in rebuild.reason
 
     run_virtual(main)
 

@@ -187,14 +187,12 @@ def test_what_a_hop_says_of_times_and_reasons_is_cut() -> None:
     assert len(transcript.fresh[0].hops) == MAX_HOPS - 1
     said = pb.Error(code="x" * 10**6, message="y" * 10**6)
     assert len(error_from_wire(said).message) < 2 * MAX_MESSAGE_CHARS
-    assert (
-        len(
-            route_from_wire(
-                pb.RouteNews(hops=[pb.RouteHop(peer=pb.Address(peer_id="peer"), end=6)], reason="y" * 10**6)
-            ).reason
-        )
-        == MAX_MESSAGE_CHARS
-    )
+    hop = pb.RouteHop(peer=pb.Address(peer_id="peer"), end=6)
+    rebuilt = pb.Rebuilt(lost=[hop] * 10 * MAX_HOPS, replayed=[pb.Replayed(end=6)] * 10 * MAX_HOPS)
+    changed = route_from_wire(pb.RouteNews(hops=[hop], reason="y" * 10**6, rebuilt=rebuilt))
+    assert len(changed.reason) == MAX_MESSAGE_CHARS
+    assert changed.rebuild is not None
+    assert len(changed.rebuild.lost) == len(changed.rebuild.replayed) == MAX_HOPS
 
 
 def test_what_a_peer_says_in_words_is_one_line_without_commands_to_a_terminal() -> None:
