@@ -181,6 +181,7 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         older name for it. ``output_hidden_states`` costs a round trip more, and as many rows from each hop as there are
         logits.
         """
+        unsupported.pop("tokenizer", None)  # with which generate looks for stop_strings: it hands it on
         given = [name for name, value in unsupported.items() if value is not None]
         if given or output_attentions:
             raise BadRequest(f"a model on the swarm takes no {', '.join(given or ['output_attentions'])}")

@@ -199,6 +199,11 @@ def test_every_way_of_decoding_gives_what_the_whole_model_gives(
     assert model.client.run(world.stages()) == 0, "the sessions end with the call"
 
 
+def test_generate_may_be_given_the_tokenizer_as_for_stop_strings(model: SwarmForCausalLM, local: Any) -> None:
+    ours, theirs = both_ways(model, local, PROMPT, pad_token_id=0, do_sample=False, tokenizer=model.tokenizer())
+    assert ours.tolist() == theirs.tolist()
+
+
 def test_assisted_by_a_model_at_home(model: SwarmForCausalLM, local: Any) -> None:
     assistant = copy.deepcopy(local)
     ours, theirs = both_ways(model, local, PROMPT, pad_token_id=0, do_sample=False, assistant_model=assistant)
