@@ -225,7 +225,10 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         return output.to_tuple() if return_dict is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it. Sessions end with the call, unless it was given a cache or returns it."""
+        """As transformers has it; a text ends at the limit of tokens that a session may have, at the latest.
+
+        Sessions end with the call, unless it was given a cache or returns it.
+        """
         made: list[SwarmCache] = []
         token = _caches.set(made)
         for name in ("past_key_values", "cache"):
@@ -250,7 +253,8 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise BadRequest("a sequence of the batch ends with padding, so nothing says what follows; pad on the left")
-        longest = max(1, generation_config.max_length)
+        limit = min(self.client.profile.max_positions, self.client.settings.peer.max_cache_tokens_per_session)
+        generation_config.max_length = longest = max(1, min(generation_config.max_length, limit))
         cache = model_kwargs.get(CACHE)
         if cache is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = cache = self.new_cache(longest)

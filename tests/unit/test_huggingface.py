@@ -365,6 +365,17 @@ def test_a_session_that_ended_is_replaced_by_the_next_call(local: Any) -> None:
         cache.close()
 
 
+def test_a_text_ends_at_the_limit_of_tokens(model: SwarmForCausalLM, local: Any) -> None:
+    """All of it was lost there."""
+    long = PROMPT.repeat(1, 23)[:, :250]
+    found = model.generate(long, do_sample=False, max_new_tokens=20, eos_token_id=None)
+    with torch.no_grad():
+        expected = local.generate(long, do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(TooLong):
+        model.generate(PROMPT.repeat(1, 24), max_new_tokens=2)
+
+
 def test_pipelines_and_streamers(
     model: SwarmForCausalLM, local: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
