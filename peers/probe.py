@@ -23,14 +23,12 @@ from peers.executor import Executor, StepRequest, run
 from peers.kv_budget import KVBudget
 from swarm import protocol_pb2 as pb
 from swarm.admission import is_signed, vouch
-from swarm.announcement_record import MAX_MULTIADDRS
 from swarm.config import Settings
 from swarm.coverage import weights_bytes
-from swarm.errors import BadRequest, Busy, NotAdmitted, NotAllowed, ProtocolError, SwarmError, Unreachable
+from swarm.errors import BadRequest, Busy, NotAdmitted, NotAllowed, SwarmError, Unreachable
 from swarm.identity import Identity
 from swarm.info import ask_for_voucher, probe
 from swarm.models import ModelProfile
-from swarm.multiaddrs import tcp_endpoint
 from swarm.protocol import address_from_wire, rows_from_wire, rows_to_wire
 from swarm.transport import Transport
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState, SessionId, Voucher
@@ -281,30 +279,3 @@ async def obtain_voucher(
     if others:
         logger.warning("none of %d serving peers could probe our layers; they are asked again later", len(others))
     return vouch(identity, identity.peer_id, profile.model_id, layers)
-
-
-async def knock(peer: PeerAddress, deadline_s: float) -> None:
-    """A TCP connection to any of the announced addresses, each in its own time; relayed ones are left to libp2p.
-
-    (libp2p itself would reuse the connection through which the joiner asks, which says nothing about its address.)
-    Raises ``Unreachable``, or ``ProtocolError`` for what is no address.
-    """
-    try:
-        endpoints = [tcp_endpoint(address) for address in peer.multiaddrs[:MAX_MULTIADDRS]]
-    except ValueError as error:
-        raise ProtocolError(f"a peer that gives as its address: {error}") from None
-    direct = [endpoint for endpoint in endpoints if endpoint is not None]
-    if len(direct) < len(endpoints) or not direct:
-        return
-
-    async def dial(host: str, port: int) -> bool:
-        try:
-            async with asyncio.timeout(deadline_s):
-                _, writer = await asyncio.open_connection(host, port)
-        except (OSError, TimeoutError):
-            return False
-        writer.close()
-        return True
-
-    if not any(await asyncio.gather(*(dial(host, port) for host, port in direct))):
-        raise Unreachable(f"nothing listens at {', '.join(f'{host} port {port}' for host, port in direct)}")

@@ -16,7 +16,7 @@ from peers.engine import Engine
 from peers.machine import Speed, free_bytes, gflops, measure
 from peers.memory import MemoryPlan
 from peers.peer import Peer
-from peers.probe import Vouching, knock
+from peers.probe import Vouching
 from peers.process_memory import return_freed_heap
 from peers.rebalance import may_drop
 from peers.seat import Watch, credible
@@ -26,6 +26,7 @@ from peers.speed_cache import store_speed
 from swarm.admission import require
 from swarm.coverage import Coverage, served
 from swarm.errors import Busy, SwarmError
+from swarm.knock import knock
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerState, SessionId
 
 logger = logging.getLogger(__name__)

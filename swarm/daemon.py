@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from swarm import _hivemind, multiaddrs
 from swarm.config import Settings
-from swarm.daemon_requests import dial, own_addresses, translate
-from swarm.errors import ConfigError, Internal, Unreachable
+from swarm.daemon_requests import dial, is_connected, own_addresses, translate
+from swarm.errors import ConfigError, Internal, ProtocolError, Unreachable
 from swarm.identity import Identity
+from swarm.knock import knock
 from swarm.premises import reserved_ports, runtime_folder
 from swarm.types import PeerAddress, PeerId
 
@@ -28,6 +29,8 @@ _STOP_S = 2.0
 _RESTART_FIRST_S = 0.2
 _RESTART_MOST_S = 15.0
 """Waits between attempts to restart p2pd: doubled from the first to the longest, for ever."""
+_MOST_MISSED = 256
+"""Peers of which it is remembered that they could not be reached; the first of them is forgotten first."""
 
 Accept = Callable[[PeerId, str, str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """Takes an incoming stream: the remote, its address, the protocol, what it sends, what it is sent."""
@@ -61,6 +64,8 @@ class Daemon:
         self._usable = asyncio.Event()
         self._protocols: list[str] = []
         self._callbacks: list[RestartCallback] = []
+        self._missed: dict[PeerId, None] = {}
+        """Peers that could not be reached when they were last dialled."""
         self.alive = False
         """False between the death of p2pd and its restart, and after the end."""
         self.local = PeerAddress(identity.peer_id)
@@ -121,9 +126,34 @@ class Daemon:
 
     async def dial(self, peer: PeerAddress, protocol: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream to ``peer``, or with no ``protocol`` just a connection. Raises :class:`Unreachable`."""
+        if peer.peer_id in self._missed:
+            await self._look_for(peer)
         if not self.alive:
             raise Unreachable("the own p2p daemon is down; it is being restarted")
-        return await dial(self._socket, peer, protocol, self._settings.timeouts.connect_s)
+        try:
+            streams = await dial(self._socket, peer, protocol, self._settings.timeouts.connect_s)
+        except Unreachable:
+            self._missed[peer.peer_id] = None
+            if len(self._missed) > _MOST_MISSED:
+                del self._missed[next(iter(self._missed))]
+            raise
+        self._missed.pop(peer.peer_id, None)
+        return streams
+
+    async def _look_for(self, peer: PeerAddress) -> None:
+        """Raises :class:`Unreachable` unless somebody listens there, or the peer has connected to us.
+
+        After a dial that failed, p2pd does not even try for a while, and for longer after each further one, up to
+        minutes (libp2p's back-off): a peer that is back would be kept waiting. So p2pd dials only who may be there.
+        """
+        connect_s = self._settings.timeouts.connect_s
+        try:
+            await knock(peer, connect_s)
+        except ProtocolError:
+            return  # other addresses may be good
+        except Unreachable as error:
+            if not self.alive or not await is_connected(self._socket, peer, connect_s):
+                raise Unreachable(f"can't reach peer {peer.peer_id}: {error.message}") from None
 
     async def serve(self, protocol: str) -> None:
         """Accept its streams, after each restart, too."""
@@ -158,6 +188,7 @@ class Daemon:
         except Exception as error:
             raise translate(error, self.local, timeouts.daemon_start_s) from error
         self._p2p = p2p
+        self._missed.clear()
         if p2p.peer_id.to_base58() != self._identity.peer_id:
             raise Internal(f"p2pd runs as {p2p.peer_id}, not as {self._identity.peer_id}")
         self._found_at(map(str, p2p._visible_maddrs))

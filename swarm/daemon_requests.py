@@ -52,16 +52,27 @@ async def dial(
 
 async def own_addresses(socket: str, timeout_s: float) -> list[str] | None:
     """Where others can dial the daemon, as it knows by now; ``None``: it is not there, or does not respond."""
+    response = await _ask(socket, _pb.Request(type=_pb.Request.IDENTIFY), timeout_s)
+    return list(_texts(response.identify.addrs)) if response is not None else None
+
+
+async def is_connected(socket: str, peer: PeerAddress, timeout_s: float) -> bool:
+    """Whether there is a connection to ``peer``, whoever made it; False if the daemon does not respond."""
+    response = await _ask(socket, _pb.Request(type=_pb.Request.LIST_PEERS), timeout_s)
+    raw_id = _p2p.PeerID.from_base58(peer.peer_id).to_bytes()
+    return response is not None and any(info.id == raw_id for info in response.peers)
+
+
+async def _ask(socket: str, request: Any, timeout_s: float) -> Any:
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(socket)
             try:
-                response = await _call(reader, writer, _pb.Request(type=_pb.Request.IDENTIFY))
+                return await _call(reader, writer, request)
             finally:
                 writer.close()
     except (OSError, EOFError):  # TimeoutError is an OSError, IncompleteReadError an EOFError
         return None
-    return list(_texts(response.identify.addrs))
 
 
 def _texts(addresses: Iterable[bytes]) -> Iterator[str]:

@@ -433,6 +433,23 @@ def test_what_can_not_be_dialled_is_unreachable_in_time() -> None:
     asyncio.run(main())
 
 
+def test_a_peer_that_is_not_there_is_not_dialled_by_the_daemon_again_and_again() -> None:
+    """libp2p's back-off grows with every dial that fails, and would keep out a peer that is back."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            away = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}"
+        async with server() as one, server() as two:
+            peer = PeerAddress(two.local.peer_id, (away,))
+            for words in ("connection refused", "nothing listens", "nothing listens"):
+                with pytest.raises(Unreachable, match=words):
+                    await one.connect(peer)
+            await two.connect(one.local)
+            await one.connect(peer)  # by the connection that it made
+
+    asyncio.run(main())
+
+
 def test_a_taken_port_is_named_and_an_own_one_kept() -> None:
     async def main() -> None:
         async with server() as one:

@@ -1,17 +1,15 @@
-"""The arithmetic of a probe, and the knock at a peer's announced addresses. The rest: ``tests/sim/test_probe.py``."""
+"""The arithmetic of a probe. The rest: ``tests/sim/test_probe.py``."""
 
 from __future__ import annotations
 
-import asyncio
 import struct
 from dataclasses import replace
 
 import pytest
 import torch
 
-from peers.probe import ROWS, TOLERANCE, knock, relative_error, rows_for
-from swarm.errors import ProtocolError, Unreachable
-from swarm.types import LayerRange, PeerAddress, PeerId
+from peers.probe import ROWS, TOLERANCE, relative_error, rows_for
+from swarm.types import LayerRange
 from tests.sim.world import NUM_LAYERS, PROFILE
 
 PROFILE_16 = replace(PROFILE, hidden_size=16)
@@ -63,16 +61,3 @@ def test_after_the_last_layer_the_logits_count_too() -> None:
 def test_too_few_numbers_and_no_numbers_are_infinitely_wrong(found: bytes) -> None:
     expected = as_bytes(torch.ones(ROWS, 16))
     assert relative_error(found, expected, as_bytes(torch.zeros(ROWS, 16)), PROFILE_16, INNER) == float("inf")
-
-
-async def test_a_knock_needs_one_address_at_which_somebody_listens() -> None:
-    server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    here, relayed = f"/ip4/127.0.0.1/tcp/{port}", "/ip4/127.0.0.1/tcp/1/p2p-circuit"
-    async with server:
-        await knock(PeerAddress(PeerId("a"), ("/ip4/127.0.0.1/tcp/1", here)), 3.0)
-    await knock(PeerAddress(PeerId("a"), (relayed,)), 3.0)
-    with pytest.raises(Unreachable, match=r"nothing listens at 127\.0\.0\.1 port"):
-        await knock(PeerAddress(PeerId("a"), (here,)), 3.0)
-    with pytest.raises(ProtocolError):
-        await knock(PeerAddress(PeerId("a"), ("/unix/etc",)), 3.0)
