@@ -15,7 +15,7 @@ from typing import Self
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import BadRequest, DeadlineExceeded, StreamLost, SwarmError, Unreachable
+from swarm.errors import BadRequest, DeadlineExceeded, NoRoute, StreamLost, SwarmError, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import (
     MAX_HOPS,
@@ -122,16 +122,19 @@ class DelegatedSession:
         turn = failures = 0
         begun, lost_at = False, now()
         while True:
-            known = len(self.transcript)
+            known, opened = len(self.transcript), False
             peer = self._via[turn % len(self._via)]
             try:
                 async for event in self._through(peer):
-                    begun = True
+                    begun = opened = True
                     yield event
                 return
             except SwarmError as error:
                 # Only what another owner could do better is tried again: it has the same swarm to work with.
                 lost = isinstance(error, StreamLost | DeadlineExceeded | Unreachable) or error.code == "busy"
+                # An owner that has had a route waits for lost layers itself. One that takes over says at once that
+                # there is none: they may have been lost together with the owner before it.
+                lost = lost or (begun and not opened and isinstance(error, NoRoute))
                 turn += 1
                 failures += 1
                 if failures == 1 or len(self.transcript) > known:

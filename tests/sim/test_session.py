@@ -609,6 +609,17 @@ def test_a_thin_client_whose_only_owner_is_away_for_seconds_goes_on_when_it_is_b
     assert 8.0 <= delegated(39, [0], {7: restart}) < 10.0
 
 
+def test_a_thin_client_whose_owner_went_together_with_layers_waits_for_those() -> None:
+    """As a session does that has its owner still: the next one begins anew, and would give up at once."""
+
+    def lose(world: World, _: SimTransport) -> None:
+        for index in (0, 3):
+            world.kill(world.peers[index], forget=True)
+        world.later(8.0, world.add_peer(THIRDS[0]))
+
+    assert 8.0 <= delegated(43, [0, 4], {7: lose}) < 10.0
+
+
 def test_a_thin_client_whose_only_owner_is_gone_says_so_after_the_wait_for_a_replacement() -> None:
     """One that never began has nothing to lose, and says so soon."""
 
