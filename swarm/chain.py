@@ -24,7 +24,7 @@ from swarm import protocol_pb2 as pb
 from swarm.accusations import Accusations
 from swarm.config import Settings
 from swarm.control import HopControl, HopLost
-from swarm.errors import Busy, NoRoute, StreamLost, SwarmError
+from swarm.errors import Busy, NoRoute, StreamLost, SwarmError, Unreachable
 from swarm.events import Events
 from swarm.handover import Handover
 from swarm.health import Health
@@ -222,6 +222,16 @@ class Chain:
         logger.info("session %s can't reach %s [%s]: %s", self._name, hop.peer.peer_id[-6:], hop.layers, error)
 
     async def dial(self, hop: Hop) -> HopControl:
+        """Raises ``Unreachable``; not for what was the death of our own daemon."""
+        generation = await self._transport.ready()
+        try:
+            return await self._dial(hop)
+        except Unreachable:
+            if await self._transport.ready() == generation:
+                raise
+            return await self._dial(hop)
+
+    async def _dial(self, hop: Hop) -> HopControl:
         return await HopControl.dial(hop, self._transport, self.settings, self.events.put, self._tasks)
 
     async def _open_and_start(self) -> None:

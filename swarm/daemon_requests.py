@@ -19,6 +19,12 @@ _bindings = _hivemind.load("hivemind.p2p.p2p_daemon_bindings.utils")
 _pb = _hivemind.load("hivemind.proto.p2pd_pb2")
 
 
+_OWN_DAEMON_DOWN = (ConnectionError, FileNotFoundError, EOFError)
+"""What becomes of a request to a daemon that has ended."""
+_NOTICED_S = 0.05
+"""After this who watches the daemon knows it, too, and has others wait for the next one."""
+
+
 async def dial(
     socket: str, peer: PeerAddress, protocol: str | None, timeout_s: float
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -45,6 +51,8 @@ async def dial(
     except BaseException as error:
         if writer is not None:
             writer.transport.abort()
+        if isinstance(error, _OWN_DAEMON_DOWN):
+            await asyncio.sleep(_NOTICED_S)
         if isinstance(error, Exception):
             raise translate(error, peer, timeout_s) from None
         raise
@@ -97,7 +105,7 @@ def translate(error: Exception, peer: PeerAddress, deadline_s: float) -> SwarmEr
     text = str(error) or type(error).__name__
     if isinstance(error, TimeoutError):
         return Unreachable(f"peer {peer.peer_id} did not answer within {deadline_s:g} s")
-    if isinstance(error, ConnectionError | FileNotFoundError | EOFError):
+    if isinstance(error, _OWN_DAEMON_DOWN):
         return Unreachable(f"the own p2p daemon is down ({text})")
     if text.startswith("Daemon failed to start"):
         return Unreachable(text.replace("Daemon failed to start", "the own p2p daemon does not start"))

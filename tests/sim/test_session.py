@@ -354,6 +354,35 @@ def test_the_death_of_the_owners_own_daemon_blames_nobody_and_recomputes_nothing
     assert outcome.session.rebuilds[0].replayed == tuple((layers, 0) for layers in THIRDS)
 
 
+class SurprisedTransport(SimTransport):
+    """Of a process whose network daemon has just died, which the first dials show."""
+
+    async def open(self, peer: PeerAddress, protocol: str) -> Stream:
+        if not self.node.generation:
+            await asyncio.sleep(0.05)
+            self.node.generation = 1
+            raise Unreachable("the own p2p daemon is down")
+        return await super().open(peer, protocol)
+
+
+def test_a_session_that_begins_as_the_own_daemon_dies_has_its_route() -> None:
+    """It would take all peers for lost, and say that nobody serves the layers."""
+
+    async def main() -> None:
+        world = World(44)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        request = GenerationRequest(tuple(PROMPT), 8, SamplingParams(seed=44), frozenset())
+        transport = SurprisedTransport(world.owner)
+        async with Session(transport, world.directory, PROFILE, request, world.settings, world.health) as session:
+            tokens = [event.token_id async for event in session.events() if isinstance(event, Generated)]
+        assert tokens == world.decoder.generate(PROMPT, 8, 44, frozenset())
+        assert not any(world.health.cause(peer.node.address.peer_id) for peer in world.peers), "nobody is blamed"
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_full_peer_says_busy_and_another_takes_the_session() -> None:
     async def main() -> None:
         world = World(29)
