@@ -235,14 +235,20 @@ class Daemon:
 
     async def _watch(self) -> None:
         """hivemind doesn't notice that its daemon died, and calls hang for ever (H3)."""
-        while True:
-            await self._died()
-            self.alive = False
-            self._usable.clear()
-            log.error("p2pd (pid %d) ended; restarting it with the same identity and ports", self.pid)
-            self._on_death()
-            await self._end()
-            await self._restart()
+        telling: list[asyncio.Task[None]] = []
+        try:
+            while True:
+                await self._died()
+                self.alive = False
+                self._usable.clear()
+                log.error("p2pd (pid %d) ended; restarting it with the same identity and ports", self.pid)
+                self._on_death()
+                await cancel(telling)
+                await self._end()
+                await self._restart()
+                telling = [asyncio.create_task(self._tell_of_restart())]  # it may take long, and the next one may die
+        finally:
+            await cancel(telling)
 
     async def _died(self) -> None:
         """Returns when the daemon is dead; one that lives but no longer answers is killed first."""
@@ -281,6 +287,8 @@ class Daemon:
         self.restarts += 1
         self._usable.set()
         log.warning("p2pd runs again (pid %d)", self.pid)
+
+    async def _tell_of_restart(self) -> None:
         for callback in self._callbacks:
             try:
                 async with asyncio.timeout(self._settings.timeouts.daemon_start_s):

@@ -325,6 +325,25 @@ def test_the_own_daemon_is_replaced_on_the_same_address(how: signal.Signals) -> 
     asyncio.run(main())
 
 
+def test_a_daemon_that_dies_again_is_replaced_though_others_still_see_to_the_last_restart() -> None:
+    """They ask peers over the network, some of which don't answer: meanwhile all would seem to be unreachable."""
+
+    async def main() -> None:
+        async with client() as one:
+            told: list[int] = []
+
+            async def busy() -> None:
+                told.append(one.restarts)
+                await asyncio.Event().wait()
+
+            one.on_restart(busy)
+            for restart in (1, 2, 3):
+                os.kill(one.daemon_pid, signal.SIGKILL)
+                await eventually(lambda: one.restarts == restart and told[-1:] == [restart])  # noqa: B023
+
+    asyncio.run(main())
+
+
 def test_streams_of_a_dead_daemon_are_lost_and_new_ones_refused() -> None:
     async def main(remote: Remote) -> None:
         async with client() as transport:
