@@ -225,7 +225,11 @@ class StageTable:
         return row_bytes(encoding_of(stage.output_wire, profile.dtype), profile.hidden_size)
 
     def kv_tokens_free(self) -> int:
-        """Tokens that a session might have, over all layers of this peer."""
+        """Tokens that a session might have, over all layers of this peer; none where ``max_cached_sessions`` are at
+        work."""
+        self._mark_idle()
+        if self.budget.sessions - len(self.budget.idle) >= self.budget.max_sessions:
+            return 0
         block, profile = self.executor.kv_block, self.executor.profile
         one = self.executor.cache_bytes(self.executor.layers, block) + block * row_bytes(
             profile.dtype, profile.hidden_size

@@ -216,3 +216,17 @@ def test_of_an_earlier_session_no_more_is_taken_over_than_there_is_room_reserved
         assert lengths == ([taken] if taken else [])
 
     with_table(story)
+
+
+def test_a_peer_with_all_the_sessions_that_it_may_have_announces_no_room() -> None:
+    async def story(table: StageTable) -> None:
+        table.budget.max_sessions = 2
+        admit(table, "one", 8)
+        assert table.kv_tokens_free() > 0
+        admit(table, "two", 8)
+        assert table.kv_tokens_free() == 0
+        await become_idle()
+        assert table.kv_tokens_free() > 0, "idle sessions give way"
+        assert let_in(table, "three", 8)
+
+    with_table(story)
