@@ -284,10 +284,10 @@ class StageTable:
             await asyncio.sleep(idle_s / 10)
             now = asyncio.get_running_loop().time()
             self.prefixes.expire(now - idle_s)
-            for key, runner in list(self.runners.items()):
-                if now - runner.last_used > idle_s:
-                    logger.info("session %s was idle for %.0f s and is freed", key[0][:8], idle_s)
-                    self.free(key)
+            # in a list: what a loop named last, it would hold until the next one
+            for key in [key for key, runner in self.runners.items() if now - runner.last_used > idle_s]:
+                logger.info("session %s was idle for %.0f s and is freed", key[0][:8], idle_s)
+                self.free(key)
 
 
 def _key_of(stage: Stage) -> StageKey:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import cast
@@ -228,5 +230,20 @@ def test_a_peer_with_all_the_sessions_that_it_may_have_announces_no_room() -> No
         await become_idle()
         assert table.kv_tokens_free() > 0, "idle sessions give way"
         assert let_in(table, "three", 8)
+
+    with_table(story)
+
+
+def test_a_session_that_has_ended_is_held_by_nobody() -> None:
+    """Its cache, its log and what waits for it are memory that was given back."""
+
+    async def story(table: StageTable) -> None:
+        sweeping = asyncio.create_task(table.sweep())
+        ended = weakref.ref(admit(table, "ended", 8))
+        await asyncio.sleep(0.15 * SETTINGS.timeouts.session_idle_s)
+        table.free((SessionId("ended"), 0))
+        gc.collect()
+        assert ended() is None
+        sweeping.cancel()
 
     with_table(story)
