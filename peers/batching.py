@@ -138,7 +138,7 @@ class Batching:
         self._returned_at: float | None = None
         """When they are no longer waited for; None: the pass is not over."""
         self._turns: dict[str, int] = {}
-        """When each owner of a waiting prompt had its last turn, in turns."""
+        """When each owner had its last turn, in turns; those of whom it matters."""
         self._turn = 0
 
     def __len__(self) -> int:
@@ -211,8 +211,9 @@ class Batching:
         return self._decoded_at + PATIENCE * self._period_s if held else float("-inf")
 
     def _in_turn(self, prompts: list[Waiting]) -> list[Waiting]:
-        owners = {waiting.request.owner for waiting in self._waiting if waiting.is_prefill}
-        self._turns = {owner: turn for owner, turn in self._turns.items() if owner in owners}
+        """Those first whose owners had their last turn longest ago."""
+        first = min((self._turns.get(waiting.request.owner, 0) for waiting in prompts), default=self._turn)
+        self._turns = {owner: turn for owner, turn in self._turns.items() if turn >= first}
         return sorted(prompts, key=lambda waiting: self._turns.get(waiting.request.owner, 0))
 
     def _cohort(self, steps: list[Waiting], now: float) -> list[Waiting]:

@@ -251,6 +251,27 @@ def test_owners_take_turns_however_many_prompts_they_have(thread: Thread) -> Non
     assert owners == ["many", "one", "many", "one", "many", "many"]
 
 
+def owners_of(batch: list[Waiting]) -> list[str]:
+    return [waiting.request.owner for waiting in batch]
+
+
+CHUNK = 30
+
+
+def test_an_owner_whose_prompts_always_wait_has_its_turn_among_those_who_come_and_go(thread: Thread) -> None:
+    """Their next chunks come during the pass after their last."""
+    for owner in ["many"] * 40 + [f"one of {number}" for number in range(8)]:
+        thread.add(CHUNK, owner=owner)
+    turns, returning = [], []
+    for _ in range(20):
+        batch = thread.batching.take(0.0)
+        turns += owners_of(batch)
+        for owner in returning:
+            thread.add(CHUNK, owner=owner)
+        returning = [owner for owner in owners_of(batch) if owner != "many"]
+    assert turns.count("many") >= len(turns) // 9 - 1
+
+
 def test_steps_of_other_layers_have_a_pass_of_their_own(thread: Thread) -> None:
     thread.add(1, layers=BACK)
     thread.add(1)
