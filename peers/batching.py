@@ -1,8 +1,8 @@
 """What the compute thread runs next. Pure: steps and the time come in, a batch goes out.
 
 Decode steps go first, then chunks of prompts up to ``engine.max_batch_tokens`` rows. Steps of one batch share a layer
-sub-range; the oldest waiting step chooses it. Owners take turns: one with many prompts makes another's wait for one of
-them, not for all.
+sub-range. The oldest waiting step chooses it, or of prompts the one whose owner's turn it is; after a pass with prompts
+the oldest decode step does. Owners take turns: one with many prompts makes another's wait for one of them, not for all.
 
 While sessions decode, a chunk is run in pieces of ``engine.mixed_prefill_tokens`` rows, so that it holds none of them
 up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
@@ -171,12 +171,14 @@ class Batching:
         if self._awaits_return(now):
             return []
         held = now < self._held_until(now)
-        oldest = next((waiting for waiting in self._waiting if not (held and waiting.is_prefill)), None)
+        steps_first = held or (self._had_piece and any(not waiting.is_prefill for waiting in self._waiting))
+        oldest = next((waiting for waiting in self._waiting if not (steps_first and waiting.is_prefill)), None)
         if oldest is None:
             return []
-        fitting = [waiting for waiting in self._waiting if waiting.request.layers == oldest.request.layers]
-        steps = [waiting for waiting in fitting if not waiting.is_prefill]
-        prompts = self._in_turn([waiting for waiting in fitting if waiting.is_prefill])
+        prompts = self._in_turn()
+        layers = (prompts[0] if oldest.is_prefill else oldest).request.layers
+        steps = [waiting for waiting in self._waiting if waiting.request.layers == layers and not waiting.is_prefill]
+        prompts = [prompt for prompt in prompts if prompt.request.layers == layers]
         if steps:
             steps = self._cohort(steps, now)
             self._note_decode(now)
@@ -210,11 +212,12 @@ class Batching:
         held = self._had_piece and self._others_decode(now)
         return self._decoded_at + PATIENCE * self._period_s if held else float("-inf")
 
-    def _in_turn(self, prompts: list[Waiting]) -> list[Waiting]:
-        """Those first whose owners had their last turn longest ago."""
-        first = min((self._turns.get(waiting.request.owner, 0) for waiting in prompts), default=self._turn)
+    def _in_turn(self) -> list[Waiting]:
+        """All prompts, those first whose owners had their last turn longest ago."""
+        prompts = [waiting for waiting in self._waiting if waiting.is_prefill]
+        first = min((self._turns.get(prompt.request.owner, 0) for prompt in prompts), default=self._turn)
         self._turns = {owner: turn for owner, turn in self._turns.items() if turn >= first}
-        return sorted(prompts, key=lambda waiting: self._turns.get(waiting.request.owner, 0))
+        return sorted(prompts, key=lambda prompt: self._turns.get(prompt.request.owner, 0))
 
     def _cohort(self, steps: list[Waiting], now: float) -> list[Waiting]:
         """The oldest of the steps: as many as are run now."""

@@ -272,6 +272,23 @@ def test_an_owner_whose_prompts_always_wait_has_its_turn_among_those_who_come_an
     assert turns.count("many") >= len(turns) // 9 - 1
 
 
+def test_owners_take_turns_whatever_layers_they_ask_for(thread: Thread) -> None:
+    for _ in range(4):
+        thread.add(2 * CHUNK, layers=BACK, owner="many")
+    thread.add(2 * CHUNK, owner="one")
+    assert [owners_of(thread.batching.take(0.0)) for _ in range(3)] == [["many"] * 2, ["one"], ["many"] * 2]
+
+
+def test_a_decode_step_of_other_layers_waits_for_one_pass_of_prompts(thread: Thread) -> None:
+    thread.add(1, layers=BACK)
+    assert thread.rows(0.0) == [1]
+    for _ in range(16):
+        thread.add(150, 0.1)
+    assert 1 not in thread.rows(0.1)
+    thread.add(1, 0.1, BACK)
+    assert thread.rows(0.2) == [1]
+
+
 def test_steps_of_other_layers_have_a_pass_of_their_own(thread: Thread) -> None:
     thread.add(1, layers=BACK)
     thread.add(1)
