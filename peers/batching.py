@@ -2,7 +2,11 @@
 
 Decode steps go first, then chunks of prompts up to ``engine.max_batch_tokens`` rows. Steps of one batch share a layer
 sub-range. The oldest waiting step chooses it, or of prompts the one whose owner's turn it is; after a pass with prompts
-the oldest decode step does. Owners take turns: one with many prompts makes another's wait for one of them, not for all.
+the oldest decode step does.
+
+Owners have equal shares, however many prompts they have: each has as many chunks in a pass as the one with the fewest,
+and as many of the pieces below. A session's next chunk is submitted only when its last one is done, too late for the
+pass that follows at once. So where that session is all that its owner has, and others wait, this pass waits for it.
 
 While sessions decode, a chunk is run in pieces of ``engine.mixed_prefill_tokens`` rows, so that it holds none of them
 up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
@@ -21,9 +25,10 @@ behind the other. Where there is one stage only, two groups become one: each wai
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 
 from peers.drafting import MAX_DRAFT
 from peers.executor import Done, StepReply, StepRequest
@@ -37,14 +42,14 @@ PATIENCE = 1.5
 LEAST_TOGETHER = 4
 """So few sessions wait for memory, not for arithmetic: apart they would take longer and leave no one free earlier."""
 RETURN_S = 0.005
-"""So soon the sessions of a pass have their next steps here, if there is no other stage."""
+"""So soon the sessions of a pass have their next steps here, if no other stage has to run anything before."""
 MOST_PIECES = 8
-"""Of as many prompts in one pass, while sessions decode."""
+"""So many in one pass at most, while sessions decode, and no more than there are prompts."""
 SMOOTHING = 0.2
 """Weight of the newest such time in what is usual."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """A step, from when it was submitted until all of it was run."""
 
@@ -135,8 +140,10 @@ class Batching:
         """When each session, by its cache's ``id``, had its last decode step here."""
         self._returning: set[int] = set()
         """Sessions of the last pass whose next steps will be here at once."""
+        self._following: dict[int, str] = {}
+        """Owners of the prompts of the last pass that are to go on, by the cache's ``id``."""
         self._returned_at: float | None = None
-        """When they are no longer waited for; None: the pass is not over."""
+        """When neither is waited for any longer; None: the pass is not over."""
         self._turns: dict[str, int] = {}
         """When each owner had its last turn, in turns; those of whom it matters."""
         self._turn = 0
@@ -149,12 +156,15 @@ class Batching:
 
     def add(self, *waiting: Waiting) -> None:
         self._waiting.extend(waiting)
-        self._returning -= {id(one.request.cache) for one in waiting}
+        for one in waiting:
+            self._returning.discard(id(one.request.cache))
+            self._following.pop(id(one.request.cache), None)
 
     def forget(self, cache: int) -> list[Waiting]:
         """The steps with the cache of this ``id``: they wait no longer, and others don't wait for them."""
         self._decoding.pop(cache, None)
         self._returning.discard(cache)
+        self._following.pop(cache, None)
         forgotten = [waiting for waiting in self._waiting if id(waiting.request.cache) == cache]
         self._waiting = deque(waiting for waiting in self._waiting if id(waiting.request.cache) != cache)
         return forgotten
@@ -178,29 +188,29 @@ class Batching:
         prompts = self._in_turn()
         layers = (prompts[0] if oldest.is_prefill else oldest).request.layers
         steps = [waiting for waiting in self._waiting if waiting.request.layers == layers and not waiting.is_prefill]
-        prompts = [prompt for prompt in prompts if prompt.request.layers == layers]
         if steps:
             steps = self._cohort(steps, now)
             self._note_decode(now)
-        most = self._piece_tokens if self._others_decode(now) else self._max_tokens
-        self._gave_way = bool(steps and prompts) and not self._gave_way
+        shares = self._shares([prompt for prompt in prompts if prompt.request.layers == layers], now)
+        self._gave_way = bool(steps and shares) and not self._gave_way
+        wanted = [(step, step.request.rows) for step in steps]
         batch: list[Waiting] = []
         rows = 0
-        if most < self._max_tokens:
-            prompts = prompts[:MOST_PIECES]
-        for waiting in steps if self._gave_way else steps + prompts:
+        for waiting, most in wanted if self._gave_way else wanted + shares:
             room = self._max_tokens - rows
             if batch and room <= 0:
                 break
-            rows += waiting.cut(max(1, min(most, room)) if waiting.is_prefill else waiting.request.rows)
+            rows += waiting.cut(max(1, min(most, room)) if waiting.is_prefill else most)
             batch.append(waiting)
             if waiting.is_prefill:
                 self._had_piece = True
                 self._turn += 1
                 self._turns[waiting.request.owner] = self._turn
         self._returning = {id(waiting.request.cache) for waiting in batch if len(waiting.request.round) == 1}
-        chosen = {id(waiting) for waiting in batch}
-        self._waiting = deque(waiting for waiting in self._waiting if id(waiting) not in chosen)
+        going_on = [waiting.request for waiting in batch if waiting.is_prefill and waiting.request.more]
+        self._following = {id(request.cache): request.owner for request in going_on}
+        chosen = set(batch)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting not in chosen)
         return batch
 
     def _others_decode(self, now: float) -> bool:
@@ -212,12 +222,29 @@ class Batching:
         held = self._had_piece and self._others_decode(now)
         return self._decoded_at + PATIENCE * self._period_s if held else float("-inf")
 
+    def _owners_that_wait(self) -> set[str]:
+        return {waiting.request.owner for waiting in self._waiting if waiting.is_prefill}
+
     def _in_turn(self) -> list[Waiting]:
         """All prompts, those first whose owners had their last turn longest ago."""
         prompts = [waiting for waiting in self._waiting if waiting.is_prefill]
         first = min((self._turns.get(prompt.request.owner, 0) for prompt in prompts), default=self._turn)
         self._turns = {owner: turn for owner, turn in self._turns.items() if turn >= first}
         return sorted(prompts, key=lambda prompt: self._turns.get(prompt.request.owner, 0))
+
+    def _shares(self, prompts: list[Waiting], now: float) -> list[tuple[Waiting, int]]:
+        """Which of the prompts are run next, and how many rows of each at most."""
+        by_owner: dict[str, list[Waiting]] = {}
+        for prompt in prompts:
+            by_owner.setdefault(prompt.request.owner, []).append(prompt)
+        if prompts and self._others_decode(now):
+            places = (own[turn % len(own)] for turn in count() for own in by_owner.values())
+            pieces = Counter(islice(places, min(len(prompts), MOST_PIECES)))
+            return [(prompt, number * self._piece_tokens) for prompt, number in pieces.items()]
+        owners = self._owners_that_wait() | set(self._following.values())
+        fewest = min((len(by_owner.get(owner, ())) for owner in owners), default=0)
+        each = max(1, fewest) if len(owners) > 1 else len(prompts)
+        return [(own[turn], self._max_tokens) for turn in range(each) for own in by_owner.values() if turn < len(own)]
 
     def _cohort(self, steps: list[Waiting], now: float) -> list[Waiting]:
         """The oldest of the steps: as many as are run now."""
@@ -230,15 +257,21 @@ class Batching:
         return steps[: math.ceil(len(steps) / max(1, min(passes, most)))]
 
     def _awaits_return(self, now: float) -> bool:
-        """Of two groups of sessions at the only stage, one waits for the other."""
-        if not self._returning or all(waiting.is_prefill for waiting in self._waiting):
+        """Of two groups of sessions at the only stage, one waits for the other, and one owner's prompts for those of
+        another that go on at once."""
+        owners = self._owners_that_wait()
+        if any(not waiting.is_prefill for waiting in self._waiting):
+            awaited = bool(self._returning)
+        else:
+            awaited = bool(owners) and not owners.issuperset(self._following.values())
+        if not awaited:
             self._returned_at = None
             return False
         if self._returned_at is None:
             self._returned_at = now + RETURN_S
         if now < self._returned_at:
             return True
-        self._returning, self._returned_at = set(), None
+        self._returning, self._following, self._returned_at = set(), {}, None
         return False
 
     def _note_decode(self, now: float) -> None:

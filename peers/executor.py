@@ -60,6 +60,8 @@ class StepRequest:
     """How hidden states come in and go out, see ``swarm.wire``."""
     owner: str = ""
     """Of the session: prompts of different owners take turns."""
+    more: bool = False
+    """Rows of the session that its owner knows already are to follow these."""
     round: Sequence[bytes] = ()
     """Where tokens are sampled: what the stages said of their time when the session's last one went round the ring."""
 

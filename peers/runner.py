@@ -229,6 +229,7 @@ class StageRunner:
             input_wire=stage.input_wire,
             output_wire=stage.output_wire,
             owner=stage.owner,
+            more=start + rows < max(stage.known, stage.expected),
             round=stage.trace.get(start, ()) if stage.last else (),
         )
         self.executor.submit(step, lambda reply: self._computed(job, step, reply))

@@ -122,6 +122,9 @@ class ToyExecutor:
             await asyncio.sleep(self.layer_s * len(step.layers) * (1 + step.rows / 8))
             await self.node.awake()
         self.passes += 1
+        return self.computed(step)
+
+    def computed(self, step: StepRequest) -> StepReply:
         assert isinstance(step.cache, ToyCache)
         came, goes = (row_bytes(encoding_of(wire, "float32"), 2) for wire in (step.input_wire, step.output_wire))
         if step.hidden is not None and BROKEN_ROW[:came] in step.hidden:

@@ -38,10 +38,11 @@ class Thread:
         owner: str = "",
         round_: Sequence[bytes] = (),
         cache: Cache | None = None,
+        more: bool = False,
     ) -> None:
         ids = [1] * rows if layers.start == 0 else None
         self.caches.append(cache or Cache())
-        step = StepRequest(layers, self.caches[-1], 0, rows, ids, None, owner=owner, round=round_)
+        step = StepRequest(layers, self.caches[-1], 0, rows, ids, None, owner=owner, round=round_, more=more)
         self.batching.add(Waiting(step, lambda reply: None, now))
 
     def rows(self, now: float) -> list[int]:
@@ -258,6 +259,47 @@ def owners_of(batch: list[Waiting]) -> list[str]:
 CHUNK = 30
 
 
+def test_a_prompt_that_goes_on_is_waited_for_by_those_of_other_owners(thread: Thread) -> None:
+    going_on = Cache()
+    for _ in range(6):
+        thread.add(CHUNK, owner="many", more=True)
+    thread.add(CHUNK, owner="one", cache=going_on, more=True)
+    assert owners_of(thread.batching.take(0.0)) == ["many", "one"]
+    assert thread.rows(0.1) == []
+    assert thread.batching.hold_s(0.1) == pytest.approx(RETURN_S)
+    thread.add(CHUNK, owner="one", cache=going_on, more=True)
+    assert owners_of(thread.batching.take(0.1)) == ["many", "one"]
+    assert [thread.rows(0.2), thread.rows(0.2 + RETURN_S / 2)] == [[], []]
+    assert thread.rows(0.2 + RETURN_S) == [CHUNK, CHUNK, 4], "it did not come, and has no share"
+
+
+@pytest.mark.parametrize(
+    ("owner", "more", "decode"),
+    [
+        pytest.param("many", True, False, id="nobody else waits"),
+        pytest.param("one", False, False, id="it does not go on"),
+        pytest.param("one", True, True, id="decode steps wait"),
+    ],
+)
+def test_else_no_pass_waits_for_a_prompt(thread: Thread, owner: str, more: bool, decode: bool) -> None:
+    thread.add(CHUNK, owner=owner, more=more)
+    for _ in range(6):
+        thread.add(CHUNK, owner="many", more=True)
+    assert thread.rows(0.0)
+    if decode:
+        thread.add(1)
+    assert thread.rows(0.1)
+
+
+def test_an_owner_with_one_prompt_has_as_many_pieces_as_one_with_many(thread: Thread) -> None:
+    thread.batching = Batching(1000, PIECE)
+    thread.decode(0.0)
+    for _ in range(16):
+        thread.add(200, owner="many")
+    thread.add(200, owner="one")
+    assert thread.rows(0.01) == [PIECE, 4 * PIECE, PIECE, PIECE, PIECE]
+
+
 def test_an_owner_whose_prompts_always_wait_has_its_turn_among_those_who_come_and_go(thread: Thread) -> None:
     """Their next chunks come during the pass after their last."""
     for owner in ["many"] * 40 + [f"one of {number}" for number in range(8)]:
@@ -276,7 +318,7 @@ def test_owners_take_turns_whatever_layers_they_ask_for(thread: Thread) -> None:
     for _ in range(4):
         thread.add(2 * CHUNK, layers=BACK, owner="many")
     thread.add(2 * CHUNK, owner="one")
-    assert [owners_of(thread.batching.take(0.0)) for _ in range(3)] == [["many"] * 2, ["one"], ["many"] * 2]
+    assert [owners_of(thread.batching.take(0.0)) for _ in range(3)] == [["many"], ["one"], ["many", "many"]]
 
 
 def test_a_decode_step_of_other_layers_waits_for_one_pass_of_prompts(thread: Thread) -> None:
