@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import statistics
 from collections import deque
@@ -64,6 +65,10 @@ class _Link:
     """Number of the newest pong."""
     pong: asyncio.Event = field(default_factory=asyncio.Event)
     watcher: asyncio.Task[None] | None = None
+    prompts: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever sends rows of a prompt until the stream has taken most of them. A token that comes meanwhile
+    waits for these, not for a frame of each session. A session's frames stay in order: its runner sends one at a time.
+    """
 
 
 class Links:
@@ -133,9 +138,10 @@ class Links:
     async def send(self, peer: PeerAddress, message: pb.LinkMessage) -> None:
         """Raises ``Unreachable`` or ``StreamLost``; the next send dials again."""
         link = self._links.get(peer.peer_id) or await self._dial(peer)
-        link.last_used = _now()
         try:
-            await link.stream.send(message.SerializeToString())
+            async with link.prompts if message.frame.want_ack else contextlib.nullcontext():
+                link.last_used = _now()
+                await link.stream.send(message.SerializeToString())
         except StreamLost as error:
             self._lose(peer.peer_id, link, error)  # what others have sent on it is lost, too
             raise

@@ -89,3 +89,43 @@ def test_a_link_that_a_frame_breaks_is_lost_to_all_who_use_it(error: SwarmError)
             await links.aclose()
 
     run_virtual(main)
+
+
+def test_a_token_waits_for_one_frame_of_a_prompt_not_for_one_of_each_session() -> None:
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        own, remote = network.add("own"), network.add("remote")
+        arrived: list[str] = []
+
+        async def handle(stream: Stream) -> None:
+            with contextlib.suppress(StreamLost):
+                while (frame := await stream.receive()) is not None:
+                    arrived.append(decode(pb.LinkMessage, frame).frame.session)
+
+        await SimTransport(remote).serve(LINK, handle)
+        async with asyncio.TaskGroup() as tasks:
+            links = Links(SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *_: None)
+            await links.reach(remote.address)
+            link = links._links[remote.address.peer_id]
+            assert link.watcher is not None
+            link.watcher.cancel()  # no pings
+            takes_at_once, taken = link.stream.send, asyncio.Semaphore(0)
+
+            async def send(frame: bytes) -> None:
+                await takes_at_once(frame)
+                await taken.acquire()
+
+            link.stream.send = send  # type: ignore[method-assign]
+            prompts = [pb.LinkMessage(frame=pb.Frame(session=f"prompt {number}", want_ack=True)) for number in range(3)]
+            token = pb.LinkMessage(frame=pb.Frame(session="token"))
+            for message in [*prompts, token]:
+                tasks.create_task(links.send(remote.address, message))
+            await asyncio.sleep(1.0)
+            assert arrived == ["prompt 0", "token"]
+            for _ in range(4):
+                taken.release()
+            await asyncio.sleep(1.0)
+            assert arrived == ["prompt 0", "token", "prompt 1", "prompt 2"]
+            await links.aclose()
+
+    run_virtual(main)
