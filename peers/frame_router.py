@@ -55,6 +55,13 @@ class FrameRouter:
     def link_s(self, peer: PeerId) -> float:
         return self._links.one_way_s(peer)
 
+    def frame_rows(self, peer: PeerId, row_bytes: int) -> int:
+        here = self._table.settings.limits.max_frame_bytes // row_bytes
+        return self._links.frame_rows(peer, row_bytes) if peer != self.local_id else here
+
+    def carried(self, peer: PeerAddress) -> int:
+        return self._links.carried(peer.peer_id)
+
     def prober(self, view: View) -> LinkProber:
         """Of the links from here."""
         executor = self._table.executor

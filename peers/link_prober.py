@@ -106,7 +106,7 @@ class LinkProber:
         measured, used_at = self._links.measured, self._links.used_at
         oldest = asyncio.get_running_loop().time() - 2 * self._settings.discovery.ping_period_s
         present = {a.peer.peer_id for a in self._view.announcements()}
-        known = [peer for peer in measured if peer in present and measured[peer].at >= oldest]
+        known = [peer for peer, way in measured.items() if peer in present and way.round_trips and way.at >= oldest]
         place = {peer: index for index, peer in enumerate(self._chosen)}
         known.sort(key=lambda peer: (-used_at(peer), place.get(peer, MOST_REPORTS)))
         return tuple(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import statistics
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
+from peers.line import Line, Measured
 from swarm import protocol_pb2 as pb
 from swarm.config import TimeoutSettings
 from swarm.errors import DeadlineExceeded, StreamLost, SwarmError
@@ -23,34 +21,13 @@ logger = logging.getLogger(__name__)
 ReplyHandler = Callable[[PeerId, pb.LinkMessage], None]
 LostHandler = Callable[[PeerId, SwarmError], None]
 
-SAMPLES = 8
-"""Newest round trips that count, of this link and of those before to the same peer."""
 PROBE_PINGS = 5
 """The first of a link does not count: it may wait until the remote has accepted the stream."""
 MOST_MEASURED = 256
 """Peers whose round trip is remembered; the one measured longest ago is forgotten first."""
 
 
-@dataclass(slots=True)
-class Measured:
-    """The way to another peer and back."""
-
-    at: float = 0.0
-    """When it was measured last, by the loop's clock."""
-    round_trips: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
-    one_way_s: float = 0.0
-
-    def add(self, round_trip_s: float, at: float) -> None:
-        self.at = at
-        self.round_trips.append(round_trip_s)
-        # The lower quartile: pings that met a busy process, perhaps all of one probe, say nothing of the link.
-        self.one_way_s = sorted(self.round_trips)[(len(self.round_trips) - 1) // 4] / 2
-
-    @property
-    def jitter_s(self) -> float:
-        """Mean deviation of :attr:`one_way_s`."""
-        middle = self.one_way_s
-        return statistics.fmean(abs(sample / 2 - middle) for sample in self.round_trips)
+_UNKNOWN = Measured()
 
 
 @dataclass(slots=True, eq=False)
@@ -64,11 +41,10 @@ class _Link:
     answered: int = 0
     """Number of the newest pong."""
     pong: asyncio.Event = field(default_factory=asyncio.Event)
+    line: Line = field(default_factory=Line)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Of whose frame is next; the others come after it in the order in which they asked."""
     watcher: asyncio.Task[None] | None = None
-    prompts: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever sends rows of a prompt until the stream has taken most of them. A token that comes meanwhile
-    waits for these, not for a frame of each session. A session's frames stay in order: its runner sends one at a time.
-    """
 
 
 class Links:
@@ -100,6 +76,15 @@ class Links:
         """Half of the measured round trip; 0 if none was measured."""
         known = self.measured.get(peer)
         return known.one_way_s if known is not None else 0.0
+
+    def frame_rows(self, peer: PeerId, row_bytes: int) -> int:
+        """What one frame to ``peer`` should have at most, so that what is sent after it need not wait long."""
+        return self.measured.get(peer, _UNKNOWN).frame_rows(row_bytes)
+
+    def carried(self, peer: PeerId) -> int:
+        """Changes as frames of prompts and replays arrive at ``peer``."""
+        link = self._links.get(peer)
+        return link.line.carried if link is not None else 0
 
     def used_at(self, peer: PeerId) -> float:
         """When a session last sent something to ``peer``, by the loop's clock; 0: never on this link."""
@@ -138,13 +123,34 @@ class Links:
     async def send(self, peer: PeerAddress, message: pb.LinkMessage) -> None:
         """Raises ``Unreachable`` or ``StreamLost``; the next send dials again."""
         link = self._links.get(peer.peer_id) or await self._dial(peer)
+        frame = message.SerializeToString()
         try:
-            async with link.prompts if message.frame.want_ack else contextlib.nullcontext():
+            if message.frame.want_ack:
+                await self._send_in_turn(peer.peer_id, link, frame)
+            else:
                 link.last_used = _now()
-                await link.stream.send(message.SerializeToString())
+                await link.stream.send(frame)
         except StreamLost as error:
             self._lose(peer.peer_id, link, error)  # what others have sent on it is lost, too
             raise
+
+    async def _send_in_turn(self, peer: PeerId, link: _Link, frame: bytes) -> None:
+        """A frame of a prompt or replay, once what is under way leaves room for it."""
+        async with link.turn:
+            line = link.line
+            while line.under_way_bytes and (
+                line.under_way_bytes + len(frame) > self.measured.get(peer, _UNKNOWN).lead_bytes
+            ):
+                if self._links.get(peer) is not link:
+                    raise StreamLost(f"the link to {peer[-6:]} is lost")
+                if line.unmarked:  # who sent it was cancelled before its ping
+                    await self._ping(link)
+                link.pong.clear()
+                await link.pong.wait()
+            began_at = link.last_used = _now()
+            line.sent(len(frame))
+            await link.stream.send(frame)
+            await self._ping(link, began_at, len(frame))
 
     async def _dial(self, peer: PeerAddress) -> _Link:
         lock = self._dialling.setdefault(peer.peer_id, asyncio.Lock())
@@ -191,24 +197,22 @@ class Links:
             self._drop(peer_id, link)
 
     @staticmethod
-    async def _ping(link: _Link) -> None:
+    async def _ping(link: _Link, began_at: float | None = None, size_bytes: int = 0) -> None:
+        """Behind a frame of ``size_bytes`` whose sending began then, or alone."""
         link.pings += 1
         link.pinged_at = _now()
+        link.line.pinged(link.pings, link.pinged_at if began_at is None else began_at, size_bytes)
         await link.stream.send(pb.LinkMessage(ping=link.pings).SerializeToString())
 
     def _measure(self, peer: PeerId, link: _Link, number: int) -> None:
-        if number != link.pings:
-            return  # a later one is on its way, and its time of departure alone is known
+        if not link.answered < number <= link.pings:
+            return
         link.answered = number
         link.pong.set()
-        now = _now()
-        round_trip_s = now - link.pinged_at
-        if number == 1:
+        known = self.measured.pop(peer, None) or Measured()
+        link.line.ponged(number, _now(), known)
+        if not (known.round_trips or known.rates):
             return
-        known = self.measured.pop(peer, None)
-        if known is None:
-            known = Measured()
-        known.add(round_trip_s, now)
         self.measured[peer] = known
         while len(self.measured) > MOST_MEASURED:
             del self.measured[next(iter(self.measured))]
@@ -222,6 +226,7 @@ class Links:
     def _drop(self, peer_id: PeerId, link: _Link) -> None:
         if self._links.get(peer_id) is link:
             del self._links[peer_id]
+        link.pong.set()  # nobody need wait for it any more
         link.stream.abort()
         if link.watcher is not None and link.watcher is not asyncio.current_task():
             link.watcher.cancel()

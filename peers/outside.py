@@ -26,3 +26,9 @@ class Outside(Protocol):
 
     def link_s(self, peer: PeerId) -> float:
         """Measured time one way to ``peer``; 0: not measured."""
+
+    def frame_rows(self, peer: PeerId, row_bytes: int) -> int:
+        """What one frame to ``peer`` should have at most: fewer rows on a narrow link."""
+
+    def carried(self, peer: PeerAddress) -> int:
+        """Changes as frames of prompts and replays arrive at ``peer``, whichever session they are of."""

@@ -28,7 +28,6 @@ from swarm.wire import encoding_of, row_bytes
 
 logger = logging.getLogger(__name__)
 
-
 MakeRoom = Callable[["StageRunner", int], bool]
 """Have memory for the stage's positions up to this one. ``False``: there is none; the stage gave way, and is closed."""
 
@@ -163,10 +162,11 @@ class StageRunner:
         return reply
 
     def status(self, draining: bool) -> pb.Status:
-        """``computed`` changes as the stage gets on: by its rows, and while a step waits for its turn, by passes for
-        others. An owner gives up a stage that stands still, and all that it has would be computed again, by as busy a
-        peer."""
+        """``computed`` changes as the stage gets on: by its rows, while a step waits for its turn by passes for others,
+        and while rows wait for the line, by what it carries for others. An owner gives up a stage that stands still,
+        and all that it has would be computed again, by as busy a peer."""
         turns = self.executor.passes % 2**31 if self.computing else 0
+        turns += sum(self.outside.carried(f.target.peer) for f in self._followers if f.sending and f.target.peer)
         return pb.Status(
             epoch=self.stage.epoch,
             have=self.stage.have,
@@ -208,8 +208,7 @@ class StageRunner:
 
     def _step(self, job: _Job) -> None:
         stage = self.stage
-        start = job.start + job.offset
-        rows = job.rows - job.offset
+        start, rows = job.start + job.offset, job.rows - job.offset
         if stage.first:
             engine, known = self.settings.engine, min((target.cursor for target in stage.targets), default=0)
             replayed = start + engine.replay_chunk_tokens <= known  # nobody waits for these outputs
@@ -347,6 +346,8 @@ class StageRunner:
             self.owner.report(error, target.peer.peer_id if target.peer else None)
 
     async def _send_rows(self, target: Target, chunk: int) -> bool:
+        if target.peer is not None and self.stage.log is not None:
+            chunk = min(chunk, self.outside.frame_rows(target.peer.peer_id, self.stage.log.row_bytes))
         span = self.stage.next_rows(target, chunk)
         if span is None:
             return False
@@ -372,6 +373,7 @@ class StageRunner:
             target.unacked.append(target.sequence)
         target.sequence += 1
         target.cursor = end
+        self.last_used = self._now()
         if self.stage.log is not None and not self.settings.peer.checkpoints:
             self.stage.log.forget_before(min(target.cursor for target in self.stage.targets))
 

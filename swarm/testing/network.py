@@ -158,6 +158,9 @@ class SimNetwork:
         self.nodes: dict[PeerId, SimNode] = {}
         self.cut: set[frozenset[PeerId]] = set()
         """Pairs that can't hear each other; what they send waits."""
+        self.bytes_per_s: dict[tuple[PeerId, PeerId], float] = {}
+        """Of narrow lines, from one node to another: all that takes one goes through it piece after piece."""
+        self._free_at: dict[tuple[PeerId, PeerId], float] = {}
         self._held: dict[frozenset[PeerId], list[tuple[SimStream, bytes | StreamLost | None]]] = {}
 
     def add(self, name: str) -> SimNode:
@@ -182,7 +185,11 @@ class SimNetwork:
             self._held.setdefault(pair, []).append((sender, item))
             return
         loop, rng, faults = asyncio.get_running_loop(), self.rng, self.faults
-        arrival = loop.time() + rng.uniform(*faults.latency_s)
+        line = (sender.node.address.peer_id, receiver.node.address.peer_id)
+        left_at = max(loop.time(), self._free_at.get(line, 0.0))
+        if isinstance(item, bytes) and line in self.bytes_per_s:
+            left_at = self._free_at[line] = left_at + len(item) / self.bytes_per_s[line]
+        arrival = left_at + rng.uniform(*faults.latency_s)
         if faults.slow and rng.random() < faults.slow:
             arrival += rng.uniform(0.0, faults.slow_s)
         unruly = sender.protocol == LINK and isinstance(item, bytes)

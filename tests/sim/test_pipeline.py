@@ -1,9 +1,10 @@
 """A long prompt goes through all stages at once: the time to its first token against an ideal pipeline's. And many long
-prompts at slow stages."""
+prompts at slow stages, and on narrow lines."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -77,4 +78,70 @@ def test_stages_for_which_others_have_to_be_computed_first_are_not_given_up(kill
 
     wait_s, timeouts = SESSIONS * SLOW_S, SETTINGS.timeouts
     assert wait_s > max(timeouts.step_floor_s * timeouts.step_slow_factor, timeouts.open_s), "else this shows nothing"
+    run_virtual(main)
+
+
+NARROW = 130.0
+"""Bytes a second: a chunk takes as long as one of SmolLM2 takes at 1 Mbit/s."""
+
+
+@pytest.fixture
+def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's are, and so is what its narrow lines can have under way."""
+    monkeypatch.setattr("peers.line.FIRST_BYTES", 150)
+    monkeypatch.setattr("peers.line.TELLING_BYTES", 100)
+
+
+async def narrow_world(sessions: int) -> tuple[World, list[list[int]]]:
+    """Three peers with narrow lines between them, and long prompts."""
+    engine = config.EngineSettings(prefill_chunk_tokens=CHUNK, replay_chunk_tokens=2 * CHUNK)
+    world = World(2, Faults(latency_s=(0.02, 0.02)), replace(SETTINGS, engine=engine))
+    for layers in (LayerRange(0, 3), BACK, BACK):
+        (await world.add_peer(layers)).executor.layer_s = 0.001
+    names = [peer.node.address.peer_id for peer in world.peers]
+    world.network.bytes_per_s = dict.fromkeys(itertools.permutations(names, 2), NARROW)
+    return world, [[first, *(token % 60 for token in range(4 * CHUNK - 1))] for first in range(sessions)]
+
+
+@pytest.mark.usefixtures("small_rows")
+@pytest.mark.parametrize(("sessions", "killed"), [(3, False), (8, False), (2, True)])
+def test_long_prompts_on_narrow_lines_are_waited_for(sessions: int, killed: bool) -> None:
+    """They were given up, and all of them sent again, behind what was still under way: until all had failed."""
+
+    async def main() -> None:
+        world, prompts = await narrow_world(sessions)
+        generations = [asyncio.create_task(world.generate(prompt, 3)) for prompt in prompts]
+        if killed:
+            await asyncio.sleep(3)
+            world.kill(max(world.peers[1:], key=lambda peer: len(peer.service.table.runners)), forget=True)
+        outcomes = await asyncio.gather(*generations)
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
+            assert outcome.error is None
+            assert outcome.tokens == world.decoder.generate(prompt, 3, 2, frozenset())
+        rebuilds = [rebuild for outcome in outcomes for rebuild in outcome.session.rebuilds]
+        assert len(rebuilds) == (sessions if killed else 0)
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_a_token_does_not_wait_for_all_of_anothers_prompt() -> None:
+    async def main() -> None:
+        world, [prompt] = await narrow_world(1)
+        world.kill(world.peers.pop(), forget=True)  # all go the same way
+        clock, came_at = asyncio.get_running_loop().time, [0.0]
+        tokens = asyncio.create_task(world.generate([1, 2, 3], 60, lambda *_: came_at.append(clock())))
+        await asyncio.sleep(5)
+        began = clock()
+        outcome = await world.generate(prompt, 1)
+        meanwhile = [at for at in came_at if began < at < clock()]
+        print(f"a prompt of {clock() - began:.1f} s, {len(meanwhile)} tokens meanwhile")
+        assert outcome.error is None
+        gaps = [after - before for before, after in itertools.pairwise(meanwhile)]
+        assert max(gaps) < 0.3 * (clock() - began)
+        tokens.cancel()
+        await asyncio.gather(tokens, return_exceptions=True)
+        await world.settle()
+
     run_virtual(main)

@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import pytest
 
+from peers.line import FEWEST_ROWS, FIRST_BYTES, FRAME_S, LEAD_S, SAMPLES, Measured
 from peers.link_prober import AGAIN_S, MOST_REPORTS, LinkProber, worth_measuring
-from peers.links import MOST_MEASURED, SAMPLES, Links, Measured
+from peers.links import MOST_MEASURED, Links
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import DeadlineExceeded, Unreachable
+from swarm.errors import DeadlineExceeded, StreamLost, Unreachable
 from swarm.protocol import decode
 from swarm.testing import Directory, Faults, SimNetwork, SimTransport, run_virtual
 from swarm.transport import LINK, Stream
@@ -99,6 +100,66 @@ def test_a_probe_of_a_silent_peer_ends() -> None:
         with pytest.raises(Unreachable):
             await links.probe(PeerAddress(PeerId("nobody")))
         assert not links.measured
+
+    with_links(work)
+
+
+def frame_of(size_bytes: int) -> pb.LinkMessage:
+    return pb.LinkMessage(frame=pb.Frame(want_ack=True, hidden=pb.Tensor(data=bytes(size_bytes))))
+
+
+def test_frames_of_a_prompt_tell_how_fast_a_line_is_and_fill_it_no_more_than_that_takes() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        near, clock = network.nodes[PeerId("near")], asyncio.get_running_loop().time
+        network.bytes_per_s[OWN, PeerId("near")] = rate = 100_000.0
+        await links.probe(near.address)
+        began, size = clock(), 25_000
+        assert links.frame_rows(PeerId("near"), 1000) == FIRST_BYTES // 1000
+        for _ in range(20):
+            await links.send(near.address, frame_of(size))
+            link = links._links[PeerId("near")]
+            assert link.line.under_way_bytes <= max(FIRST_BYTES, (LEAD_S + 2 * ONE_WAY_S) * rate * 1.1)
+        known = links.measured[PeerId("near")]
+        assert known.bytes_per_s == pytest.approx(rate, rel=0.05)
+        assert known.one_way_s == pytest.approx(ONE_WAY_S, rel=0.05), "pings behind frames say nothing of the way"
+        assert links.frame_rows(PeerId("near"), 1000) == int(FRAME_S * known.bytes_per_s) // 1000
+        assert links.frame_rows(PeerId("near"), 10**6) == FEWEST_ROWS
+        assert clock() - began > 20 * size / rate - LEAD_S - 1, "they waited for their turns"
+        await asyncio.sleep(1)
+        assert not link.line.under_way_bytes
+        assert clock() - began < 20 * size / rate + 2, "and the line was never idle"
+
+    with_links(work)
+
+
+def test_a_frame_whose_sender_goes_while_it_is_written_holds_nobody_up() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        near = network.nodes[PeerId("near")]
+        await links.reach(near.address)
+        stream = links._links[PeerId("near")].stream
+        works = stream.send
+
+        async def write_and_wait(frame: bytes) -> None:
+            await works(frame)
+            await asyncio.sleep(9)
+
+        stream.send = write_and_wait  # type: ignore[method-assign]
+        sender = asyncio.create_task(links.send(near.address, frame_of(FIRST_BYTES)))
+        await asyncio.sleep(3)
+        stream.send = works  # type: ignore[method-assign]
+        sender.cancel()
+        async with asyncio.timeout(1):
+            await links.send(near.address, frame_of(FIRST_BYTES))
+
+    with_links(work)
+
+
+def test_who_waits_for_a_line_that_is_lost_hears_of_it() -> None:
+    async def work(links: Links, network: SimNetwork) -> None:
+        silent = network.nodes[PeerId("silent")]
+        sending = [asyncio.create_task(links.send(silent.address, frame_of(FIRST_BYTES))) for _ in range(3)]
+        results = await asyncio.gather(*sending, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), StreamLost, StreamLost]
 
     with_links(work)
 
