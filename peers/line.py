@@ -20,6 +20,8 @@ FRAME_S = 0.25
 """One frame should not take longer: a decode step may have to wait for it."""
 FEWEST_ROWS = 8
 """... but has so many rows, if there are as many."""
+RATE_S = 600.0
+"""What was measured so long ago is not told any more: planners may have avoided a line that is faster by now."""
 SAMPLES = 8
 """Newest measurements that count, of this link and of those before to the same peer."""
 BUSY_S = 0.1
@@ -41,6 +43,8 @@ class Measured:
     bytes_per_s: float = 0.0
     """0: nothing has gone this way that would tell."""
 
+    rated_at: float = 0.0
+
     def add(self, round_trip_s: float, at: float) -> None:
         self.at = at
         self.round_trips.append(round_trip_s)
@@ -49,11 +53,16 @@ class Measured:
 
     def add_rate(self, size_bytes: int, taken_s: float, at: float) -> None:
         """A frame's."""
-        self.at = at if self.round_trips else self.at
+        self.rated_at, self.at = at, at if self.round_trips else self.at
         rate, slow = size_bytes / max(taken_s, size_bytes / MOST_BYTES_PER_S), taken_s >= BUSY_S
         self.rates.append((rate if slow else max(rate, self.bytes_per_s), slow))
         # The median: of two pongs that come together, the second seems early.
         self.bytes_per_s, _ = statistics.median_low(self.rates)
+
+    def told_bytes_per_s(self, now: float) -> float:
+        """0: not known to be slow."""
+        slow = bool(self.rates) and statistics.median_low(self.rates)[1]
+        return self.bytes_per_s if slow and now - self.rated_at < RATE_S else 0.0
 
     @property
     def jitter_s(self) -> float:

@@ -2,7 +2,8 @@
 
 What is announced are half round trips, of eight peers at most: whom sessions go on to now, then those that hold the
 layer after our last one (round the ring: the first layer), then others, so that everybody's access link is known. A
-planner takes the way back to be as long, so two peers need not measure each other.
+planner takes the way back to be as long, so two peers need not measure each other. How much a way carries is told by
+the frames of prompts and replays that go it (:mod:`peers.line`).
 """
 
 from __future__ import annotations
@@ -104,12 +105,13 @@ class LinkProber:
     def reports(self) -> tuple[LinkReport, ...]:
         """For the announcement: of peers that are there, measured within the time that two periods take."""
         measured, used_at = self._links.measured, self._links.used_at
-        oldest = asyncio.get_running_loop().time() - 2 * self._settings.discovery.ping_period_s
+        now = asyncio.get_running_loop().time()
+        oldest = now - 2 * self._settings.discovery.ping_period_s
         present = {a.peer.peer_id for a in self._view.announcements()}
         known = [peer for peer, way in measured.items() if peer in present and way.round_trips and way.at >= oldest]
         place = {peer: index for index, peer in enumerate(self._chosen)}
         known.sort(key=lambda peer: (-used_at(peer), place.get(peer, MOST_REPORTS)))
         return tuple(
-            LinkReport(peer[-LINK_SUFFIX:], measured[peer].one_way_s, measured[peer].jitter_s)
-            for peer in known[:MOST_REPORTS]
+            LinkReport(peer[-LINK_SUFFIX:], way.one_way_s, way.jitter_s, way.told_bytes_per_s(now))
+            for peer, way in [(peer, measured[peer]) for peer in known[:MOST_REPORTS]]
         )

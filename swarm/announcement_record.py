@@ -4,12 +4,14 @@ A record is ``[payload, signature]``, the payload a msgpack list that newer vers
 stranger sends is size-capped, typed and range-checked before it becomes an :class:`Announcement`.
 
 A usual record has 540 bytes: peer id 54, address 28, model and version 38, numbers 94, voucher 130, signature 70, and
-15 for each of at most eight link times. A record that would be too large tells fewer link times.
+15 for each of at most eight link times, 18 if it is known how much a link carries. A record that would be too large
+tells fewer of them.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +49,7 @@ _MAX_TEXT = 128
 _MAX_SECONDS = 1e6
 _MAX_COUNT = 2**48
 _MAX_LINK_US = 2**32 - 1
+_MAX_KB_PER_S = 10**6
 _STORING_S = 2.0
 """A record may be stored so long after it was signed, and expires so much later."""
 
@@ -54,7 +57,7 @@ _STORING_S = 2.0
 def encode_announcement(announcement: Announcement, identity: Identity) -> bytes:
     """Signed bytes for the DHT; no more than ``MAX_MULTIADDRS`` addresses. ``ValueError`` if nobody would accept it.
 
-    Link times come back in whole microseconds, and of the last ones only those that fit.
+    Link times come back in whole microseconds, what links carry in kB/s, and of the last ones only those that fit.
     """
     for links in range(min(len(announcement.links), MAX_LINKS), -1, -1):
         payload = _payload(replace(announcement, links=announcement.links[:links]), identity)
@@ -95,6 +98,7 @@ def _payload(a: Announcement, identity: Identity) -> bytes:
             float(a.head_s),
             [part for link in a.links for part in _to_parts(link)],
             float(a.lifetime_s),
+            _to_rates(a.links),
         ]
     )
     return payload
@@ -161,7 +165,7 @@ def _announcement(peer_id: str, fields: Any) -> Announcement:
         sessions=_count(sessions),
         sent_at=_seconds(sent_at, 1e11),
         **_more(fields[14:19]),
-        **_times(fields[20:23]),
+        **_times(fields[20:23], fields[24] if len(fields) > 24 else []),
         lifetime_s=_seconds(fields[23], MAX_LIFETIME_S) if len(fields) > 23 else MAX_LIFETIME_S,
     )
     voucher = _voucher(fields[19]) if len(fields) > 19 else None
@@ -194,7 +198,7 @@ def _more(fields: list[Any]) -> dict[str, Any]:
     }
 
 
-def _times(fields: list[Any]) -> dict[str, Any]:
+def _times(fields: list[Any], rates: Any) -> dict[str, Any]:
     """What planners need to predict well; an older version does not tell it."""
     if not fields:
         return {}
@@ -204,13 +208,22 @@ def _times(fields: list[Any]) -> dict[str, Any]:
     if any(len(_text(name)) != LINK_SUFFIX for name in links[::3]):
         raise ValueError("a link to somebody")
     seconds = [[_count(number, _MAX_LINK_US) / 1e6 for number in links[first::3]] for first in (1, 2)]
-    reports = tuple(LinkReport(*parts) for parts in zip(links[::3], *seconds, strict=True))
+    if not isinstance(rates, list) or len(rates) not in (0, len(links) // 3):
+        raise ValueError("rates")
+    bytes_per_s = [1e3 * _count(rate, _MAX_KB_PER_S) for rate in rates or [0] * (len(links) // 3)]
+    reports = tuple(LinkReport(*parts) for parts in zip(links[::3], *seconds, bytes_per_s, strict=True))
     return {"step_s": _seconds(step_s), "head_s": _seconds(head_s), "links": reports}
 
 
 def _to_parts(link: LinkReport) -> tuple[str, int, int]:
     seconds, jitter = (min(round(value * 1e6), _MAX_LINK_US) for value in (link.seconds, link.jitter_s))
     return link.peer, seconds, jitter
+
+
+def _to_rates(links: tuple[LinkReport, ...]) -> list[int]:
+    """In kB/s; none if all are 0."""
+    rates = [min(math.ceil(link.bytes_per_s / 1e3), _MAX_KB_PER_S) for link in links]
+    return rates if any(rates) else []
 
 
 def _voucher(fields: Any) -> Voucher | None:

@@ -40,7 +40,7 @@ class LinkTime:
     measured_at: float = 0.0
     """By the clock that gives ``now`` to :class:`Links`."""
     bytes_per_s: float = 0.0
-    """0: not measured."""
+    """0: not known."""
 
     def __post_init__(self) -> None:
         if not (self.seconds >= 0 and self.jitter_s >= 0 and self.bytes_per_s >= 0):  # NaN, too
@@ -221,11 +221,12 @@ def links_of(
     ways.sort()
     pairs, place = np.divmod(ways, places)
     first = np.flatnonzero(np.diff(pairs, prepend=-1))
-    chosen = kept[place[first] % max(1, len(kept))]
+    chosen, there = kept[place[first] % max(1, len(kept))], place[first] < len(kept)
     sources, targets = np.divmod(pairs[first], max(1, count))
 
     def read(index: int) -> LinkTime:
         report = reports[chosen[index]]
-        return LinkTime(report.seconds, report.jitter_s, measured_at[reporter[chosen[index]]])
+        bytes_per_s = report.bytes_per_s if there[index] else 0.0  # a home's line carries less one way than the other
+        return LinkTime(report.seconds, report.jitter_s, measured_at[reporter[chosen[index]]], bytes_per_s)
 
     return Links(Ways(peers, sources, targets, seconds[chosen], read), default_s=default_s, bytes_per_s=bytes_per_s)

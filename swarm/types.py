@@ -119,6 +119,8 @@ class LinkReport:
     """One way: half of a round trip."""
     jitter_s: float
     """Mean deviation."""
+    bytes_per_s: float = 0.0
+    """There, not back; 0: not known to be slow."""
 
 
 LINK_SUFFIX = 8

@@ -102,8 +102,8 @@ def signed(identity: Identity, fields: Any) -> bytes:
     return bytes(msgpack.packb([payload, identity.sign(b"swarm announcement 1\n" + payload)]))
 
 
-def fields_of(identity: Identity) -> list[Any]:
-    payload, _ = msgpack.unpackb(encode_announcement(announcement(identity), identity))
+def fields_of(identity: Identity, **facts: object) -> list[Any]:
+    payload, _ = msgpack.unpackb(encode_announcement(announcement(identity, **facts), identity))
     return list(msgpack.unpackb(payload))
 
 
@@ -137,6 +137,25 @@ def test_link_times_and_step_times_come_back_in_120_bytes() -> None:
     record = encode_announcement(told, identity)
     assert decode_announcement(identity.peer_id, record) == told
     assert len(record) <= len(encode_announcement(replace(told, links=()), identity)) + 130
+
+
+def test_what_links_carry_comes_back_in_kilobytes_and_older_records_say_nothing_of_it() -> None:
+    identity = Identity.ephemeral()
+    rates = (125e3, 0.0, 1.0, 1e12)
+    links = tuple(replace(link, bytes_per_s=rate) for link, rate in zip(link_reports(4), rates, strict=True))
+    told = announcement(identity, links=links)
+    assert [link.bytes_per_s for link in decoded(identity, told).links] == [125e3, 0.0, 1e3, 1e9]
+    older = decode_announcement(identity.peer_id, signed(identity, fields_of(identity, links=links)[:24]))
+    assert older is not None
+    assert [link.bytes_per_s for link in older.links] == [0.0] * 4
+
+
+@pytest.mark.parametrize("bad", [[125], [125, 0, 1], [-1, 0], [10**6 + 1, 0], [1.5, 0], [True, 0], "ab", None, {}])
+def test_what_no_link_carries_spoils_the_record(bad: object) -> None:
+    identity = Identity.ephemeral()
+    fields = fields_of(identity, links=link_reports(2))[:24]
+    assert decode_announcement(identity.peer_id, signed(identity, [*fields, [125, 0]])) is not None
+    assert decode_announcement(identity.peer_id, signed(identity, [*fields, bad])) is None
 
 
 def test_more_link_times_than_fit_are_left_out() -> None:

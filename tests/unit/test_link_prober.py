@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from peers.line import FEWEST_ROWS, FIRST_BYTES, FRAME_S, LEAD_S, SAMPLES, Measured
+from peers.line import FEWEST_ROWS, FIRST_BYTES, FRAME_S, LEAD_S, RATE_S, SAMPLES, Measured
 from peers.link_prober import AGAIN_S, MOST_REPORTS, LinkProber, worth_measuring
 from peers.links import MOST_MEASURED, Links
 from swarm import protocol_pb2 as pb
@@ -124,12 +124,33 @@ def test_frames_of_a_prompt_tell_how_fast_a_line_is_and_fill_it_no_more_than_tha
         assert known.one_way_s == pytest.approx(ONE_WAY_S, rel=0.05), "pings behind frames say nothing of the way"
         assert links.frame_rows(PeerId("near"), 1000) == int(FRAME_S * known.bytes_per_s) // 1000
         assert links.frame_rows(PeerId("near"), 10**6) == FEWEST_ROWS
+        directory = Directory({near.address.peer_id: announced("near", "0:6")})
+        [report] = LinkProber(links, directory, OWN, LayerRange(0, 3), 6, SETTINGS).reports()
+        assert report.bytes_per_s == known.bytes_per_s
         assert clock() - began > 20 * size / rate - LEAD_S - 1, "they waited for their turns"
         await asyncio.sleep(1)
         assert not link.line.under_way_bytes
         assert clock() - began < 20 * size / rate + 2, "and the line was never idle"
 
     with_links(work)
+
+
+@pytest.mark.parametrize(
+    ("taken_s", "told"),
+    [
+        pytest.param([0.25] * 3, 100e3, id="slow"),
+        pytest.param([0.25, 0.0, 0.25, 0.3], 100e3, id="two pongs at once"),
+        pytest.param([0.01, 0.05, 0.02], 0.0, id="fast, or a busy process"),
+        pytest.param([0.25, *[0.01] * 8], 0.0, id="faster by now"),
+    ],
+)
+def test_a_line_is_told_to_be_slow_when_its_frames_took_long(taken_s: list[float], told: float) -> None:
+    measured = Measured()
+    for at, frame_s in enumerate(taken_s):
+        measured.add_rate(25_000, frame_s, float(at))
+    assert measured.told_bytes_per_s(now=10.0) == pytest.approx(told)
+    assert measured.bytes_per_s >= told
+    assert measured.told_bytes_per_s(now=10.0 + RATE_S) == 0.0, "it may be faster by now"
 
 
 def test_a_frame_whose_sender_goes_while_it_is_written_holds_nobody_up() -> None:

@@ -416,6 +416,22 @@ def test_what_peers_announce_of_links_counts_in_both_directions() -> None:
     assert aged.seconds(a, b) == pytest.approx((0.02 + aged.height_s(a) + aged.height_s(b)) / 2)
 
 
+def test_a_long_prompt_goes_round_a_narrow_link_and_a_short_one_takes_it() -> None:
+    """Known from what the peer before it announces: of the way there, not of the way back."""
+    a, b, c = (PeerId(f"12D3KooWlongid{name}") for name in "abc")
+    narrow = LinkReport(b[-LINK_SUFFIX:], 0.001, 0.0, 125e3)
+    announcements = [
+        peer(a, 0, 3, links=(narrow, LinkReport(c[-LINK_SUFFIX:], 0.02, 0.0))),
+        peer(b, 3, 6),
+        peer(c, 3, 6),
+    ]
+    knowledge = Knowledge(links=links_of(announcements, bytes_per_s=1e7))
+    assert [knowledge.links.bytes_per_s(*way) for way in ((a, b), (b, a), (a, c))] == [125e3, 1e7, 1e7]
+    for prompt_tokens, chosen in ((0, b), (2, b), (1000, c)):
+        demand = Demand(prompt_tokens=prompt_tokens, new_tokens=50, activation_bytes=2304)
+        assert plan(announcements, WHOLE, demand, knowledge).hops[1].hop.peer.peer_id == chosen
+
+
 def test_two_peers_with_the_same_end_of_their_ids_are_not_mixed_up() -> None:
     told = peer("teller", 0, 6, links=(LinkReport("same-end", 0.1, 0.0),))
     assert not links_of([told, peer("one same-end", 0, 6), peer("two same-end", 0, 6)]).measured_from(PeerId("teller"))
