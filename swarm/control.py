@@ -47,7 +47,7 @@ class HopControl:
         self.lost: SwarmError | None = None
         self.generation = generation
         """Of the own transport when the stream was opened."""
-        self.last_heard = self.moved_at = asyncio.get_running_loop().time()
+        self.last_heard = self.moved_at = _now()
         """When it last said anything, and when it last said that it had computed something."""
         self.unheard_bytes = 0
         """Of what went to the listener and was not looked at yet, see ``swarm.events``."""
@@ -97,17 +97,22 @@ class HopControl:
 
         Counted in waits that brought nothing, and not on the clock: while this process stood still nobody was silent.
         """
-        timeouts, misses = self._settings.timeouts, 0
-        try:
-            async with asyncio.timeout(timeouts.open_s):
-                while misses < timeouts.heartbeat_misses:
-                    heard_at = self.last_heard
-                    if (await asyncio.wait((opened,), timeout=timeouts.heartbeat_s))[0]:
-                        return opened.result()
-                    misses = misses + 1 if self.last_heard == heard_at else 0
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer to open within {timeouts.open_s:.0f} s") from None
+        timeouts, misses, began = self._settings.timeouts, 0, _now()
+        while misses < timeouts.heartbeat_misses:
+            self._hear_arriving()
+            heard_at = self.last_heard
+            if (await asyncio.wait((opened,), timeout=timeouts.heartbeat_s))[0]:
+                return opened.result()
+            self._check_answer(began, "open")
+            misses = misses + 1 if self.last_heard == heard_at else 0
         raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * timeouts.heartbeat_s:.1f} s")
+
+    def _check_answer(self, began: float, question: str) -> None:
+        """Raises ``DeadlineExceeded`` for one that is late and not on its way, nor behind what is."""
+        self._hear_arriving()
+        open_s = self._settings.timeouts.open_s
+        if _now() - max(began, self._stream.arrived_at) > open_s:
+            raise DeadlineExceeded(f"no answer to {question} within {open_s:.0f} s")
 
     async def start(self, epoch: int, targets: list[pb.Target]) -> None:
         self.targets = targets
@@ -123,11 +128,11 @@ class HopControl:
         self._fetches += 1
         self._fetched = asyncio.get_running_loop().create_future()
         await self._send(pb.ControlRequest(fetch=pb.Fetch(number=self._fetches, start=start, end=end)))
+        began, fetched = _now(), self._fetched
         try:
-            async with asyncio.timeout(self._settings.timeouts.open_s):
-                return await self._fetched
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer to fetch within {self._settings.timeouts.open_s:.0f} s") from None
+            while not (await asyncio.wait((fetched,), timeout=self._settings.timeouts.heartbeat_s))[0]:
+                self._check_answer(began, "fetch")
+            return fetched.result()
         finally:
             self._fetched = None
 
@@ -153,14 +158,21 @@ class HopControl:
         self._stream.abort()
         self._end()
 
+    def _hear_arriving(self) -> None:
+        """Heartbeats wait behind an answer that is on its way: on a narrow line, the logits of many rows take long."""
+        self.last_heard = max(self.last_heard, self._stream.arrived_at)
+        self.moved_at = max(self.moved_at, self._stream.arrived_at)
+
     def is_heard(self, timeouts: TimeoutSettings) -> bool:
         """Its stream lasts, and not two heartbeats in a row are missing."""
-        silent_s = asyncio.get_running_loop().time() - self.last_heard
+        self._hear_arriving()
+        silent_s = _now() - self.last_heard
         return self.lost is None and silent_s < 2 * timeouts.heartbeat_s
 
     def check_heard(self, timeouts: TimeoutSettings) -> None:
         """Raises ``DeadlineExceeded`` after ``heartbeat_misses`` heartbeats of silence."""
-        silent_s = asyncio.get_running_loop().time() - self.last_heard
+        self._hear_arriving()
+        silent_s = _now() - self.last_heard
         if silent_s > timeouts.heartbeat_s * timeouts.heartbeat_misses:
             raise DeadlineExceeded(f"no heartbeat for {silent_s:.1f} s")
 
@@ -186,7 +198,7 @@ class HopControl:
     async def _read(self) -> None:
         try:
             while (frame := await self._stream.receive()) is not None:
-                self.last_heard = asyncio.get_running_loop().time()
+                self.last_heard = _now()
                 self._hear(decode(pb.ControlReply, frame))
             self._finish(StreamLost("the peer ended the session"))
         except SwarmError as error:
@@ -228,3 +240,7 @@ class HopControl:
             self._opened.set_exception(error)
         else:
             self._listener(self, error)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

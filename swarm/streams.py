@@ -25,7 +25,7 @@ HIGH_WATER_BYTES = 256 * 1024
 """``send`` waits for the remote only above this much unsent data."""
 _JOIN_BYTES = 64 * 1024
 """Up to here frames are joined into one write; above, the copy costs more than a second write."""
-_PIECE_BYTES = 256 * 1024
+_PIECE_BYTES = 64 * 1024
 """Larger payloads are taken as they arrive, each piece with its own deadline: a lying length reserves nothing."""
 _LINGER_S = 1.0
 """How long a closed stream stays open once all is written, so that the remote reads the end frame before its own writes
@@ -66,6 +66,7 @@ class FramedStream:
 
     __slots__ = (
         "__weakref__",
+        "_arrived_at",
         "_ended",
         "_failure",
         "_max_frame_bytes",
@@ -106,6 +107,7 @@ class FramedStream:
         self._send_s = send_s
         self._partial = partial or PartialFrames(max_frame_bytes, max_frame_bytes)
         self._on_close = on_close
+        self._arrived_at = 0.0
         self._need: int | None = None
         """Bytes still to come of the frame whose header has been read."""
         self._pieces: list[bytes] = []
@@ -124,6 +126,10 @@ class FramedStream:
     @property
     def remote_address(self) -> str:
         return self._remote_address
+
+    @property
+    def arrived_at(self) -> float:
+        return self._arrived_at
 
     def __repr__(self) -> str:
         return f"FramedStream({self._remote[-6:]})"
@@ -241,6 +247,7 @@ class FramedStream:
             async with asyncio.timeout(self._send_s):
                 piece = await reader.read(min(need, _PIECE_BYTES))
             if piece and self._failure is None:
+                self._arrived_at = asyncio.get_running_loop().time()
                 self._partial.hold(self, len(piece))
             if not piece or self._failure is not None:
                 raise asyncio.IncompleteReadError(b"", need)

@@ -31,6 +31,10 @@ class Stream(Protocol):
     def remote_address(self) -> str:
         """Multiaddr from which the remote has opened it, as this end sees it; empty for one that this end opened."""
 
+    @property
+    def arrived_at(self) -> float:
+        """When a part of a large frame arrived last, by the loop's clock: who sends one is silent meanwhile."""
+
     async def send(self, frame: bytes) -> None:
         """Write one frame; waits while the remote is slow. Raises ``StreamLost``, ``ProtocolError`` (too big)."""
 

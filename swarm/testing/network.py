@@ -86,6 +86,8 @@ class SimStream:
         self._incoming: deque[bytes | StreamLost | None] = deque()
         self._arrived = asyncio.Event()
         self._last_arrival = 0.0
+        self._arriving: tuple[float, float] = (0.0, 0.0)
+        """From when to when a narrow line carries what was sent to this end last."""
         self._ended = False
         node.streams.add(self)
 
@@ -96,6 +98,12 @@ class SimStream:
     @property
     def remote_address(self) -> str:
         return "" if self.opener else self._remote_node.seen_at
+
+    @property
+    def arrived_at(self) -> float:
+        begins, ends = self._arriving
+        now = asyncio.get_running_loop().time()
+        return min(now, ends) if now >= begins else 0.0
 
     async def send(self, frame: bytes) -> None:
         await self.node.awake()
@@ -188,7 +196,9 @@ class SimNetwork:
         line = (sender.node.address.peer_id, receiver.node.address.peer_id)
         left_at = max(loop.time(), self._free_at.get(line, 0.0))
         if isinstance(item, bytes) and line in self.bytes_per_s:
-            left_at = self._free_at[line] = left_at + len(item) / self.bytes_per_s[line]
+            begins, ends = receiver._arriving
+            left_at = self._free_at[line] = (begun_at := left_at) + len(item) / self.bytes_per_s[line]
+            receiver._arriving = begins if begun_at <= ends else begun_at, left_at
         arrival = left_at + rng.uniform(*faults.latency_s)
         if faults.slow and rng.random() < faults.slow:
             arrival += rng.uniform(0.0, faults.slow_s)

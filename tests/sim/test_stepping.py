@@ -74,6 +74,22 @@ def test_one_peer_with_all_layers_answers_too() -> None:
     run_virtual(main)
 
 
+def test_answers_that_take_long_to_arrive_are_waited_for() -> None:
+    """Logits of many rows over the owner's narrow line, and hidden states: heartbeats come behind them."""
+
+    async def main() -> None:
+        world = await swarm_of(1, [*THIRDS, *THIRDS])
+        for peer in world.peers:
+            world.network.bytes_per_s[peer.node.address.peer_id, world.owner.address.peer_id] = 250.0
+        async with session_of(world) as session:
+            await check(world, session, list(range(40)), 0, hidden=True)
+            await check(world, session, list(range(50)), 3, hidden=True)
+            assert session.rebuilds == []
+        await world.settle()
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_kill_between_and_within_steps_is_not_seen(victim: int) -> None:
     async def main() -> None:

@@ -127,6 +127,19 @@ async def test_a_stall_in_the_middle_of_a_frame_has_a_deadline(size: int) -> Non
             await near.receive()
 
 
+async def test_a_frame_that_arrives_slowly_is_waited_for() -> None:
+    async with pair(send_s=1.0) as (near, _, writer):
+        assert near.arrived_at == 0.0
+        writer.write(HEADER.pack(200_000))
+        receiving, known_at = asyncio.create_task(near.receive()), 0.0
+        for _ in range(5):
+            writer.write(bytes(40_000))
+            await asyncio.sleep(0.3)
+            assert near.arrived_at > known_at, "the remote is there"
+            known_at = near.arrived_at
+        assert await receiving == bytes(200_000)
+
+
 async def test_a_remote_that_reads_nothing_blocks_the_sender_until_the_deadline() -> None:
     async with pair(send_s=0.1) as (near, _, _writer):
 
