@@ -11,7 +11,7 @@ from peers.probe import Prober
 from swarm import protocol_pb2 as pb
 from swarm.config import TimeoutSettings
 from swarm.errors import BadRequest, SwarmError
-from swarm.info import FILE_PATIENCE
+from swarm.info import file_s
 from swarm.protocol import decode, error_to_wire
 from swarm.transport import Stream
 
@@ -58,8 +58,8 @@ class Answers:
                 elif kind == "dial_me":
                     await self._send_dialled(stream, request.dial_me)
                 else:
-                    now = asyncio.get_running_loop().time()
-                    deadline.reschedule(now + FILE_PATIENCE * self._timeouts.info_s)
+                    size = len(self._files.get(request.model_file, b""))
+                    deadline.reschedule(asyncio.get_running_loop().time() + file_s(size, self._timeouts))
                     await self._send_file(stream, request.model_file)
         except TimeoutError:
             logger.info("%s asked nothing, or read too slowly", stream.remote[-6:])

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from swarm import protocol_pb2 as pb
-from swarm.config import Settings
+from swarm.config import Settings, TimeoutSettings
 from swarm.delegation import route_from_wire
 from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost
 from swarm.models import ModelProfile
@@ -18,9 +18,16 @@ from swarm.transport import INFO, Stream, Transport
 from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Route, Voucher
 
 FILE_PATIENCE = 6
-"""So many times ``timeouts.info_s`` may a model file take: it has some megabytes, and a home's line carries few."""
+"""So many times ``timeouts.info_s`` may a model file take ..."""
+FILE_PATIENCE_BYTES = 4 * 1024 * 1024
+"""... of this size; a larger one longer, for there are some of 20 MB, and a home's line may carry 1 Mbit/s."""
 MAX_FAILURE_CHARS = 200
 """Of why an address could not be dialled."""
+
+
+def file_s(size_bytes: int, timeouts: TimeoutSettings) -> float:
+    """How long a model file of this size may take."""
+    return FILE_PATIENCE * timeouts.info_s * max(1.0, size_bytes / FILE_PATIENCE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,8 @@ async def fetch_files(
             continue
         parts, size = [], 0
         request = pb.InfoRequest(model_file=name)
-        async with _ask(transport, description.peer, request, FILE_PATIENCE * settings.timeouts.info_s) as stream:
+        patience_s = file_s(min(description.files[name], settings.limits.max_info_bytes), settings.timeouts)
+        async with _ask(transport, description.peer, request, patience_s) as stream:
             while (reply := await _answer(stream)) is not None:
                 size += len(reply.chunk)
                 if size > settings.limits.max_info_bytes:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
 from peers.answers import FILE_CHUNK_BYTES, Answers
 from swarm import protocol_pb2 as pb
-from swarm.config import TimeoutSettings
+from swarm.config import Settings, TimeoutSettings
+from swarm.info import Description, fetch_files
 from swarm.protocol import decode
-from swarm.testing import run_virtual
-from swarm.types import PeerId
+from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
+from swarm.transport import INFO
+from swarm.types import LayerRange, PeerId
+from tests.sim.world import PROFILE
 
 CHUNKS = 30
 
@@ -40,7 +44,24 @@ class Line:
     def abort(self) -> None: ...
 
 
-@pytest.mark.parametrize(("frame_s", "all_of_it"), [(1.0, True), (9.0, False)])
+def test_a_large_model_file_comes_over_a_line_of_1_mbit_a_second() -> None:
+    data = bytes(12_000_000)  # a tokenizer of today
+
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        asker, asked = network.add("asker"), network.add("asked")
+        network.bytes_per_s[PeerId("asked"), PeerId("asker")] = 125e3
+        answers = Answers(
+            pb.Description, lambda request: pb.RouteNews(), {"large": data}, None, None, TimeoutSettings()
+        )
+        await SimTransport(asked).serve(INFO, answers.handle)
+        told = Description(asked.address, PROFILE, LayerRange(0, 6), "serving", "0", {"large": len(data)}, 0, 0, 0)
+        assert await fetch_files(SimTransport(asker), told, ["large"], Settings()) == {"large": data}
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(("frame_s", "all_of_it"), [(1.0, True), (3.0, True), (9.0, False)])
 def test_a_model_file_takes_as_long_as_who_asks_waits_for_it(frame_s: float, all_of_it: bool) -> None:
     data = bytes(CHUNKS * FILE_CHUNK_BYTES)
     line = Line(pb.InfoRequest(model_file="tokenizer.json"), frame_s)
