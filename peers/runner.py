@@ -202,8 +202,9 @@ class StageRunner:
         stage.begin(work)
         stage.inputs = inputs
         stage.step = work.step
-        rows = len(ids) if stage.first else work.rows
-        self._job = _Job(work, start, ids, rows, queue_s=self._now() - work.received_at)
+        self._job = _Job(
+            work, start, ids, len(ids) if stage.first else work.rows, queue_s=self._now() - work.received_at
+        )
         self._step(self._job)
 
     def _step(self, job: _Job) -> None:

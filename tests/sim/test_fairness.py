@@ -120,7 +120,7 @@ def rows_until_answered(stages: int, others: int, decoding: int = 0) -> int:
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_prompt_beside_another_owners_many_has_an_equal_share(stages: int, decoding: int) -> None:
     assert rows_until_answered(stages, 0) == PROMPT
-    assert rows_until_answered(stages, MANY, decoding) < 2 * PROMPT + 2 * PASS, "and what was under way when it came"
+    assert rows_until_answered(stages, MANY, decoding) <= 2 * PROMPT + 2 * PASS, "and what was under way when it came"
 
 
 @pytest.mark.parametrize("stages", [1, 2])
