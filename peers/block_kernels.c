@@ -216,8 +216,9 @@ static int all_finite(const float *values, int64_t count) {
     return total(zeros) == 0.0f;
 }
 
-/* given[count, size] through all layers, and the norm after the last one if there is a `norm`, into `hidden`. The tables of cosines and sines are [positions, dim]. Returns 0;
-   1 if what came out is not finite everywhere; or -1 without memory. */
+/* given[count, size] through all layers, and the norm after the last one if there is a `norm`, into `hidden`. The tables
+   of cosines and sines are [positions, dim]. Returns 0; 1 if what came out is not finite everywhere; or -1 without
+   memory. */
 int run_layers(const layer *layers, int64_t number, int64_t count, const float *cosines, const float *sines,
                const int64_t *positions, int64_t heads, int64_t kv_heads, int64_t dim, int64_t rounded, float scale,
                float epsilon, const float *norm, putting *put, attention *attend, const void *spans, int64_t sessions,
@@ -229,7 +230,8 @@ int run_layers(const layer *layers, int64_t number, int64_t count, const float *
         attended = larger(attended, larger(layers[n].output.inputs, layers[n].down.inputs));
         const matrix *all[] = {&layers[n].query_key_value, &layers[n].output, &layers[n].gate_up, &layers[n].down};
         for (int i = 0; i < 4; i++) {
-            scratch = larger(scratch, rounded ? rounded_scratch_floats(all[i], count) : scratch_floats(SINGLE, all[i], count));
+            int64_t needed = rounded ? rounded_scratch_floats(all[i], count) : scratch_floats(SINGLE, all[i], count);
+            scratch = larger(scratch, needed);
             halves = larger(halves, rounded ? count * all[i]->inputs / 2 : 0);
         }
     }

@@ -254,7 +254,8 @@ INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks,
    is one: memory and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
 INLINE void float_panel(int how, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
                         int64_t count, float *out, int64_t stride) {
-    int64_t all_steps = inputs / per_step(how), tiles = (count + TILE_ROWS - 1) / TILE_ROWS, lines = last ? 0 : packed / LINE_FLOATS;
+    int64_t all_steps = inputs / per_step(how), tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t lines = last ? 0 : packed / LINE_FLOATS;
     const float *next = panel + packed * all_steps;
     for (int64_t part = cached_steps(count, packed, all_steps), first = 0; first < all_steps; first += part) {
         int64_t steps = smaller(part, all_steps - first), fetched = 0, done = 0;

@@ -70,14 +70,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def to_compile() -> bool:
     """Whether there is a compiler, and something for it to do that takes its time."""
-    return _compiler() is not None and not all(map(_is_kept, HERE.glob("*.c")))
+    return _compiler() is not None and not all(map(_kept, HERE.glob("*.c")))
 
 
-def _is_kept(source: Path) -> bool:
+def _kept(source: Path) -> Path | None:
+    """A C file's shared library, if the cache has it."""
     try:
-        return _place(source).is_file()
+        place = _place(source)
+        return place if place.is_file() else None
     except OSError:  # a cache that this user must not read
-        return False
+        return None
 
 
 def _place(source: Path) -> Path:
@@ -96,8 +98,8 @@ def _compiler() -> str | None:
 def _compiled(source: Path) -> Iterator[Path]:
     """A C file's shared library, from the cache or made now. Where it can't be kept it is gone after the block, which
     does not matter to who has loaded it. Raises :class:`OSError` or :class:`SubprocessError`."""
-    if _is_kept(source):
-        yield _place(source)
+    if (kept := _kept(source)) is not None:
+        yield kept
         return
     compiler = _compiler()
     if compiler is None:

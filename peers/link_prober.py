@@ -108,10 +108,10 @@ class LinkProber:
         now = asyncio.get_running_loop().time()
         oldest = now - 2 * self._settings.discovery.ping_period_s
         present = {a.peer.peer_id for a in self._view.announcements()}
-        known = [peer for peer, way in measured.items() if peer in present and way.round_trips and way.at >= oldest]
+        known = [way for way in measured.items() if way[0] in present and way[1].round_trips and way[1].at >= oldest]
         place = {peer: index for index, peer in enumerate(self._chosen)}
-        known.sort(key=lambda peer: (-used_at(peer), place.get(peer, MOST_REPORTS)))
+        known.sort(key=lambda way: (-used_at(way[0]), place.get(way[0], MOST_REPORTS)))
         return tuple(
             LinkReport(peer[-LINK_SUFFIX:], way.one_way_s, way.jitter_s, way.told_bytes_per_s(now))
-            for peer, way in [(peer, measured[peer]) for peer in known[:MOST_REPORTS]]
+            for peer, way in known[:MOST_REPORTS]
         )

@@ -25,8 +25,6 @@ PROBE_PINGS = 5
 """The first of a link does not count: it may wait until the remote has accepted the stream."""
 MOST_MEASURED = 256
 """Peers whose round trip is remembered; the one measured longest ago is forgotten first."""
-
-
 _UNKNOWN = Measured()
 
 
@@ -72,14 +70,16 @@ class Links:
         """Held by those who dial a peer, or wait for who does."""
         self.measured: dict[PeerId, Measured] = {}
 
+    def _measured(self, peer: PeerId) -> Measured:
+        return self.measured.get(peer, _UNKNOWN)
+
     def one_way_s(self, peer: PeerId) -> float:
         """Half of the measured round trip; 0 if none was measured."""
-        known = self.measured.get(peer)
-        return known.one_way_s if known is not None else 0.0
+        return self._measured(peer).one_way_s
 
     def frame_rows(self, peer: PeerId, row_bytes: int) -> int:
         """What one frame to ``peer`` should have at most, so that what is sent after it need not wait long."""
-        return self.measured.get(peer, _UNKNOWN).frame_rows(row_bytes)
+        return self._measured(peer).frame_rows(row_bytes)
 
     def carried(self, peer: PeerId) -> int:
         """Changes as frames of prompts and replays arrive at ``peer``."""
@@ -138,9 +138,7 @@ class Links:
         """A frame of a prompt or replay, once what is under way leaves room for it."""
         async with link.turn:
             line = link.line
-            while line.under_way_bytes and (
-                line.under_way_bytes + len(frame) > self.measured.get(peer, _UNKNOWN).lead_bytes
-            ):
+            while line.under_way_bytes and line.under_way_bytes + len(frame) > self._measured(peer).lead_bytes:
                 if self._links.get(peer) is not link:
                     raise StreamLost(f"the link to {peer[-6:]} is lost")
                 if line.unmarked:  # who sent it was cancelled before its ping

@@ -202,9 +202,8 @@ class StageRunner:
         stage.begin(work)
         stage.inputs = inputs
         stage.step = work.step
-        self._job = _Job(
-            work, start, ids, len(ids) if stage.first else work.rows, queue_s=self._now() - work.received_at
-        )
+        rows = len(ids) if stage.first else work.rows
+        self._job = _Job(work, start, ids, rows, queue_s=self._now() - work.received_at)
         self._step(self._job)
 
     def _step(self, job: _Job) -> None:

@@ -113,6 +113,13 @@ def credible(view: SwarmView) -> list[Announcement]:
     return [a for a in view.announcements() if a.state is PeerState.JOINING or view.check(a) is None]
 
 
+def no_layer_fits(profile: ModelProfile) -> NotAdmitted:
+    """For a peer that can't take any part of the model."""
+    return NotAdmitted(
+        f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free)"
+    )
+
+
 async def take_seat(
     view: SwarmView, announcer: Announcer, draft: Announcement, profile: ModelProfile, settings: PlacementSettings
 ) -> LayerRange:
@@ -126,9 +133,7 @@ async def take_seat(
         await view.refresh()
         chosen = choose_range(credible(view), draft, profile.num_layers, settings)
         if chosen is None:
-            raise NotAdmitted(
-                f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free)"
-            )
+            raise no_layer_fits(profile)
         await announcer.update(replace(draft, layers=chosen, moving_to=chosen))
         await asyncio.sleep(settings.settle_s / 2)
         await view.refresh()

@@ -14,11 +14,11 @@ import torch
 from peers.engine import Engine
 from peers.machine import Report, Speed, choose_device, free_bytes, gflops, load_shard, measure
 from peers.reachability import Reachability, find_out
-from peers.seat import Room
+from peers.seat import Room, no_layer_fits
 from peers.speed_cache import device_name, load_speed, store_speed
 from swarm.admission import objection
 from swarm.config import Settings
-from swarm.errors import NotAdmitted, SwarmError
+from swarm.errors import SwarmError
 from swarm.identity import Identity
 from swarm.info import describe, fetch_files, round_trip_s
 from swarm.libp2p import Libp2pTransport
@@ -100,9 +100,7 @@ async def _measured(reference: ModelReference, profile: ModelProfile, capacity: 
     """A few layers from the middle, loaded for the purpose. Raises :class:`NotAdmitted` if not one fits."""
     count = min(MOST_MEASURED, capacity.middle or capacity.first or capacity.last)
     if not count:
-        raise NotAdmitted(
-            f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free)"
-        )
+        raise no_layer_fits(profile)
     start = min(1, profile.num_layers - count) if capacity.middle else 0
     layers = LayerRange(start, start + count)
     work = asyncio.to_thread(load_shard, reference, profile, layers, settings, lambda event: None, lambda: False)
