@@ -1,8 +1,7 @@
 """One stage at work: takes its frames in order, has them computed, and lets its targets follow the outputs.
 
-A decode step makes no task switch here: a frame that finds the stage idle is submitted at once, and when its
-outputs come back they go out in the same callback, unless the link is congested. Everything else, prefill with
-its window of unacknowledged frames, replays and slow links, is done by one follower task for each target.
+A decode step makes no task switch here: a frame that finds the stage idle is submitted at once, and when its outputs
+come back they go out in the same callback (:mod:`peers.following`).
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peers.executor import Executor, StepReply, StepRequest
-from peers.outgoing import frame_of, output_of
+from peers.following import Followers
 from peers.outside import Outside
 from peers.owner_line import OwnerLine
 from peers.row_codec import DTYPES, decoded, encoded
 from peers.stage import OpenRequest, Stage, Target, Work
-from peers.step_answers import StepAnswers
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, BadTensor, Internal, SwarmError
@@ -44,17 +42,6 @@ class _Job:
     offset: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Follower:
-    target: Target
-    replay_until: int
-    """Outputs before this one were there when the target came."""
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    sending: bool = True
-    """The task is at work; while it waits, outputs may go out past it."""
-    task: asyncio.Task[None] | None = None
-
-
 class StageRunner:
     """Runs one :class:`Stage`. All methods are for the event loop's thread."""
 
@@ -72,18 +59,14 @@ class StageRunner:
         self.outside = outside
         self.settings = settings
         self.owner = OwnerLine(stage, tasks)
-        self.last_used = self._now()
-        self._tasks = tasks
+        self._used_at = self._now()
         self._make_room = make_room
         self.room = 0
         """Positions, in whole blocks, for which memory is reserved here."""
         self._job: _Job | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._followers: list[_Follower] = []
-        self._answers = StepAnswers(executor.profile, settings.limits.max_frame_bytes // 2)
-        self._round = (0, 0, 0.0)
-        """What went round the ring last: position, rows, and when."""
+        self._followers = Followers(stage, executor.profile, outside, self.owner, settings, tasks)
         self._closed = False
 
     @staticmethod
@@ -94,11 +77,16 @@ class StageRunner:
     def computing(self) -> bool:
         return self._job is not None
 
+    @property
+    def last_used(self) -> float:
+        """When it was last asked, computed or sent anything."""
+        return max(self._used_at, self._followers.sent_at)
+
     # ---- called by the service --------------------------------------------------------------------------
 
     def accept(self, work: Work) -> None:
         """Queue a frame; raises what :meth:`Stage.accept` raises."""
-        work.received_at = self.last_used = self._now()
+        work.received_at = self._used_at = self._now()
         if self.stage.accept(work, self.settings.limits.max_waiting_frames):
             self._take_next()
         else:
@@ -106,11 +94,11 @@ class StageRunner:
 
     async def reopen(self, request: OpenRequest) -> None:
         """Move to a newer epoch: what is being computed stays here, nothing that waits is run."""
-        self.last_used = self._now()
+        self._used_at = self._now()
         if request.epoch >= self.stage.epoch:
             self.stage.superseded = True
             self.stage.inbox.clear()
-            self._stop_followers()
+            self._followers.stop()
             self.executor.forget(self.stage.cache)  # its turn may be longer away than the owner waits
         try:
             async with asyncio.timeout(self.settings.timeouts.open_s):
@@ -118,30 +106,17 @@ class StageRunner:
         except TimeoutError:
             raise Internal(f"a step took longer than open_s ({self.settings.timeouts.open_s:g} s)") from None
         self.stage.reopen(request)
-        self._answers.clear()
+        self._followers.answers.clear()
 
     def start(self, epoch: int, targets: list[Target]) -> None:
         """Send outputs to ``targets`` from now on; those of an older epoch's start are ignored."""
         if epoch != self.stage.epoch or self.stage.superseded:
             return
         self.stage.follow(targets)
-        self._stop_followers(keep=self.stage.targets)
-        followed = [follower.target for follower in self._followers]
-        for target in self.stage.targets:
-            if target not in followed:
-                follower = _Follower(target, self.stage.output_end)
-                follower.task = self._tasks.create_task(self._follow(follower))
-                self._followers.append(follower)
+        self._followers.start(self.stage.targets)
 
     def acknowledged(self, peer: PeerId, ack: pb.Ack) -> None:
-        for follower in self._followers:
-            target = follower.target
-            if target.peer is None or target.peer.peer_id != peer:
-                continue
-            if (target.layer, target.epoch) == (ack.layer, ack.epoch):
-                while target.unacked and target.unacked[0] <= ack.sequence:
-                    target.unacked.popleft()
-                follower.wake.set()
+        self._followers.acknowledged(peer, ack)
 
     def fetch(self, request: pb.Fetch) -> pb.Fetched:
         """Rows of the checkpoint log as the next hop gets them, in the model's dtype, if they are all there.
@@ -166,20 +141,19 @@ class StageRunner:
         and while rows wait for the line, by what it carries for others. An owner gives up a stage that stands still,
         and all that it has would be computed again, by as busy a peer."""
         turns = self.executor.passes % 2**31 if self.computing else 0
-        turns += sum(self.outside.carried(f.target.peer) for f in self._followers if f.sending and f.target.peer)
         return pb.Status(
             epoch=self.stage.epoch,
             have=self.stage.have,
             computing=self.computing,
             draining=draining,
             queued=len(self.stage.inbox),
-            computed=self.stage.computed + turns,
+            computed=self.stage.computed + turns + self._followers.carried,
         )
 
     def close(self) -> None:
         """Nothing is computed or sent any more; a step in flight ends without consequences."""
         self._closed = True
-        self._stop_followers()
+        self._followers.stop()
         self._idle.set()
 
     # ---- computing --------------------------------------------------------------------------------------
@@ -259,7 +233,7 @@ class StageRunner:
     def _keep(self, job: _Job, step: StepRequest, reply: StepReply) -> None:
         stage, end = self.stage, step.start + step.rows
         stage.computed += step.rows
-        self.last_used = self._now()
+        self._used_at = self._now()
         queue_s = reply.queue_s + (job.queue_s if job.offset == 0 else 0.0)
         timing = HopTiming(self.outside.local_id, stage.layers, queue_s, reply.compute_s, reply.batch, self._link_s())
         hops = (*job.work.hops, timing_to_wire(timing))
@@ -271,19 +245,16 @@ class StageRunner:
             self._note_round(step, reply, hops)
             end = stage.output_end
         elif reply.logits and not stage.superseded:
-            self._answers.add(stage.step, end, step.logit_rows, reply)
+            self._followers.answers.add(stage.step, end, step.logit_rows, reply)
         stage.remember_trace(end, hops)
-        # The ring first: what goes to the owner is on nobody's critical path.
-        for follower in self._followers:
-            if follower.sending or not self._send_at_once(follower.target):
-                follower.wake.set()
+        self._followers.send()
 
     def _note_round(self, step: StepRequest, reply: StepReply, hops: Sequence[bytes]) -> None:
         """The rows that went round the ring last are back; so many guesses among them were right."""
-        start, rows, sent_at = self._round
-        if self.stage.drafter is not None and (step.start, step.rows) == (start, rows):
+        sent = self._followers.round
+        if self.stage.drafter is not None and (step.start, step.rows) == (sent.start, sent.rows):
             batch = max((timing.batch for timing in timings_from_wire(hops)), default=1)
-            self.stage.drafter.note_round(rows - 1, len(reply.tokens) - 1, self._now() - sent_at, batch)
+            self.stage.drafter.note_round(sent.rows - 1, len(reply.tokens) - 1, self._now() - sent.sent_at, batch)
 
     def _link_s(self) -> float:
         following = next((target.peer for target in self.stage.targets if target.peer is not None), None)
@@ -305,97 +276,9 @@ class StageRunner:
             return 0
         return max(0, end - max(start, stage.step.answer_from))
 
-    # ---- followers --------------------------------------------------------------------------------------
-
-    def _send_at_once(self, target: Target) -> bool:
-        """The newest row, and its draft's, to a peer that lacks only those; ``False`` leaves it to the follower."""
-        if target.peer is None or target.unacked:
-            return False
-        span = self.stage.next_rows(target, self.settings.engine.prefill_chunk_tokens)
-        if span is None:
-            return True
-        if not self.stage.is_decode(*span):
-            return False
-        message = self._frame(target, *span)
-        if not self.outside.try_to_peer(target.peer, message):
-            return False
-        self._sent(target, span[1])
-        return True
-
-    async def _follow(self, follower: _Follower) -> None:
-        """Send what the target lacks as it appears. The log is the buffer, so a slow target costs no memory."""
-        target, limits, engine = follower.target, self.settings.limits, self.settings.engine
-        try:
-            if target.peer is not None:  # a dial takes several round trips: not when the first rows are waiting for it
-                await self.outside.reach(target.peer)
-            while True:
-                follower.sending = True
-                if target.peer is None and self.stage.step_mode:
-                    sent = await self._send_logits(target)
-                elif len(target.unacked) >= limits.window_frames:
-                    sent = False
-                else:
-                    replayed = target.cursor < follower.replay_until
-                    chunk = engine.replay_chunk_tokens if replayed else engine.prefill_chunk_tokens
-                    sent = await self._send_rows(target, chunk)
-                if not sent:
-                    follower.sending = False
-                    await follower.wake.wait()
-                    follower.wake.clear()
-        except SwarmError as error:
-            self.owner.report(error, target.peer.peer_id if target.peer else None)
-
-    async def _send_rows(self, target: Target, chunk: int) -> bool:
-        if target.peer is not None and self.stage.log is not None:
-            chunk = min(chunk, self.outside.frame_rows(target.peer.peer_id, self.stage.log.row_bytes))
-        span = self.stage.next_rows(target, chunk)
-        if span is None:
-            return False
-        if target.peer is None:
-            output = output_of(self.stage, target, *span)
-            target.cursor = span[1]
-            await self.owner.tell(pb.ControlReply(output=output))
-        else:
-            message = self._frame(target, *span)
-            self._sent(target, span[1])
-            await self.outside.to_peer(target.peer, message)
-        return True
-
-    def _frame(self, target: Target, start: int, end: int) -> pb.LinkMessage:
-        most_rows = self.settings.engine.prefill_chunk_tokens
-        message = frame_of(self.stage, target, start, end, self.executor.profile, most_rows)
-        if self.stage.drafter is not None:
-            self._round = message.frame.start, len(message.frame.token_ids), self._now()
-        return message
-
-    def _sent(self, target: Target, end: int) -> None:
-        if not self.stage.is_decode(target.cursor, end):
-            target.unacked.append(target.sequence)
-        target.sequence += 1
-        target.cursor = end
-        self.last_used = self._now()
-        if self.stage.log is not None and not self.settings.peer.checkpoints:
-            self.stage.log.forget_before(min(target.cursor for target in self.stage.targets))
-
-    async def _send_logits(self, target: Target) -> bool:
-        output = self._answers.take(target.epoch)
-        if output is None:
-            return False
-        end = output.start + output.tensor.shape[0]
-        output.hops.extend(self.stage.trace.get(end, ()))
-        await self.owner.tell(pb.ControlReply(output=output))
-        return True
-
     def _acknowledge(self, work: Work) -> None:
         if work.want_ack and work.sender is not None:
             ack = pb.Ack(
                 session=self.stage.session, epoch=work.epoch, sequence=work.sequence, layer=self.stage.layers.start
             )
             self.outside.acknowledge(work.sender, ack)
-
-    def _stop_followers(self, keep: list[Target] | None = None) -> None:
-        for follower in list(self._followers):
-            if follower.target not in (keep or []):
-                self._followers.remove(follower)
-                if follower.task is not None:
-                    follower.task.cancel()
