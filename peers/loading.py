@@ -109,6 +109,9 @@ class _Reader:
         self._stored = _stored_names(model, source)
         """Parameters that are still to be read, and the tensor that holds each."""
         self._pack = device.type == "cpu" and packing_works(dtype)
+        unpacked = device.type == "cpu" and dtype == torch.bfloat16 and not self._pack
+        self._in_panels = unpacked and block_kernels() is not None
+        """A CPU for which oneDNN packs no bfloat16 multiplies it slowly, too: ours do so in float32."""
         self._total = sum(model.get_parameter(name).numel() for name in self._stored) * dtype.itemsize
         self._done = self._trimmed = 0
         self.size_bytes = 0
@@ -122,7 +125,7 @@ class _Reader:
         if self._weights is not None and linear.in_features % BLOCK == 0:
             self._model.lm_head = self._linear(["lm_head"], HEAD_KINDS)
             return
-        if self._device.type != "cpu" or getattr(linear, "bias", None) is not None or not self._pack:
+        if self._device.type != "cpu" or getattr(linear, "bias", None) is not None or not (self._pack or self._in_panels):
             return
         name = self._stored[_HEAD]
         found = self._source.blocks(name) if block_kernels() is not None else None
@@ -131,6 +134,8 @@ class _Reader:
             del self._stored[_HEAD]
             self._read(linear.weight.numel(), found.data.nbytes)
             return
+        if self._in_panels:
+            self._model.lm_head = self._linear(["lm_head"])
         if self._dtype != torch.float32:
             return
         head = CompactLinear.read(
@@ -203,6 +208,8 @@ class _Reader:
     def _product(self, weight: torch.Tensor, bias: torch.Tensor | None, packed: bool = True) -> nn.Module:
         if self._pack:
             return OneDnnLinear(weight, bias, packed)
+        if self._in_panels and weight.shape[1] % BLOCK == 0:
+            return quantized_linear(to_blocks(weight, BlockKind.BFLOAT16), bias)
         return CardLinear(weight, bias) if card_works(self._device) else DenseLinear(weight, bias)
 
     def _tensor(self, name: str) -> torch.Tensor:

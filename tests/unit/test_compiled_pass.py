@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from peers import compiled as compiled_module
+from peers import loading
 from peers.attention_kernel import attention_kernel
 from peers.block_kernels import block_kernels
 from peers.kv_cache import SequenceCache
+from peers.linear import packing_works
 from peers.shard import Shard, Step
 from peers.weights import open_source
 from swarm.errors import BadTensor
@@ -112,12 +114,14 @@ def test_bfloat16_comes_nearer_to_float32_than_the_modules_do(family: str, weigh
     assert error < 0.02 * wanted.abs().mean()
 
 
-@pytest.fixture(params=["multiplied", "widened"])
+@pytest.fixture(params=["multiplied", "widened", "unpacked"])
 def _bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the processor multiplies it, and as if it did not."""
+    """As the processor multiplies it, as if it did not, and as if oneDNN did not know it either."""
     kernels = block_kernels()
     assert kernels is not None
-    if request.param == "widened":
+    if request.param == "unpacked":
+        monkeypatch.setattr(loading, "packing_works", lambda dtype: dtype != torch.bfloat16 and packing_works(dtype))
+    if request.param != "multiplied":
         monkeypatch.setattr(kernels, "multiplies_bfloat16", False)
     elif not kernels.multiplies_bfloat16:
         pytest.skip("this processor does not")
@@ -168,6 +172,7 @@ def test_rows_of_bfloat16_do_so_too(family: str, weights: str, kv: str, tmp_path
 
 def assert_the_same_in_any_chunks(shard: Shard, kv: str) -> None:
     in_steps = hidden_of(shard, 1, kv)
+    assert passes(shard) == 1, "the kernels do not take this model"
     assert all(torch.equal(hidden_of(shard, chunk, kv), in_steps) for chunk in (7, 64, len(LONG)))
 
 
