@@ -8,7 +8,7 @@ Owners have equal shares, however many prompts they have: each has as many chunk
 and as many of the pieces below. A session's next chunk is submitted only when its last one is done, too late for the
 pass that follows at once. So where that session is all that its owner has, and others wait, this pass waits for it.
 
-While sessions decode, a chunk is run in pieces of ``engine.mixed_prefill_tokens`` rows, so that it holds none of them
+While sessions decode, a chunk is run in pieces of a few rows (:mod:`peers.piece_size`), so that it holds none of them
 up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
 time only; for the rest it is at other stages. So between two passes of decode steps there is one piece, and then the
 next step is waited for, for not much longer than it usually takes: it finds the thread idle, and the processor, which
@@ -32,6 +32,7 @@ from itertools import count, islice
 
 from peers.drafting import MAX_DRAFT
 from peers.executor import Done, StepReply, StepRequest
+from peers.piece_size import PieceSize
 from swarm.errors import SwarmError
 from swarm.protocol import timings_from_wire
 
@@ -126,7 +127,9 @@ class Batching:
 
     def __init__(self, max_tokens: int, piece_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._piece_tokens = piece_tokens
+        self._piece_size = PieceSize(piece_tokens)
+        self._taken = (0, 0)
+        """Decode steps and whole pieces of prompts in the last batch."""
         self._waiting: deque[Waiting] = deque()
         self._decoded_at = float("-inf")
         """When the last pass with decode steps was taken."""
@@ -206,12 +209,27 @@ class Batching:
                 self._had_piece = True
                 self._turn += 1
                 self._turns[waiting.request.owner] = self._turn
+        self._taken = self._counted(batch, now)
         self._returning = {id(waiting.request.cache) for waiting in batch if len(waiting.request.round) == 1}
         going_on = [waiting.request for waiting in batch if waiting.is_prefill and waiting.request.more]
         self._following = {id(request.cache): request.owner for request in going_on}
         chosen = set(batch)
         self._waiting = deque(waiting for waiting in self._waiting if waiting not in chosen)
         return batch
+
+    def took(self, seconds: float) -> None:
+        """The last batch was computed in so long."""
+        steps, pieces = self._taken
+        if steps or pieces:
+            self._piece_size.note(steps, pieces, seconds)
+
+    def _counted(self, batch: Sequence[Waiting], now: float) -> tuple[int, int]:
+        """Zeros for a batch that tells nothing: a prompt's last piece is shorter, and alone it is not cut in such."""
+        rows = [waiting.piece.rows for waiting in batch if waiting.is_prefill]
+        if not rows:
+            return len(batch), 0
+        whole = all(count % self._piece_size.rows == 0 for count in rows) and self._others_decode(now)
+        return (len(batch) - len(rows), sum(rows) // self._piece_size.rows) if whole else (0, 0)
 
     def _others_decode(self, now: float) -> bool:
         """Sessions other than those whose prompts, or replays, wait."""
@@ -240,7 +258,7 @@ class Batching:
         if prompts and self._others_decode(now):
             places = (own[turn % len(own)] for turn in count() for own in by_owner.values())
             pieces = Counter(islice(places, min(len(prompts), MOST_PIECES)))
-            return [(prompt, number * self._piece_tokens) for prompt, number in pieces.items()]
+            return [(prompt, number * self._piece_size.rows) for prompt, number in pieces.items()]
         owners = self._owners_that_wait() | set(self._following.values())
         fewest = min((len(by_owner.get(owner, ())) for owner in owners), default=0)
         each = max(1, fewest) if len(owners) > 1 else len(prompts)

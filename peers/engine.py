@@ -216,6 +216,7 @@ class Engine:
             waits_s = [max(0.0, started - waiting.since) for waiting in batch]
             replies = self._run_batch(batch, waits_s, started)
             now = time.perf_counter()
+            self._batching.took(now - started)
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
             self.pace.note(batch, waits_s, now - started, now)
             self.passes += 1

@@ -68,7 +68,7 @@ class EngineSettings:
     max_batch_tokens: int = 512
     """Rows in one forward pass, decode steps first."""
     mixed_prefill_tokens: int = 16
-    """Rows of a prompt between two decode steps of other sessions: what those have to wait for."""
+    """Rows of a prompt between two decode steps of other sessions, until it is known how long these take."""
     prefill_chunk_tokens: int = 128
     """A long prompt goes in pieces of this size, so that stages work on different ones at once."""
     replay_chunk_tokens: int = 256

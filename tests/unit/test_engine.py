@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peers import piece_size
 from peers.engine import MOST_FAILURES, Engine
 from peers.executor import SampleRequest, StepReply, StepRequest, run
 from peers.kv_cache import SequenceCache
@@ -57,7 +58,10 @@ def step(engine: Engine, tokens: list[int], prompt: list[int] | None = None, sta
     return StepRequest(LAYERS, engine.new_cache(LAYERS, 128), start, len(tokens), tokens, None, sample)
 
 
-async def test_a_prompt_runs_whole_when_nobody_decodes_and_in_pieces_when_somebody_does(engine: Engine) -> None:
+async def test_a_prompt_runs_whole_when_nobody_decodes_and_in_pieces_when_somebody_does(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(piece_size, "LEAST_SEEN", 1000)
     batches: list[list[int]] = []
     engine.pace.observe = lambda rows, waits_s, compute_s: batches.append(list(rows))
     alone = await run(engine, step(engine, PROMPT))
