@@ -125,7 +125,7 @@ class _Reader:
         if self._weights is not None and linear.in_features % BLOCK == 0:
             self._model.lm_head = self._linear(["lm_head"], HEAD_KINDS)
             return
-        if self._device.type != "cpu" or getattr(linear, "bias", None) is not None or not (self._pack or self._in_panels):
+        if not (self._pack or self._in_panels) or getattr(linear, "bias", None) is not None:
             return
         name = self._stored[_HEAD]
         found = self._source.blocks(name) if block_kernels() is not None else None

@@ -1,9 +1,9 @@
 """How many rows of a prompt are run between two decode steps of other sessions. Pure.
 
-What a token waits for is time, not rows: sixteen rows take twice as long as one from float32 matrices on a CPU, six times
-as long from 4-bit ones, and no longer at all on a card. So the size follows what was measured: a piece may take about as
-long as two decode steps, and in a chain of equal stages, where a token meets one piece at each, it then comes within three
-times the usual time.
+What a token waits for is time, not rows: sixteen rows take twice as long as one from float32 matrices on a CPU, six
+times as long from 4-bit ones, and no longer at all on a card. So the size follows what was measured: a piece may take
+about as long as two decode steps, and in a chain of equal stages, where a token meets one piece at each, it then comes
+within three times the usual time.
 """
 
 from __future__ import annotations

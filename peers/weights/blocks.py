@@ -79,7 +79,8 @@ class Blocks:
 
 
 def to_blocks(weights: torch.Tensor, kind: BlockKind) -> Blocks:
-    """``weights``: ``[rows, columns]`` on the CPU, float32 or for bfloat16 also that. Rounds to the nearest code, as llama.cpp's tools do."""
+    """``weights``: ``[rows, columns]`` float32 on the CPU; bfloat16 may be that already. Rounds to the nearest code,
+    as llama.cpp's tools do."""
     if kind is BlockKind.BFLOAT16:
         return Blocks(kind, weights.to(torch.bfloat16).contiguous().view(torch.uint8))
     packed: np.ndarray = quantize(weights.contiguous().numpy(), GGMLQuantizationType[kind.name])
