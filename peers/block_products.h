@@ -17,7 +17,7 @@ enum { AHEAD_BLOCKS = 2 };
 
 /* More rows than these find a panel expanded; a register's width decides how much that costs, and half as much is written
    of bfloat16. */
-INLINE int few_rows(int how) { return how != DOTTED && LANES == 16 ? 10 : TILE_ROWS; }
+INLINE int few_rows(int how) { return how != DOTTED && LANES == 16 ? 10 : WIDE_ROWS; }
 
 /* As Python fills it: numbers of 64 bits. */
 typedef struct {
@@ -210,11 +210,11 @@ INLINE multiplying *multiplying_as(int how, int64_t fetched) {
     return all[smaller(fetched, 2) - ITSELF];
 }
 
-/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are narrow, a tile has few
-   rows and columns are read often: of these the first cache holds them from one tile to the next. */
+/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are narrow, tiles
+   are small and columns are read often: of these the first cache holds them from one tile to the next. */
 INLINE int64_t cached_steps(int64_t count, int64_t width, int64_t all_steps) {
     enum { CACHED_FLOATS = 16384 / sizeof(float) };
-    return LANES == 16 || count <= 2 * TILE_ROWS ? all_steps : CACHED_FLOATS / width;
+    return LANES == 16 || count <= WIDE_ROWS ? all_steps : CACHED_FLOATS / width;
 }
 
 /* `rows` are `inputs` numbers apart, or as many pairs. */
@@ -242,7 +242,7 @@ INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks,
         int many = rows_of_tile(count - done);
         for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
 #define PACKED(known) \
-    if (known <= TILE_ROWS) \
+    if (known <= WIDE_ROWS) \
     packed_tile(kind, how, known, v, panel, blocks, rows + done * inputs, inputs, out + done * stride + v * LANES, stride)
             FOR_ROWS(many, PACKED)
         }

@@ -10,12 +10,14 @@
 #include <immintrin.h>
 #endif
 
+/* A tile of up to WIDE_ROWS rows is TILE_VECTORS wide, one of more, up to TILE_ROWS, half of that: as many sums as there
+   are registers for. */
 #ifdef __AVX512F__
-enum { LANES = 16, TILE_ROWS = 6 }; /* 32 registers */
+enum { LANES = 16, WIDE_ROWS = 6 }; /* 32 registers */
 #else
-enum { LANES = 8, TILE_ROWS = 3 };
+enum { LANES = 8, WIDE_ROWS = 3 };
 #endif
-enum { TILE_VECTORS = 4, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -156,6 +158,9 @@ INLINE void tile(int how, int count, int vectors, int add, int fetched, const fl
         for (int i = 0; i < per_step(how); i++) {
             floats column[TILE_VECTORS];
             for (int v = 0; v < vectors; v++) column[v] = one_of(how, i, load(columns + v * LANES));
+#if defined __AVX2__ && !defined __AVX512F__ /* stays in its register: GCC reads it again for each row */
+            for (int v = 0; count > WIDE_ROWS && v < vectors; v++) __asm__("" : "+x"(column[v]));
+#endif
             for (int m = 0; m < count; m++)
                 for (int v = 0; v < vectors; v++)
                     sums[m][v] = plus_product(how, column[v], rows + m * apart + k + i, sums[m][v]);
@@ -168,14 +173,15 @@ INLINE void tile(int how, int count, int vectors, int add, int fetched, const fl
 /* As above, for the first `used` of `width` columns, a multiple of LANES. */
 INLINE void wide_tile(int how, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
                       const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
-    for (int64_t from = 0; from < used; from += TILE_VECTORS * LANES)
+    const int most = count > WIDE_ROWS ? TILE_VECTORS / 2 : TILE_VECTORS;
+    for (int64_t from = 0; from < used; from += most * LANES)
 #define TILE(vectors) \
     tile(how, count, vectors, add, fetched, next, rows, apart, columns + from, inner, width, out + from, stride)
-        switch ((used - from) / LANES) {
+        switch (smaller((used - from) / LANES, most)) {
             case 1: TILE(1); break;
             case 2: TILE(2); break;
-            case 3: TILE(3); break;
-            default: TILE(4);
+            case 3: if (count <= WIDE_ROWS) TILE(3); break;
+            default: if (count <= WIDE_ROWS) TILE(4);
         }
 }
 
