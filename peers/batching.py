@@ -199,13 +199,15 @@ class Batching:
         wanted = [(step, step.request.rows) for step in steps]
         batch: list[Waiting] = []
         rows = 0
+        left = 0 if self._gave_way else min(sum(most for _, most in shares), self._max_tokens // 2)
         for waiting, most in wanted if self._gave_way else wanted + shares:
-            room = self._max_tokens - rows
+            prompt = waiting.is_prefill
+            room = self._max_tokens - rows - (0 if prompt else left)
             if batch and room <= 0:
-                break
-            rows += waiting.cut(max(1, min(most, room)) if waiting.is_prefill else most)
+                continue
+            rows += waiting.cut(max(1, min(most, room)) if prompt else most)
             batch.append(waiting)
-            if waiting.is_prefill:
+            if prompt:
                 self._had_piece = True
                 self._turn += 1
                 self._turns[waiting.request.owner] = self._turn

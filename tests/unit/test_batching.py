@@ -178,6 +178,14 @@ def test_between_two_decode_steps_there_is_one_piece(thread: Thread) -> None:
     assert thread.rows(last + 0.11) == [PIECE]
 
 
+def test_the_first_piece_of_a_short_prompt_is_one_as_well(thread: Thread) -> None:
+    last = thread.decode_often()
+    thread.add(PIECE + 2, last)
+    assert [thread.rows(last + 0.01), thread.rows(last + 0.02)] == [[PIECE], []]
+    thread.add(1, last + 0.1)
+    assert [thread.rows(last + 0.1), thread.rows(last + 0.11)] == [[1], [2]]
+
+
 def test_a_decode_step_that_does_not_come_is_not_waited_for(thread: Thread) -> None:
     last = thread.decode_often()
     thread.add(150, last)
@@ -329,6 +337,18 @@ def test_a_decode_step_of_other_layers_waits_for_one_pass_of_prompts(thread: Thr
     assert 1 not in thread.rows(0.1)
     thread.add(1, 0.1, BACK)
     assert thread.rows(0.2) == [1]
+
+
+def test_decode_steps_that_fill_every_pass_leave_room_for_a_prompt_in_every_other(thread: Thread) -> None:
+    thread.add(150, owner="prompt")
+    passes = []
+    for i in range(4):
+        for _ in range(6 - len(thread.batching)):
+            thread.add(16, 0.01 * i, owner="steps")
+        batch = thread.batching.take(0.01 * i)
+        passes.append(owners_of(batch).count("prompt"))
+        thread.batching.add(*[one for one in batch if one.take(StepReply(b"", (), b"", 0.0, 0.0, 1), 0.0) is None])
+    assert passes == [0, 1, 0, 1]
 
 
 def test_steps_of_other_layers_have_a_pass_of_their_own(thread: Thread) -> None:
