@@ -70,28 +70,29 @@ class Waiting:
         self.piece = self.request
 
     def cut(self, most: int) -> int:
-        """Chooses the piece: ``most`` rows, or all where rows before the last matter; returns how many."""
+        """Chooses the piece: ``most`` rows, but all together of which logits are wanted; returns how many."""
         request = self.request
         wanted = request.sample.rows if request.sample is not None else request.logit_rows
-        if request.rows <= most or wanted > 1 or request.want_hidden:
+        before = min(most, request.rows - wanted)
+        if request.rows <= most or before <= 0:
             self.piece = request
         else:
             ids, hidden = request.token_ids, request.hidden
             row_bytes = len(hidden) // request.rows if hidden is not None else 0
             self.piece = replace(
                 request,
-                rows=most,
-                token_ids=None if ids is None else ids[:most],
-                hidden=None if hidden is None else hidden[: most * row_bytes],
+                rows=before,
+                token_ids=None if ids is None else ids[:before],
+                hidden=None if hidden is None else hidden[: before * row_bytes],
                 sample=None,
                 logit_rows=0,
             )
             self.request = replace(
                 request,
-                start=request.start + most,
-                rows=request.rows - most,
-                token_ids=None if ids is None else ids[most:],
-                hidden=None if hidden is None else hidden[most * row_bytes :],
+                start=request.start + before,
+                rows=request.rows - before,
+                token_ids=None if ids is None else ids[before:],
+                hidden=None if hidden is None else hidden[before * row_bytes :],
             )
         return self.piece.rows
 

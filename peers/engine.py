@@ -28,7 +28,7 @@ from peers.row_codec import DTYPES, Rows, array_of, decoded, encoded
 from peers.shard import Shard, Step, StepOutput, all_finite, use_device
 from swarm import kv
 from swarm.config import Settings
-from swarm.errors import BadTensor, Cancelled, Internal, SwarmError
+from swarm.errors import BadRequest, BadTensor, Cancelled, Internal, SwarmError
 from swarm.models import ModelProfile
 from swarm.sampling import SampleResult, sample
 from swarm.types import LayerRange
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 MANY_ROWS = 32
 """From so many rows on, a pass waits for arithmetic rather than for memory, and more threads help."""
+
+MOST_LOGITS_BYTES = 256 * 1024 * 1024
+"""Of one step, for they are computed at once. No honest owner wants more."""
 
 SMOOTHING = 0.1
 """Weight of the newest step in the running averages that announcements tell."""
@@ -306,6 +309,9 @@ class Engine:
     def _to_step(self, request: StepRequest) -> Step:
         if not isinstance(request.cache, SequenceCache):
             raise Internal("the engine runs on its own caches")
+        head_rows = request.sample.rows if request.sample is not None else request.logit_rows
+        if head_rows > (most := MOST_LOGITS_BYTES // (4 * self.profile.vocab_size)):
+            raise BadRequest(f"logits of {head_rows} rows at once; the limit is {most}")
         hidden: Rows | None = None
         if request.hidden is not None:
             encoding, width = self._encoding(request.input_wire), self.profile.hidden_size
@@ -317,7 +323,7 @@ class Engine:
             start=request.start,
             token_ids=request.token_ids,
             hidden=hidden,
-            head_rows=request.sample.rows if request.sample is not None else request.logit_rows,
+            head_rows=head_rows,
             want_hidden=request.want_hidden,
         )
 

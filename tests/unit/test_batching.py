@@ -366,6 +366,18 @@ def test_the_answer_to_a_prompt_in_pieces_tells_of_all_of_them() -> None:
     assert answer == StepReply(b"one two", (), b"", 1.0, 0.5, 1, processor_s=0.25)
 
 
+def test_a_prompt_is_cut_though_more_than_its_last_row_is_wanted() -> None:
+    step = StepRequest(ALL, Cache(), 0, 50, list(range(50)), None, logit_rows=25, want_hidden=True)
+    waiting, pieces = Waiting(step, lambda reply: None, 0.0), []
+    answer: object = None
+    while answer is None:
+        waiting.cut(PIECE)
+        pieces.append((waiting.piece.start, waiting.piece.rows, waiting.piece.logit_rows))
+        answer = waiting.take(StepReply(b"%d " % waiting.piece.rows, (), b"logits", 0.0, 0.0, 1), 0.0)
+    assert pieces == [(0, PIECE, 0), (PIECE, 5, 0), (PIECE + 5, 25, 25)]
+    assert answer == StepReply(b"20 5 25 ", (), b"logits", 0.0, 0.0, 1)
+
+
 def test_a_piece_that_fails_is_the_answer_to_the_whole_prompt() -> None:
     waiting = Waiting(StepRequest(ALL, Cache(), 0, 50, [1] * 50, None), lambda reply: None, 0.0)
     waiting.cut(PIECE)

@@ -19,7 +19,7 @@ from peers.kv_cache import SequenceCache
 from peers.machine import measure
 from peers.shard import Shard, StepOutput
 from swarm.config import EngineSettings, Settings
-from swarm.errors import Cancelled, Internal, SwarmError
+from swarm.errors import BadRequest, Cancelled, Internal, SwarmError
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange
 from tests.reference import ModelSource, profile_of
@@ -102,6 +102,29 @@ async def test_hidden_states_of_pieces_are_those_of_the_whole(shard: Shard) -> N
             assert cache.length == 50
     whole, cut = (torch.frombuffer(bytearray(answer.hidden), dtype=torch.float32) for answer in answers)
     assert torch.allclose(whole, cut, atol=1e-5)
+
+
+async def test_a_long_input_is_computed_in_pieces_whose_logits_are_those_of_the_whole(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame of another peer may have thousands of rows, and logits of all of them would be more than there is memory
+    for."""
+    ids, answers = [*PROMPT, *PROMPT], []
+    for most in (100, 64):
+        settings = replace(Settings(), engine=EngineSettings(max_batch_tokens=most))
+        async with Engine(shard, settings) as engine:
+            batches: list[int] = []
+            engine.pace.observe = lambda rows, waits_s, compute_s, batches=batches: batches.extend(rows)
+            request = StepRequest(LAYERS, engine.new_cache(LAYERS, 128), 0, 100, ids, None, want_hidden=True)
+            answers.append(await run(engine, replace(request, logit_rows=60)))
+            assert max(batches) <= most
+    monkeypatch.setattr("peers.engine.MOST_LOGITS_BYTES", 64 * 4 * shard.profile.vocab_size)
+    with pytest.raises(BadRequest, match="logits of 65 rows at once; the limit is 64"):
+        async with Engine(shard, settings) as engine:
+            await run(engine, replace(request, cache=engine.new_cache(LAYERS, 128), logit_rows=65))
+    for whole, cut in ((answers[0].hidden, answers[1].hidden), (answers[0].logits, answers[1].logits)):
+        one, other = (torch.frombuffer(bytearray(data), dtype=torch.float32) for data in (whole, cut))
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 async def test_a_piece_that_fails_fails_its_request_once(engine: Engine) -> None:
