@@ -167,7 +167,7 @@ class Engine:
         return len(self._batching) + self._given - self._taken
 
     def forget(self, cache: Cache) -> None:
-        self._arrived.put(id(cache))
+        self._loop.call_soon(self._arrived.put, id(cache))  # behind what was submitted in this turn of the loop
 
     def submit(self, step: StepRequest, done: Done) -> None:
         if self._broken.done():

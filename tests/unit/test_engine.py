@@ -177,7 +177,8 @@ async def test_the_thread_that_waits_holds_no_session(engine: Engine) -> None:
     assert left() is None
 
 
-async def test_steps_that_wait_and_that_nobody_wants_any_more_are_not_run(engine: Engine) -> None:
+@pytest.mark.parametrize("pause_s", [0.01, 0.0], ids=["it is handed over", "it is to be handed over"])
+async def test_steps_that_wait_and_that_nobody_wants_any_more_are_not_run(engine: Engine, pause_s: float) -> None:
     computed, go_on = threading.Event(), threading.Event()
 
     def hold(*_: object) -> None:
@@ -189,13 +190,14 @@ async def test_steps_that_wait_and_that_nobody_wants_any_more_are_not_run(engine
     first = asyncio.create_task(run(engine, running))
     assert await asyncio.to_thread(computed.wait, 5)
     second = asyncio.create_task(run(engine, unwanted))
-    await asyncio.sleep(0.01)  # it is handed over
+    await asyncio.sleep(pause_s)
     for request in (running, unwanted):
         engine.forget(request.cache)
     go_on.set()
     assert (await first).tokens
     with pytest.raises(Cancelled):
-        await second
+        async with asyncio.timeout(5):
+            await second
     assert (engine.queue_length, unwanted.cache.length) == (0, 0)
 
 
