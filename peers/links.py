@@ -141,9 +141,9 @@ class Links:
             while line.under_way_bytes and line.under_way_bytes + len(frame) > self._measured(peer).lead_bytes:
                 if self._links.get(peer) is not link:
                     raise StreamLost(f"the link to {peer[-6:]} is lost")
+                link.pong.clear()
                 if line.unmarked:  # who sent it was cancelled before its ping
                     await self._ping(link)
-                link.pong.clear()
                 await link.pong.wait()
             began_at = link.last_used = _now()
             line.sent(len(frame))

@@ -131,3 +131,39 @@ def test_a_token_waits_for_one_frame_of_a_prompt_not_for_one_of_each_session() -
             await links.aclose()
 
     run_virtual(main)
+
+
+def test_a_prompt_goes_on_though_its_own_ping_is_answered_before_it_waits_for_that() -> None:
+    """Whoever sent the frame before was cancelled, so nothing else tells when that has arrived."""
+
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        own, remote = network.add("own"), network.add("remote")
+
+        async def handle(stream: Stream) -> None:
+            with contextlib.suppress(StreamLost):
+                while (frame := await stream.receive()) is not None:
+                    message = decode(pb.LinkMessage, frame)
+                    if message.HasField("ping"):
+                        await stream.send(pb.LinkMessage(pong=message.ping).SerializeToString())
+
+        await SimTransport(remote).serve(LINK, handle)
+        async with asyncio.TaskGroup() as tasks:
+            links = Links(SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *_: None)
+            await links.reach(remote.address)
+            link = links._links[remote.address.peer_id]
+            assert link.watcher is not None
+            link.watcher.cancel()  # no pings but those behind a prompt's frames
+            link.line.sent(10**6)
+            takes_at_once = link.stream.send
+
+            async def send(frame: bytes) -> None:
+                await takes_at_once(frame)
+                await asyncio.sleep(1.0)
+
+            link.stream.send = send  # type: ignore[method-assign]
+            async with asyncio.timeout(10.0):
+                await links.send(remote.address, pb.LinkMessage(frame=pb.Frame(want_ack=True)))
+            await links.aclose()
+
+    run_virtual(main)
