@@ -77,8 +77,8 @@ class HopControl:
         if self.lost is not None:
             raise self.lost
         self._opened, self._opening = asyncio.get_running_loop().create_future(), request.epoch
-        await self._send(pb.ControlRequest(open=request))
         try:
+            await self._send(pb.ControlRequest(open=request))
             opened = await self._answer(self._opened)
         finally:
             self._opened.cancel()  # nobody waits for it any more
@@ -126,10 +126,11 @@ class HopControl:
         if self.lost is not None:
             raise self.lost
         self._fetches += 1
-        self._fetched = asyncio.get_running_loop().create_future()
-        await self._send(pb.ControlRequest(fetch=pb.Fetch(number=self._fetches, start=start, end=end)))
-        began, fetched = _now(), self._fetched
+        fetched: asyncio.Future[pb.Fetched] = asyncio.get_running_loop().create_future()
+        self._fetched = fetched
         try:
+            await self._send(pb.ControlRequest(fetch=pb.Fetch(number=self._fetches, start=start, end=end)))
+            began = _now()
             while not (await asyncio.wait((fetched,), timeout=self._settings.timeouts.heartbeat_s))[0]:
                 self._check_answer(began, "fetch")
             return fetched.result()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import random
 
 import pytest
@@ -11,7 +13,7 @@ from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.control import Event, HopControl
 from swarm.delegation import request_from_wire
-from swarm.errors import BadRequest, Busy, Evicted
+from swarm.errors import BadRequest, Busy, Evicted, StreamLost
 from swarm.protocol import MAX_END_IDS, address_to_wire, decode
 from swarm.sampling import SamplingParams
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
@@ -64,6 +66,39 @@ def test_an_error_of_an_older_epoch_is_no_answer_to_an_open() -> None:
 def test_the_answer_to_an_open_that_was_given_up_is_no_answer_to_the_next() -> None:
     control, _ = opened(pb.ControlReply(opened=pb.Opened(epoch=1, have=9)), ANSWER)
     assert control.have == 5
+
+
+@pytest.mark.parametrize("question", ["open", "fetch"])
+def test_a_question_that_can_no_longer_be_asked_leaves_nobody_waiting(question: str) -> None:
+    """The stream broke just now. That was told to nobody, and Python complained of it on the terminal."""
+
+    async def main() -> None:
+        complaints: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        network = SimNetwork(random.Random(1), Faults())
+        owner, peer = network.add("owner"), network.add("peer")
+
+        async def handle(stream: Stream) -> None:
+            with contextlib.suppress(StreamLost):
+                await stream.receive()
+
+        await SimTransport(peer).serve(CONTROL, handle)
+        heard: list[Event] = []
+        async with asyncio.TaskGroup() as tasks:
+            hop, transport = Hop(peer.address, LayerRange(0, 1)), SimTransport(owner)
+            control = await HopControl.dial(hop, transport, Settings(), lambda _, event: heard.append(event), tasks)
+            await asyncio.sleep(1)
+            peer.break_streams()
+            with pytest.raises(StreamLost):
+                await (control.open(pb.Open(session="s", epoch=2)) if question == "open" else control.fetch(0, 1))
+            await asyncio.sleep(1)
+        assert [type(event) for event in heard] == [StreamLost]
+        heard.clear()
+        del control
+        gc.collect()
+        assert not complaints
+
+    run_virtual(main)
 
 
 def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() -> None:
