@@ -11,7 +11,7 @@ from swarm.types import PeerAddress
 
 
 async def knock(peer: PeerAddress, deadline_s: float) -> None:
-    """A TCP connection to any of the announced addresses, each in its own time; relayed ones are left to libp2p.
+    """A TCP connection to any of the announced addresses, the first that answers; relayed ones are left to libp2p.
 
     (libp2p itself would reuse the connection through which the joiner asks, which says nothing about its address.)
     Raises ``Unreachable``, or ``ProtocolError`` for what is no address.
@@ -33,5 +33,13 @@ async def knock(peer: PeerAddress, deadline_s: float) -> None:
         writer.close()
         return True
 
-    if not any(await asyncio.gather(*(dial(host, port) for host, port in direct))):
-        raise Unreachable(f"nothing listens at {', '.join(f'{host} port {port}' for host, port in direct)}")
+    dials = [asyncio.create_task(dial(host, port)) for host, port in direct]
+    try:
+        for answered in asyncio.as_completed(dials):
+            if await answered:
+                return
+    finally:
+        for task in dials:
+            task.cancel()
+        await asyncio.gather(*dials, return_exceptions=True)
+    raise Unreachable(f"nothing listens at {', '.join(f'{host} port {port}' for host, port in direct)}")
