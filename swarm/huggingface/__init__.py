@@ -231,9 +231,9 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
         """
         made: list[SwarmCache] = []
         token = _caches.set(made)
-        for name in ("past_key_values", "cache"):
-            if name in kwargs:
-                kwargs[CACHE] = kwargs.pop(name)
+        given = [held for name in ("cache", "past_key_values") if (held := kwargs.pop(name, None)) is not None]
+        if given:
+            kwargs[CACHE] = given[0]
         result: Any = None
         try:
             result = super().generate(*args, **kwargs)  # type: ignore[misc]

@@ -267,7 +267,7 @@ def test_logits_and_loss_of_all_positions(model: SwarmForCausalLM, local: Any) -
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_second_call_computes_only_what_is_new(model: SwarmForCausalLM, local: Any, name: str) -> None:
     cache = model.new_cache(64)
-    given: dict[str, Any] = {name: cache}
+    given: dict[str, Any] = {"cache": None, "past_key_values": None, name: cache}
     first = model.generate(PROMPT, do_sample=False, max_new_tokens=10, eos_token_id=None, **given)
     assert cache.positions_computed == cache.get_seq_length() == first.shape[1] - 1
     second = torch.cat([first, torch.tensor([[9, 8, 7]])], dim=1)
