@@ -66,6 +66,8 @@ async def own_addresses(socket: str, timeout_s: float) -> list[str] | None:
 
 async def is_connected(socket: str, peer: PeerAddress, timeout_s: float) -> bool:
     """Whether there is a connection to ``peer``, whoever made it; False if the daemon does not respond."""
+    if not is_peer_id(peer.peer_id):
+        return False
     response = await _ask(socket, _pb.Request(type=_pb.Request.LIST_PEERS), timeout_s)
     raw_id = _p2p.PeerID.from_base58(peer.peer_id).to_bytes()
     return response is not None and any(info.id == raw_id for info in response.peers)

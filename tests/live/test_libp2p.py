@@ -469,6 +469,20 @@ def test_a_peer_that_is_not_there_is_not_dialled_by_the_daemon_again_and_again()
     asyncio.run(main())
 
 
+def test_what_is_no_peer_id_is_refused_each_time_it_is_dialled() -> None:
+    """An owner may name anything as the next hop: what a stage's task raises beside our own errors ends the peer."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            away = f"/ip4/127.0.0.1/tcp/{closed.getsockname()[1]}"
+        async with server() as one:
+            for _ in range(3):
+                with pytest.raises(Unreachable):
+                    await one.open(PeerAddress(PeerId("no peer!"), (away,)), "nothing")
+
+    asyncio.run(main())
+
+
 def test_a_taken_port_is_named_and_an_own_one_kept() -> None:
     async def main() -> None:
         async with server() as one:
