@@ -8,6 +8,7 @@ prefill with its window of unacknowledged frames, replays and slow links, is don
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,9 +19,11 @@ from peers.stage import Stage, Target
 from peers.step_answers import StepAnswers
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import SwarmError
+from swarm.errors import Internal, SwarmError
 from swarm.models import ModelProfile
 from swarm.types import PeerId
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -145,6 +148,10 @@ class Followers:
                     follower.wake.clear()
         except SwarmError as error:
             self._owner.report(error, target.peer.peer_id if target.peer else None)
+        except Exception:
+            # The outermost edge of one session: a bug here must not take the other sessions down.
+            logger.exception("session %s: sending failed", self._stage.session[:8])
+            self._owner.report(Internal("the stage failed; see the peer's log"), None)
 
     async def _send_rows(self, target: Target, chunk: int) -> bool:
         if target.peer is not None and self._stage.log is not None:
