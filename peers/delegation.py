@@ -9,6 +9,8 @@ import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 
+from google.protobuf.message import DecodeError
+
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.coverage import explained
@@ -81,7 +83,7 @@ class DelegationHandler:
             message = pb.Delegate()
             try:
                 message.ParseFromString(frame)
-            except ValueError:
+            except DecodeError:
                 raise ProtocolError("no Delegate message") from None
             if self._draining:
                 raise Busy("this peer is leaving and takes no new sessions of thin clients")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from peers.frame_router import FrameRouter
 from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession
 from swarm.errors import BadRequest, Busy, Cancelled, NoRoute, Unreachable
@@ -49,6 +50,33 @@ def test_one_peer() -> None:
 def test_three_peers() -> None:
     outcome = run(2, [LayerRange(0, 2), LayerRange(2, 4), LayerRange(4, 6)])
     assert len(outcome.routes) == 1
+
+
+def test_a_bug_in_what_sends_for_one_session_ends_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    works, calls = FrameRouter.reach, itertools.count()
+
+    async def reach(self: FrameRouter, peer: PeerAddress) -> None:
+        if next(calls) == 1:
+            raise ValueError("a bug")
+        await works(self, peer)
+
+    monkeypatch.setattr(FrameRouter, "reach", reach)
+    outcome = run(2, [LayerRange(0, 2), *[LayerRange(2, 4)] * 2, LayerRange(4, 6)])
+    assert ["see the peer's log" in changed.reason for changed in outcome.routes] == [False, True]
+
+
+def test_junk_from_a_thin_client_is_refused() -> None:
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        stream = await SimTransport(world.owner).open(peer.node.address, DELEGATE)
+        await stream.send(b"junk")
+        async with asyncio.timeout(5):
+            reply = decode(pb.DelegateReply, await stream.receive() or b"")
+        assert (reply.error.code, reply.error.message) == ("protocol", "no Delegate message")
+        await world.settle()
+
+    run_virtual(main)
 
 
 def test_without_kv_cache() -> None:
