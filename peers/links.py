@@ -184,7 +184,8 @@ class Links:
                 if _now() - max(link.last_used, link.probed_at) > self._timeouts.link_idle_s:
                     await link.stream.close()
                     return
-                if _now() - link.last_used <= heartbeat_s:
+                due = link.answered < link.pings and not link.line.under_way_bytes  # not behind a prompt
+                if due or _now() - link.last_used <= heartbeat_s:
                     await self._ping(link)
                 else:
                     link.heard_at = _now()  # nothing was asked, so nothing can be late

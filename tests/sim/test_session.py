@@ -246,6 +246,29 @@ def test_a_peer_that_fell_silent_is_not_asked_again_while_another_has_its_layers
     assert rebuild.duration_s < SETTINGS.timeouts.open_s / 2
 
 
+def test_a_link_on_which_a_token_is_lost_is_noticed_long_before_the_step_deadline_of_a_slow_model() -> None:
+    """Nothing more is sent on it, for the ring stands still; both of its ends are heard well."""
+
+    async def main() -> None:
+        world = World(3)
+        for layers in (*THIRDS, THIRDS[1]):
+            (await world.add_peer(layers)).executor.layer_s = 0.3
+        came_at: list[float] = []
+
+        def cut(session: Session, index: int) -> None:
+            came_at.append(asyncio.get_running_loop().time())
+            if len(came_at) == 10:
+                world.network.partition(*(hop.peer.peer_id for hop in session.route.hops[:2]))
+
+        outcome = await world.generate(PROMPT, 15, cut)
+        assert outcome.error is None
+        assert len(outcome.session.rebuilds) == 1
+        assert max(after - before for before, after in itertools.pairwise(came_at)) < 10
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_session_that_ends_while_it_is_mended_waits_for_none_of_those_that_it_dials() -> None:
     """One replacement was reached and lost its network, another one does not answer the dial."""
 
