@@ -71,7 +71,7 @@ class PrefixCache:
         for entry in same:
             if chain.startswith(entry.chain):
                 self._drop(entry)
-        name = str(next(self._number))
+        name, cache = str(next(self._number)), self._copy(stage.cache, tokens, tokens)
         if not self._budget.keep(name, size_of(tokens), lambda: self._entries.pop(name)):
             return
         if stage.log is not None:
@@ -83,7 +83,7 @@ class PrefixCache:
             wire=stage.output_wire,
             kv=stage.kv,
             chain=chain,
-            cache=self._copy(stage.cache, tokens, tokens),
+            cache=cache,
             log=stage.log,
             inputs=tuple(stage.inputs[:tokens]),
             since=now,

@@ -259,18 +259,20 @@ class StageTable:
         """
         runner = self.runners.pop(key, None)
         self.budget.release(_held_as(key))
-        if runner is not None:
-            runner.close()
-            stage = runner.stage
-            now = asyncio.get_running_loop().time()
-            self.prefixes.keep(stage, prefix, lambda positions: self._size(stage, positions), now)
-            self.executor.forget(stage.cache)
-            stage.release()
         timer = self._lingering.pop(key, None)
         if timer is not None:
             timer.cancel()
         if not self.runners:
             self._emptied.set()
+        if runner is not None:
+            runner.close()
+            stage = runner.stage
+            self.executor.forget(stage.cache)
+            now = asyncio.get_running_loop().time()
+            try:
+                self.prefixes.keep(stage, prefix, lambda positions: self._size(stage, positions), now)
+            finally:
+                stage.release()
 
     def free_all(self) -> None:
         self.prefixes.close()

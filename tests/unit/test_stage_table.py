@@ -18,6 +18,7 @@ from peers.stage import OpenRequest, Work
 from peers.stage_table import OWED_S, StageTable
 from swarm.errors import Busy
 from swarm.sampling import SamplingParams
+from swarm.testing import ToyCache
 from swarm.types import PeerId, SessionId
 from tests.sim import world
 from tests.sim.world import NUM_LAYERS, LayerRange, World, run_virtual
@@ -245,5 +246,25 @@ def test_a_session_that_has_ended_is_held_by_nobody() -> None:
         gc.collect()
         assert ended() is None
         sweeping.cancel()
+
+    with_table(story)
+
+
+def test_a_stage_that_ends_gives_all_back_though_its_prefix_can_not_be_copied() -> None:
+    """For want of memory on the card. What had been counted as kept could never be dropped."""
+
+    async def story(table: StageTable) -> None:
+        def fails(*_: object) -> object:
+            raise RuntimeError("out of memory")
+
+        stage = admit(table, "one", 80, known=40).stage
+        cast(ToyCache, stage.cache).length = 40
+        table.prefixes._copy = fails  # type: ignore[assignment]
+        with pytest.raises(RuntimeError):
+            table.free((SessionId("one"), 0), prefix=b"oneblock")
+        async with asyncio.timeout(1):
+            await table.empty()
+        assert (table.budget.used_bytes, table.budget.kept_bytes, stage.have) == (0, 0, 40)
+        assert not isinstance(stage.cache, ToyCache)
 
     with_table(story)
