@@ -12,8 +12,9 @@ While sessions decode, a chunk is run in pieces of a few rows (:mod:`peers.piece
 up for long (chunked prefill as in Sarathi-Serve, Agrawal et al., OSDI 2024). A session's step is here for a part of its
 time only; for the rest it is at other stages. So between two passes of decode steps there is one piece, and then the
 next step is waited for, for not much longer than it usually takes: it finds the thread idle, and the processor, which
-other stages may share. Where decode steps are always waiting, every other pass is theirs alone. Each prompt has its
-piece: sessions that wait for their first token count as much as those that wait for their next.
+other stages may share. Where decode steps are always waiting, every other pass is theirs alone, and they leave room in
+the others, however many they are. Each prompt has its piece: sessions that wait for their first token count as much as
+those that wait for their next.
 
 Sessions that once were in one pass stay together: they leave a stage at the same moment and so reach the next, and
 while one stage works for all of them the others have nothing to do. So where tokens are sampled a pass takes so many
