@@ -152,13 +152,14 @@ class AsyncClient:
         Raises ``BadRequest`` or ``TooLong``.
         """
         defaults = self.settings.inference
+        repetition_penalty = defaults.repetition_penalty if repetition_penalty is None else repetition_penalty
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         sampling = SamplingParams(
             temperature=defaults.temperature if temperature is None else temperature,
             top_p=defaults.top_p if top_p is None else top_p,
             top_k=defaults.top_k if top_k is None else top_k,
             min_p=defaults.min_p if min_p is None else min_p,
-            repetition_penalty=defaults.repetition_penalty if repetition_penalty is None else repetition_penalty,
+            repetition_penalty=repetition_penalty or self.tokenizer.repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             logit_bias=logit_bias or {},

@@ -28,7 +28,8 @@ class InferenceSettings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 0.0
+    """0: as the model's ``generation_config.json`` has it, mostly 1, which changes nothing."""
     enable_kv_cache: bool = True
     speculation: str = "auto"
     """auto | off: whether drafts may go round the ring with the tokens. They never change the text."""

@@ -62,7 +62,10 @@ _SPECIAL: Mapping[str, Rule] = {
     "inference.top_k": _whole(0),
     "inference.min_p": _between(0, 1),
     "inference.temperature": _between(0, MAX_TEMPERATURE),
-    "inference.repetition_penalty": _between(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+    "inference.repetition_penalty": Rule(
+        f"a number from {MIN_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}, or 0",
+        lambda value: value == 0 or MIN_REPETITION_PENALTY <= value <= MAX_REPETITION_PENALTY,
+    ),
     "inference.speculation": _one_of(*SPECULATIONS),
     "inference.wire": _one_of(*WIRES),
     "inference.kv": _one_of(*KINDS),

@@ -45,8 +45,11 @@ class TextTokenizer:
         self._template_text = _template_text(settings)
         self._template: Template | None = None
         self._bytes: TokenBytes | None = None
-        self.end_ids: tuple[int, ...] = self._find_end_ids(_json(files, "generation_config.json"))
+        generation = _json(files, "generation_config.json")
+        self.end_ids: tuple[int, ...] = self._find_end_ids(generation)
         """Tokens that end a generation."""
+        self.repetition_penalty: float = generation.get("repetition_penalty") or 1.0
+        """What transformers' ``generate`` takes where nobody names one, when it is greedy, too."""
 
     @property
     def has_chat_template(self) -> bool:

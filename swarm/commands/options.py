@@ -37,7 +37,9 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0: all.")]
 MinP = Annotated[float | None, typer.Option(help="Keep tokens this likely, relative to the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes known tokens less likely.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 makes known tokens less likely; 0: as the model's files say.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 Speculation = Annotated[
     str | None, typer.Option(help="auto: guess repeated text ahead where that saves time; off. The text is the same.")

@@ -202,7 +202,7 @@ def _requests(
             top_p=1.0 if body.top_p is None else max(body.top_p, LEAST_TOP_P),
             top_k=max(body.top_k or 0, 0),
             min_p=body.min_p or 0.0,
-            repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            repetition_penalty=body.repetition_penalty,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=bias,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,11 +20,12 @@ import pytest
 
 from swarm.blocking_client import Client
 from swarm.client import AsyncClient, connect_async
-from swarm.config import Settings
+from swarm.config import InferenceSettings, Settings
 from swarm.errors import BadRequest, Cancelled, Unreachable
 from swarm.models import load_profile, resolve, tokenizer_files
 from swarm.tokenizer import TextTokenizer
 from swarm.types import Token
+from tests.checkpoints import make_checkpoint
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
 
@@ -357,3 +359,16 @@ def test_an_option_that_can_not_be_is_a_bad_request_that_names_it(asking: AsyncC
 
 def test_token_ids_may_be_numpys(asking: AsyncClient) -> None:
     assert asking.request(cast(Any, np.array([3, 1, 4]))).prompt == (3, 1, 4)
+
+
+def test_a_models_own_repetition_penalty_holds_where_nobody_names_one(tmp_path: Path) -> None:
+    """As in transformers, whose ``generate`` takes it from generation_config.json, greedy too."""
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0, "repetition_penalty": 1.1}')
+    reference = resolve(str(folder))
+    made = AsyncClient([], None, Settings())
+    made.profile, made.tokenizer = load_profile(reference), TextTokenizer(tokenizer_files(reference))
+    assert made.request("a").sampling.repetition_penalty == 1.1
+    assert made.request("a", repetition_penalty=1.0).sampling.repetition_penalty == 1.0
+    made.settings = Settings(inference=InferenceSettings(repetition_penalty=1.3))
+    assert made.request("a").sampling.repetition_penalty == 1.3
