@@ -146,6 +146,15 @@ class Client:
                 raise
         return wait()
 
+    def begin(self, work: Coroutine[Any, Any, object]) -> None:
+        """As :meth:`run`, but nobody waits: for the garbage collector, on any thread. A closed client does nothing."""
+        with self._changing:
+            network = self._network
+            if network is None or not network.lives:
+                work.close()
+            else:
+                network.begin(work)
+
     def _opened(self) -> AsyncClient:
         with self._changing:
             self._open()

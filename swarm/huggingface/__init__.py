@@ -245,6 +245,7 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
                     cache.close()
                 else:  # of a call within another one, as an assistant's, it ends with that
                     _caches.get([]).append(cache)
+            made.clear()  # tasks of its sessions still refer to this context: the cache would never be forgotten
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -35,8 +36,9 @@ class SwarmCache(Cache):
     """``cache``, once ``past_key_values``: the sequences of a batch, and the sessions that hold them in the swarm.
 
     Keep it across calls of ``generate`` to go on with a conversation; :meth:`close` frees the peers' memory, and so
-    does the model's ``close``. Sessions survive the loss of peers; if one ends all the same, for want of peers or after
-    a long rest, the next call opens another and computes the text again.
+    do the model's ``close`` and the garbage collector, for nobody closes the cache in a result of ``generate``.
+    Sessions survive the loss of peers; if one ends all the same, for want of peers or after a long rest, the next call
+    opens another and computes the text again.
     """
 
     def __init__(self, client: Client, capacity: int) -> None:
@@ -45,7 +47,8 @@ class SwarmCache(Cache):
         self._client = client
         self._capacity = capacity
         self._rows: list[_Row] = []
-        self._sessions: list[StepSession] = []
+        self._sessions: list[StepSession] = []  # always the same list
+        weakref.finalize(self, _forget, client, self._sessions).atexit = False
         self._computed_before = 0
         self._is_user_defined = False  # what generate says of a cache that it was given
 
@@ -72,7 +75,8 @@ class SwarmCache(Cache):
 
         A session that has ended, with the model at the latest, has none.
         """
-        sessions, self._sessions = self._sessions, []
+        sessions = self._sessions.copy()
+        self._sessions.clear()
         self._computed_before += sum(session.computed for session in sessions)
         left = [session for session in sessions if session.error is None]
         if left:
@@ -209,7 +213,7 @@ class SwarmCache(Cache):
         others = [session for session in self._sessions if session not in kept]
         self._computed_before += sum(session.computed for session in others)
         await _close(others)
-        self._sessions = kept
+        self._sessions[:] = kept
         matched = []
         for row in range(len(sequences)):
             if row in taken:
@@ -223,3 +227,8 @@ class SwarmCache(Cache):
 
 async def _close(sessions: Sequence[StepSession]) -> None:
     await asyncio.gather(*(session.close() for session in sessions))
+
+
+def _forget(client: Client, sessions: list[StepSession]) -> None:
+    if sessions:
+        client.begin(_close(sessions))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import json
 import logging
 import random
@@ -262,6 +263,16 @@ def test_logits_and_loss_of_all_positions(model: SwarmForCausalLM, local: Any) -
     assert found.past_key_values is None
     some = model(PROMPT, logits_to_keep=torch.tensor([1, 4])).logits
     torch.testing.assert_close(some, expected.logits[:, [1, 4]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_result_that_nobody_keeps_keeps_no_sessions(quiet: tuple[SwarmForCausalLM, InMemory]) -> None:
+    """``return_dict_in_generate`` puts the cache into the result, where nobody looks for something to close."""
+    model, world = quiet
+    result = model.generate(PROMPT, do_sample=False, max_new_tokens=4, return_dict_in_generate=True)
+    assert len(result.past_key_values.sessions) == 1
+    del result
+    gc.collect()
+    assert model.client.run(world.stages()) == 0
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
