@@ -171,8 +171,8 @@ class Daemon:
     async def _start(self) -> None:
         network, timeouts = self._settings.network, self._settings.timeouts
         key_file = self._identity.private_key_file(self._folder)
-        try:
-            p2p = await self._p2p_class.create(  # type: ignore[attr-defined]
+        starting = asyncio.ensure_future(
+            self._p2p_class.create(  # type: ignore[attr-defined]
                 identity_path=str(key_file),
                 check_if_identity_free=False,  # knows RSA only, and needs a second daemon; our lock file does it
                 host_maddrs=self._host_maddrs or None,
@@ -185,9 +185,17 @@ class Daemon:
                 use_auto_relay=network.use_relay,
                 startup_timeout=timeouts.daemon_start_s,
             )
+        )
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.wait({starting})  # hivemind would leave its p2pd to itself
+            if starting.exception() is None:
+                self._p2p = starting.result()  # for our end
+            raise
         except Exception as error:
             raise translate(error, self.local, timeouts.daemon_start_s) from error
-        self._p2p = p2p
+        self._p2p = p2p = starting.result()
         self._missed.clear()
         if p2p.peer_id.to_base58() != self._identity.peer_id:
             raise Internal(f"p2pd runs as {p2p.peer_id}, not as {self._identity.peer_id}")

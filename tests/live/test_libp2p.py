@@ -574,6 +574,29 @@ def test_nothing_is_left_after_the_end() -> None:
     assert [child for child in psutil.Process().children() if child.name() == "p2pd"] == []
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.05, 0.1])
+def test_a_start_that_is_cancelled_leaves_nothing(after_s: float, caplog: pytest.LogCaptureFixture) -> None:
+    me = psutil.Process()
+
+    async def start() -> None:
+        async with client():
+            await asyncio.sleep(1000)
+
+    async def main() -> None:
+        starting = asyncio.create_task(start())
+        await eventually(lambda: bool(me.children()))
+        await asyncio.sleep(after_s)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert me.children() == []
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert caplog.records == []
+
+
 def test_a_killed_process_leaves_no_daemon_and_its_folder_is_swept() -> None:
     before = runtime_folders()
     with remote_peer() as remote:
