@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from swarm.config import ModelSettings
 from swarm.errors import NoRoute
 from swarm.types import Announcement, LayerRange, PeerState
 
@@ -57,6 +58,8 @@ class Coverage:
     missing_bytes: int
     """Weights that nobody holds; a peer needs room for KV caches on top."""
     peers: int
+    flags: str = ""
+    """Without these a peer would serve other weights, which are another model."""
 
     @property
     def complete(self) -> bool:
@@ -72,8 +75,8 @@ class Coverage:
         most = max(self.missing, key=len)
         return (
             f"{sum(map(len, self.missing))} of {len(self.counts)} layers, "
-            f"{-(-self.missing_bytes // MB)} MB of weights; a peer started with --layers {most}, or with "
-            "--layers auto, would help"
+            f"{-(-self.missing_bytes // MB)} MB of weights; a peer started with {self.flags}--layers {most}, or with "
+            f"{self.flags}--layers auto, would help"
         )
 
 
@@ -83,7 +86,11 @@ def coverage_of(served: Sequence[LayerRange], profile: ModelProfile) -> Coverage
         for layer in range(layers.start, min(layers.end, profile.num_layers)):
             counts[layer] += 1
     gaps = missing_layers(served, LayerRange(0, profile.num_layers))
-    return Coverage(tuple(counts), tuple(gaps), sum(weights_bytes(profile, gap) for gap in gaps), len(served))
+    missing_bytes = sum(weights_bytes(profile, gap) for gap in gaps)
+    default = ModelSettings()
+    dtype = f"--dtype {profile.dtype} " if profile.dtype != default.dtype else ""
+    weights = f"--weights {profile.weights} " if profile.weights != default.weights else ""
+    return Coverage(tuple(counts), tuple(gaps), missing_bytes, len(served), dtype + weights)
 
 
 def served(announcements: Iterable[Announcement], profile: ModelProfile, check: Check) -> Coverage:

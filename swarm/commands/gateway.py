@@ -94,8 +94,9 @@ async def _serve(settings: Settings, flags: Flags) -> None:
         async with contextlib.AsyncExitStack() as stack:
             local = await stack.enter_async_context(LocalPeers())
             initial_peers = list(settings.network.initial_peers)
+            name, kind = flags.model or settings.model.name, settings.model
             specs, spares = (
-                [PeerSpec(flags.model or settings.model.name, settings.model.dtype, layers) for layers in ranges]
+                [PeerSpec(name, kind.dtype, layers, kind.weights) for layers in ranges]
                 for ranges in (flags.start, flags.spare)
             )
             initial_peers += await _start_peers(local, specs, initial_peers)

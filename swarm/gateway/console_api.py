@@ -87,6 +87,7 @@ def start_peer(state: GatewayState, live: Live, body: StartBody) -> OwnPeer:
     spec = PeerSpec(
         model=body.model or live.model_reference(),
         dtype=state.client.profile.dtype,
+        weights=state.client.profile.weights,
         layers=body.layers,
         device=body.device,
         max_memory_mb=body.max_memory_mb,

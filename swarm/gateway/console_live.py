@@ -92,6 +92,7 @@ class Live:
             "only_here": bool(addresses) and all(_is_local(address) for address in addresses),
             "reference": self.model_reference(),
             "dtype": now.dtype,
+            "weights": self._state.client.profile.weights,
             "version": version("swarm-inference"),
         }
 

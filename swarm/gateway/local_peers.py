@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 
 from swarm import multiaddrs
-from swarm.architectures import DTYPE_BYTES
+from swarm.architectures import DTYPE_BYTES, WEIGHTS
 from swarm.children import Child, Guard
 from swarm.errors import BadRequest, Busy, DeadlineExceeded, Internal
 from swarm.local import PEER_COMMAND, START_S, STOP_S
@@ -47,6 +47,8 @@ class PeerSpec:
     dtype: str = "float32"
     layers: str = "auto"
     """``START:END`` or ``auto``."""
+    weights: str = "auto"
+    """As for ``swarm-peer serve``."""
     device: str = "auto"
     max_memory_mb: int = 0
     """0: what is free."""
@@ -65,6 +67,8 @@ class PeerSpec:
             raise BadRequest(f"threads must be 0 (as many as torch likes) to {MAX_THREADS}, not {self.threads}")
         if self.dtype not in DTYPE_BYTES:
             raise BadRequest(f"{self.dtype!r} is no dtype; take one of {', '.join(DTYPE_BYTES)}")
+        if self.weights not in WEIGHTS:
+            raise BadRequest(f"weights can't be {self.weights!r}; take one of {', '.join(WEIGHTS)}")
         if not 0 < len(self.model) <= MAX_TEXT or not self.model.isprintable() or self.model.startswith("-"):
             raise BadRequest("that is no reference to a model")
         for text in self.listens:
@@ -126,6 +130,7 @@ class OwnPeer:
             "asked": {
                 "model": self.spec.model,
                 "dtype": self.spec.dtype,
+                "weights": self.spec.weights,
                 "layers": self.spec.layers,
                 "device": self.spec.device,
                 "max_memory_mb": self.spec.max_memory_mb,
@@ -223,7 +228,7 @@ class LocalPeers:
             name=f"peer {name}",
             command=[
                 *(*self._command, "serve", "--json", "--model", spec.model),
-                *("--layers", spec.layers, "--device", spec.device, "--dtype", spec.dtype),
+                *("--layers", spec.layers, "--device", spec.device, "--dtype", spec.dtype, "--weights", spec.weights),
                 *("--threads", str(spec.threads), *caps, *listens, *joins),
             ],
             guard=self._guard,

@@ -430,6 +430,7 @@ def test_a_rebuild_that_cuts_the_layers_anew_names_all_who_took_them() -> None:
         {"host_maddrs": "0.0.0.0:31330"},
         {"host_maddrs": "/ip4/0.0.0.0/tcp/1, --identity=/etc/passwd"},
         {"dtype": "float8"},
+        {"weights": "int3"},
     ],
 )
 def test_a_peer_that_could_not_run_is_not_started(asked: dict[str, Any]) -> None:
@@ -449,10 +450,13 @@ async def fake_peers(folder: Path) -> AsyncIterator[LocalPeers]:
 async def test_a_peer_of_the_gateway_is_started_drained_and_listed(tmp_path: Path) -> None:
     async with fake_peers(tmp_path) as local:
         state = told_state(local_peers=local)
+        state.client.profile = replace(state.client.profile, weights="int4")
         async with browser(state, headers=token_of(state)) as client:
+            assert "--dtype float32 --weights int4 --host-maddrs" in (await client.get("/peers")).text
             body = {"layers": "0:10", "device": "cpu", "max_memory_mb": 900, "host_maddrs": "/ip4/0.0.0.0/tcp/0"}
             started = (await client.post("/api/peers", json=body)).json()
             assert started["asked"]["host_maddrs"] == "/ip4/0.0.0.0/tcp/0"
+            assert started["asked"]["weights"] == "int4", "others would be another model"
             assert (started["name"], started["asked"]["layers"]) == ("p1", "0:10")
             await local.serving("p1", 10.0)
             listed = (await client.get("/api/peers")).json()["peers"]
@@ -474,14 +478,20 @@ HOSTS = "/ip4/0.0.0.0/tcp/31330, /ip6/::/tcp/31330"
 async def test_a_peer_is_given_what_was_asked_for_and_ways_to_join(tmp_path: Path) -> None:
     async with fake_peers(tmp_path) as local:
         spec = PeerSpec(
-            model="smollm2-135m", layers="5:9", device="cpu", max_memory_mb=700, threads=2, host_maddrs=HOSTS
+            model="smollm2-135m",
+            layers="5:9",
+            weights="int4",
+            device="cpu",
+            max_memory_mb=700,
+            threads=2,
+            host_maddrs=HOSTS,
         )
         local.start(spec, ["/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"])
         await local.serving("p1", 10.0)
         ready = local._find("p1").child.newest("ready")
     assert ready["arguments"].split() == [
         *("serve", "--json", "--model", "smollm2-135m", "--layers", "5:9", "--device", "cpu", "--dtype", "float32"),
-        *("--threads", "2", "--max-memory-mb", "700"),
+        *("--weights", "int4", "--threads", "2", "--max-memory-mb", "700"),
         *("--host-maddrs", "/ip4/0.0.0.0/tcp/31330", "--host-maddrs", "/ip6/::/tcp/31330"),
         *("--initial-peers", "/ip4/127.0.0.1/tcp/7/p2p/12D3KooWx"),
     ]

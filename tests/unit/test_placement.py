@@ -438,4 +438,9 @@ def test_what_is_missing_is_said_in_one_sentence() -> None:
         "nobody serves layers 10:20, 29:30: 11 of 30 layers, 14 MB of weights; "
         "a peer started with --layers 10:20, or with --layers auto, would help"
     )
+    stored = coverage_of(ranges("0:10"), replace(PROFILE, dtype="bfloat16", weights="int4")).sentence()
+    flags = "--dtype bfloat16 --weights int4"
+    assert stored.endswith(f"started with {flags} --layers 10:30, or with {flags} --layers auto, would help"), (
+        "one without them would serve another model"
+    )
     assert coverage_of([WHOLE], PROFILE).sentence() == "all 30 layers are served, each by 1 or more of 1 peers"
