@@ -51,12 +51,13 @@ def plan(
             announcements = await client.peers()
             profile, knowledge = client.profile, client.knowledge()
             demand = client.demand(prompt_tokens, max_tokens or settings.inference.max_tokens)
-            excluded = frozenset(named(announcements, name) for name in exclude or ())
+            excluded = {named(announcements, name) for name in exclude or ()}
+            announcements = [a for a in announcements if a.peer.peer_id not in excluded]
             for spec in add or ():
                 announcements, knowledge = add_peer(announcements, knowledge, spec, profile.num_layers)
             try:
                 whole = LayerRange(0, profile.num_layers)
-                found = find_plan(announcements, whole, demand, knowledge, excluded=excluded, runners_up=RUNNERS_UP)
+                found = find_plan(announcements, whole, demand, knowledge, runners_up=RUNNERS_UP)
             except NoRoute as error:
                 if as_json:
                     missing = served(announcements, profile, knowledge.check).missing

@@ -61,6 +61,14 @@ def test_plan_predicts_and_opens_nothing(joins: dict[str, str]) -> None:
     assert event["ms_per_token"] > 0
 
 
+def test_a_plan_without_a_peer_is_one_for_a_swarm_that_lacks_it(thirds: LocalSwarm, joins: dict[str, str]) -> None:
+    middle = next(peer.peer_id for peer in thirds.peers if peer.alive and peer.layers.start == 10)
+    done = swarm("plan", "--json", "--exclude", middle, code=3, **joins)
+    planned, refused = events(done.stdout)
+    assert planned["missing"] == [[10, 20]]
+    assert refused["message"].startswith("nobody serves layers 10:20: 10 of 30 layers"), "nothing was lost"
+
+
 def test_probe_measures_the_way_to_a_peer_and_is_dialled_back(thirds: LocalSwarm) -> None:
     """A peer of the same machine dials it, and knows that this says nothing about others."""
     with socket.create_server(("127.0.0.1", 0)) as server:
