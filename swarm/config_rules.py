@@ -46,13 +46,14 @@ def _is_layers(value: str) -> bool:
         return False
 
 
+def _maddrs(example: str) -> Rule:
+    return Rule(f"a list of multiaddrs such as {example}", lambda value: all(addr.startswith("/") for addr in value))
+
+
 _NAME = Rule("text that is not empty", lambda value: bool(value.strip()))
 _LONGEST_TTL_S = MAX_LIFETIME_S - 2 * TOLERANCE_S
 """No node takes an announcement for longer; the clocks of two may differ by so much."""
 _PATIENCE = Rule("a number of seconds, 0 or more", lambda value: value >= 0)
-_MADDRS = Rule(
-    "a list of multiaddrs such as /ip4/127.0.0.1/tcp/4001", lambda value: all(addr.startswith("/") for addr in value)
-)
 
 _SPECIAL: Mapping[str, Rule] = {
     "model.name": _NAME,
@@ -79,9 +80,9 @@ _SPECIAL: Mapping[str, Rule] = {
     "peer.max_memory_mb": _whole(0),
     "peer.memory_safety_margin": Rule("a number from 0 to below 1", lambda value: 0 <= value < 1),
     "peer.cache_eviction_policy": _one_of("lru"),
-    "network.initial_peers": _MADDRS,
-    "network.host_maddrs": _MADDRS,
-    "network.announce_maddrs": _MADDRS,
+    "network.initial_peers": _maddrs("/ip4/HOST/tcp/PORT/p2p/PEER_ID"),
+    "network.host_maddrs": _maddrs("/ip4/127.0.0.1/tcp/4001"),
+    "network.announce_maddrs": _maddrs("/ip4/127.0.0.1/tcp/4001"),
     "discovery.announce_ttl_s": Rule(
         f"a number of seconds above 0, at most {_LONGEST_TTL_S:g}, which nodes keep it for",
         lambda value: 0 < value <= _LONGEST_TTL_S,

@@ -226,7 +226,7 @@ def test_deeply_nested_yaml_is_an_error_like_any_other(tmp_path: Path) -> None:
         ("SWARM_INFERENCE_TEMPERATURE", "1e999", "it must be finite"),
         ("SWARM_INFERENCE_TEMPERATURE", "1.2.3", "expected a number from 0 to 100, got '1.2.3'"),
         ("SWARM_PEER_CHECKPOINTS", "maybe", "expected true or false"),
-        ("SWARM_INITIAL_PEERS", "example.org:4001", "network.initial_peers: expected a list of multiaddrs"),
+        ("SWARM_INITIAL_PEERS", "example.org:4001", "such as /ip4/HOST/tcp/PORT/p2p/PEER_ID, got"),
         ("SWARM_PEER_THREAD", "1", "unknown variable 'SWARM_PEER_THREAD'; did you mean 'SWARM_PEER_THREADS'?"),
         ("SWARM_INITAL_PEERS", "", "did you mean 'SWARM_INITIAL_PEERS'?"),
     ],
