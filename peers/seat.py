@@ -113,15 +113,22 @@ def credible(view: SwarmView) -> list[Announcement]:
     return [a for a in view.announcements() if a.state is PeerState.JOINING or view.check(a) is None]
 
 
-def no_layer_fits(profile: ModelProfile) -> NotAdmitted:
+def no_layer_fits(profile: ModelProfile, demands: Demands) -> NotAdmitted:
     """For a peer that can't take any part of the model."""
+    needed = -(-least_bytes(profile, LayerRange(1, 2), demands) // MB)
     return NotAdmitted(
-        f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free)"
+        f"not one layer of {profile.name} fits what this peer may take (--max-memory-mb, or what is free): "
+        f"one needs {needed} MB"
     )
 
 
 async def take_seat(
-    view: SwarmView, announcer: Announcer, draft: Announcement, profile: ModelProfile, settings: PlacementSettings
+    view: SwarmView,
+    announcer: Announcer,
+    draft: Announcement,
+    profile: ModelProfile,
+    demands: Demands,
+    settings: PlacementSettings,
 ) -> LayerRange:
     """The range to serve; it is announced as a lease. ``draft``: our announcement, JOINING.
 
@@ -133,7 +140,7 @@ async def take_seat(
         await view.refresh()
         chosen = choose_range(credible(view), draft, profile.num_layers, settings)
         if chosen is None:
-            raise no_layer_fits(profile)
+            raise no_layer_fits(profile, demands)
         await announcer.update(replace(draft, layers=chosen, moving_to=chosen))
         await asyncio.sleep(settings.settle_s / 2)
         await view.refresh()

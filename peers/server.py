@@ -126,7 +126,8 @@ async def _begin_announcing(peer: Peer, stack: contextlib.AsyncExitStack) -> Non
 
 async def _take_seat(peer: Peer) -> LayerRange:
     draft = peer.announcement(LayerRange(0, 1), PeerState.JOINING)
-    return await take_seat(peer.view, peer.announcer, draft, peer.profile, peer.settings.placement)
+    demands = peer.room.demands
+    return await take_seat(peer.view, peer.announcer, draft, peer.profile, demands, peer.settings.placement)
 
 
 async def _serve_metrics(peer: Peer, stack: contextlib.AsyncExitStack) -> None:

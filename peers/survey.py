@@ -24,7 +24,7 @@ from swarm.info import describe, fetch_files, round_trip_s
 from swarm.libp2p import Libp2pTransport
 from swarm.models import ModelProfile, ModelReference, load_profile, resolve
 from swarm.multiaddrs import peer_addresses
-from swarm.types import Capacity, LayerRange, PeerAddress
+from swarm.types import LayerRange, PeerAddress
 
 MB = 1_000_000
 MOST_MEASURED = 4
@@ -60,7 +60,7 @@ async def survey(settings: Settings, report: Report, *, fresh: bool) -> None:
     speed = None if fresh else load_speed(profile, device, settings.peer)
     cached = speed is not None
     if speed is None:
-        speed = await _measured(reference, profile, room.capacity, settings)
+        speed = await _measured(reference, profile, room, settings)
         store_speed(profile, device, settings.peer, speed)
     lacks = objection(settings.policy, room.given_bytes // MB, gflops(profile, speed), device.type != "cpu")
     ways, reachability = await _ways(settings)
@@ -96,11 +96,12 @@ def devices() -> list[Device]:
     return [*found, cpu]
 
 
-async def _measured(reference: ModelReference, profile: ModelProfile, capacity: Capacity, settings: Settings) -> Speed:
+async def _measured(reference: ModelReference, profile: ModelProfile, room: Room, settings: Settings) -> Speed:
     """A few layers from the middle, loaded for the purpose. Raises :class:`NotAdmitted` if not one fits."""
+    capacity = room.capacity
     count = min(MOST_MEASURED, capacity.middle or capacity.first or capacity.last)
     if not count:
-        raise no_layer_fits(profile)
+        raise no_layer_fits(profile, room.demands)
     start = min(1, profile.num_layers - count) if capacity.middle else 0
     layers = LayerRange(start, start + count)
     work = asyncio.to_thread(load_shard, reference, profile, layers, settings, lambda event: None, lambda: False)

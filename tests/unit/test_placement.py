@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peers.memory import Demands, capacity_layers, capacity_of, least_bytes, plan_memory
+from peers.memory import MB, Demands, capacity_layers, capacity_of, least_bytes, plan_memory
 from peers.placement import (
     Holder,
     Spare,
@@ -22,6 +22,7 @@ from peers.placement import (
     windows,
 )
 from peers.rebalance import Mover, close_gaps, may_drop, should_move, tolerable
+from peers.seat import no_layer_fits
 from swarm.admission import check_announcement, require
 from swarm.config import PlacementSettings, PolicySettings
 from swarm.coverage import coverage_of, missing_layers, weights_bytes
@@ -427,6 +428,14 @@ def test_an_embedding_that_stays_in_the_file_takes_no_memory_unless_it_is_the_he
     assert weights("0:8", kept) - weights("0:8", in_file) == PROFILE.embedding_bytes
     assert weights("8:16", kept) == weights("8:16", in_file)
     assert weights("0:30", kept) == weights("0:30", in_file), "tied: the table is the head"
+
+
+def test_where_not_one_layer_fits_it_is_said_how_much_one_needs() -> None:
+    demands = Demands(kv_tokens=500, margin=0.1, batch_tokens=64)
+    told = no_layer_fits(PROFILE, demands).message
+    needed = int(told.removesuffix(" MB").rsplit(" ", 1)[1])
+    assert capacity_of(needed * MB, PROFILE, demands).middle == 1
+    assert capacity_of((needed - 1) * MB, PROFILE, demands).middle == 0
 
 
 def test_what_is_missing_is_said_in_one_sentence() -> None:
