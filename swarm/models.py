@@ -77,6 +77,11 @@ class ModelProfile:
     """How matrices are stored and multiplied; ``auto``: in ``dtype``."""
 
     @property
+    def precision(self) -> str:
+        """In what it is computed, and from which weights where these are stored otherwise, in words."""
+        return self.dtype if self.weights == "auto" else f"{self.dtype}, {self.weights} weights"
+
+    @property
     def log_layers(self) -> float:
         """What one position takes in a checkpoint log, in units of its keys and values in one layer."""
         return self.hidden_size / max(1, 2 * self.num_kv_heads * self.head_dim)

@@ -116,7 +116,7 @@ def rendered(status: Status, pen: Pen, width: int, *, coloured: bool = False) ->
     doubt = [f"not heard of for {STALE_S:.0f} s, perhaps gone: {', '.join(silent)}"] if silent else []
     refused = [f"not used: {peer[-6:]}: {reason}" for peer, reason in status.refused.items()]
     return [
-        f"{profile.model_id}, {profile.num_layers} layers, {profile.dtype}",
+        f"{profile.model_id}, {profile.num_layers} layers, {profile.precision}",
         "",
         *lines,
         "",

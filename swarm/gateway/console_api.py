@@ -111,7 +111,7 @@ def add_routes(router: APIRouter, state: GatewayState, live: Live) -> None:
 
     @router.get("/api/join")
     async def join() -> dict[str, Any]:
-        return live.join(await live.map())
+        return live.join()
 
     @router.get("/api/peers")
     async def peers(request: Request) -> dict[str, Any]:

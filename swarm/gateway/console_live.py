@@ -82,17 +82,17 @@ class Live:
             parts["map"] = self.render("_map.html", map=now, control=control)
         elif page == "peers":
             parts["own"] = self.render("_own.html", peers=self._state.local_peers.peers(), map=now, control=control)
-            parts["join"] = self.render("_join.html", **self.join(now))
+            parts["join"] = self.render("_join.html", **self.join())
         return parts
 
-    def join(self, now: SwarmMap) -> dict[str, Any]:
-        addresses = self.join_addresses()
+    def join(self) -> dict[str, Any]:
+        addresses, profile = self.join_addresses(), self._state.client.profile
         return {
             "addresses": addresses,
             "only_here": bool(addresses) and all(_is_local(address) for address in addresses),
             "reference": self.model_reference(),
-            "dtype": now.dtype,
-            "weights": self._state.client.profile.weights,
+            "dtype": profile.dtype,
+            "weights": profile.weights,
             "version": version("swarm-inference"),
         }
 

@@ -52,7 +52,7 @@ class SwarmMap:
     model: str
     name: str
     num_layers: int
-    dtype: str
+    precision: str
     rows: tuple[PeerRow, ...]
     runs: tuple[Run, ...]
     ticks: tuple[int, ...]
@@ -73,7 +73,7 @@ def swarm_map(status: Status, own: Mapping[str, str]) -> SwarmMap:
         model=profile.model_id,
         name=profile.name,
         num_layers=profile.num_layers,
-        dtype=profile.dtype,
+        precision=profile.precision,
         rows=tuple(_row(a, age_s, own) for a, age_s in status.peers),
         runs=tuple(_runs(coverage.counts)),
         ticks=ticks(profile.num_layers),

@@ -453,6 +453,7 @@ async def test_a_peer_of_the_gateway_is_started_drained_and_listed(tmp_path: Pat
         state.client.profile = replace(state.client.profile, weights="int4")
         async with browser(state, headers=token_of(state)) as client:
             assert "--dtype float32 --weights int4 --host-maddrs" in (await client.get("/peers")).text
+            assert "30 layers, float32, int4 weights." in (await client.get("/swarm")).text
             body = {"layers": "0:10", "device": "cpu", "max_memory_mb": 900, "host_maddrs": "/ip4/0.0.0.0/tcp/0"}
             started = (await client.post("/api/peers", json=body)).json()
             assert started["asked"]["host_maddrs"] == "/ip4/0.0.0.0/tcp/0"

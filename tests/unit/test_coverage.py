@@ -145,3 +145,9 @@ async def test_everybody_says_what_is_missing_in_the_same_words(ask: Asked) -> N
     assert untrusted.replace(", except middle [10:20]: nobody has vouched for its layers", "") == MISSING
     draining = replace(MIDDLE, state=PeerState.DRAINING)
     assert (await said(swarm(FIRST, draining, LAST))).replace(", except middle [10:20]: it is draining", "") == MISSING
+
+
+def test_the_status_names_weights_that_are_not_the_usual_ones() -> None:
+    for weights, told in (("auto", "30 layers, float32"), ("int4", "30 layers, float32, int4 weights")):
+        seen = status.status_of(replace(PROFILE, weights=weights), [], lambda a: None)
+        assert status.rendered(seen, ASCII, 64)[0] == f"{PROFILE.model_id}, {told}"
