@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -16,10 +17,10 @@ import typer
 from swarm.commands.options import AsJson, ConfigFile, InitialPeers, LogFormat, Model, Verbose
 from swarm.commands.shared import ending_on_sigterm, print_json, run, say
 from swarm.config import Settings
-from swarm.errors import ConfigError
+from swarm.errors import ConfigError, SwarmError
 
 if TYPE_CHECKING:
-    from swarm.gateway.local_peers import LocalPeers, PeerSpec
+    from swarm.gateway.local_peers import LocalPeers, OwnPeer, PeerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,8 @@ async def _serve(settings: Settings, flags: Flags) -> None:
             initial_peers += await _start_peers(local, specs, initial_peers)
             say("joining the swarm")
             client = await stack.enter_async_context(AsyncClient(initial_peers, flags.model, settings))
-            for spec in spares:
-                local.start(spec, initial_peers)
+            telling = asyncio.create_task(_tell_of_spares(local, [local.start(spec, initial_peers) for spec in spares]))
+            stack.callback(telling.cancel)
             access = Access(flags.host, flags.api_key, flags.allow_remote_control)
             state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
 
@@ -135,6 +136,18 @@ async def _start_peers(local: LocalPeers, specs: Sequence[PeerSpec], joins: Sequ
             ready = await local.serving(peer.name)
             say(f"peer {peer.name} serves layers {ready.layers}")
     return local.addresses
+
+
+async def _tell_of_spares(local: LocalPeers, spares: Sequence[OwnPeer]) -> None:
+    """One after the other, and whenever the console has ended one."""
+    for spare in spares:
+        say(f"spare {spare.name} loads layers {spare.spec.layers} meanwhile")
+    for spare in spares:
+        try:
+            ready = await local.serving(spare.name)
+            say(f"spare {spare.name} serves layers {ready.layers}")
+        except SwarmError as error:
+            say(f"a spare failed: {error.message.splitlines()[0]}")
 
 
 def _open_browser(url: str) -> None:

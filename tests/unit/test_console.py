@@ -22,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from swarm import quickstart
+from swarm.commands.gateway import _tell_of_spares
 from swarm.commands.peers import app as peers_app
 from swarm.errors import BadRequest, Busy
 from swarm.gateway import local_peers
@@ -603,3 +604,14 @@ async def test_only_peers_of_this_gateway_can_be_stopped_and_not_too_many_starte
         local.start(PeerSpec(model="m"), [])
         with pytest.raises(Busy, match="limit"):
             local.start(PeerSpec(model="m"), [])
+
+
+async def test_a_gateway_tells_when_its_spares_serve_or_why_they_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with fake_peers(tmp_path) as local:
+        await _tell_of_spares(local, [local.start(PeerSpec("m", layers=layers), []) for layers in ("40:50", "0:10")])
+    told = capsys.readouterr().err
+    assert "spare p2 loads layers 0:10 meanwhile" in told
+    assert "a spare failed: peer p1: layers 40:50 are none of this model" in told
+    assert "spare p2 serves layers 0:10" in told
