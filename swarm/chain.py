@@ -24,6 +24,7 @@ from swarm import protocol_pb2 as pb
 from swarm.accusations import Accusations
 from swarm.config import Settings
 from swarm.control import HopControl, HopLost
+from swarm.coverage import coverage_of
 from swarm.errors import Busy, NoRoute, StreamLost, SwarmError, Unreachable
 from swarm.events import Events
 from swarm.handover import Handover
@@ -81,7 +82,7 @@ class Chain:
         self._name = session_id[:8]
         self._jitter = random.Random(session_id)
         """So that sessions that wait for the same peer don't ask in step."""
-        self._num_layers = profile.num_layers
+        self._profile = profile
         self._transport = transport
         self._tasks = tasks
         self._lost: list[Hop] = []
@@ -180,7 +181,7 @@ class Chain:
     def _tell_of_wait(self, problem: SwarmError, deadline: float) -> None:
         left_s, told = max(0.0, deadline - _now()), problem.message
         if isinstance(problem, NoRoute):
-            told += f"; a peer started with --layers {max(self.gaps(), key=len)} would help"
+            told += f"; {coverage_of([hop.layers for hop in self.hops], self._profile).remedy()}"
         logger.warning("session %s waits up to %.0f s: %s", self._name, left_s, told)
 
     async def _assemble(self) -> None:
@@ -200,7 +201,7 @@ class Chain:
     def gaps(self) -> list[LayerRange]:
         """Layers that no hop has."""
         ends = [0, *(control.hop.layers.end for control in self.controls)]
-        starts = [*(control.hop.layers.start for control in self.controls), self._num_layers]
+        starts = [*(control.hop.layers.start for control in self.controls), self._profile.num_layers]
         return [LayerRange(end, start) for end, start in zip(sorted(ends), sorted(starts), strict=True) if end < start]
 
     async def _return(self, hop: Hop) -> None:

@@ -22,6 +22,7 @@ from swarm.testing import SimNode, SimTransport
 from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
 from swarm.transport import DELEGATE, Stream
 from swarm.types import Hop, PeerAddress, PeerId, Route, SessionId
+from tests.sim import world as world_module
 from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -180,7 +181,11 @@ def test_who_tells_of_one_death_after_another_is_believed() -> None:
     run_virtual(main)
 
 
-def test_without_a_replacement_the_session_waits_and_then_names_the_missing_layers() -> None:
+def test_without_a_replacement_the_session_waits_and_then_names_the_missing_layers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world_module, "PROFILE", replace(PROFILE, weights="int4"))
+
     async def main() -> None:
         world = World(22)
         for layers in THIRDS:
@@ -198,6 +203,7 @@ def test_without_a_replacement_the_session_waits_and_then_names_the_missing_laye
         wait_s = world.settings.recovery.wait_s
         assert wait_s <= waited < wait_s + 10
         assert len(outcome.tokens) == 5, "what was generated stays"
+        assert "a peer started with --weights int4 --layers 2:4, or with" in caplog.text
         await world.settle()
 
     run_virtual(main)
