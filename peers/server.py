@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 
 from peers.dial_back import DialBack, new_dialler
 from peers.machine import Report, choose_device, free_bytes
@@ -22,10 +23,11 @@ from swarm.dht import Dht
 from swarm.discovery import Announcer, SwarmView
 from swarm.errors import Cancelled, WrongRange
 from swarm.identity import Identity
+from swarm.info import Description, describe
 from swarm.libp2p import Libp2pTransport
 from swarm.models import ModelProfile, load_profile, resolve, tokenizer_files
 from swarm.multiaddrs import peer_addresses
-from swarm.types import LayerRange, PeerState
+from swarm.types import LayerRange, PeerAddress, PeerState
 
 
 async def serve(settings: Settings, report: Report) -> None:
@@ -93,6 +95,8 @@ async def serve(settings: Settings, report: Report) -> None:
         if not await joining and any(to.peer_id != identity.peer_id for to in given):
             told = "none of the initial peers answered: a swarm of its own until one of them does"
             report({"event": "warning", "code": "alone", "message": told})
+        comparing = asyncio.create_task(_compare_model(peer, given))
+        stack.callback(comparing.cancel)
         if settings.peer.layers != "auto":
             await _begin_announcing(peer, stack)
         transport.on_restart(peer.announcer.renew)
@@ -128,6 +132,19 @@ async def _take_seat(peer: Peer) -> LayerRange:
     draft = peer.announcement(LayerRange(0, 1), PeerState.JOINING)
     demands = peer.room.demands
     return await take_seat(peer.view, peer.announcer, draft, peer.profile, demands, peer.settings.placement)
+
+
+async def _compare_model(peer: Peer, given: Sequence[PeerAddress]) -> None:
+    """Warn if those through whom we joined serve another model, of the same name perhaps: we wait for nobody."""
+    others = [other for other in given if other.peer_id != peer.identity.peer_id]
+    asked = (describe(peer.transport, other, peer.settings) for other in others)
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    theirs = {answer.profile.model_id: answer.profile for answer in answers if isinstance(answer, Description)}
+    if theirs and peer.profile.model_id not in theirs:
+        named = ", ".join(f"{profile.model_id} ({profile.precision})" for profile in theirs.values())
+        ours = f"{peer.profile.model_id} ({peer.profile.precision})"
+        told = f"the initial peers serve {named}, this peer {ours}: another model, which shares no route with theirs"
+        peer.report({"event": "warning", "code": "another_model", "message": told})
 
 
 async def _serve_metrics(peer: Peer, stack: contextlib.AsyncExitStack) -> None:
