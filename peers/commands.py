@@ -190,7 +190,7 @@ def _sentence(event: dict[str, object]) -> str:
         case {"event": "loading", "percent": percent, "layers": [start, end]}:
             return f"layers {start}:{end} loaded to {percent}%"
         case {"event": "ready", "layers": [start, end], "model": model, "weights_mb": size, "addresses": [first, *_]}:
-            serving = f"serving layers {start}:{end} of {model} ({size} MB of weights)"
+            serving = f"serving layers {start}:{end} of {model} ({size:.0f} MB of weights)"
             return f"{serving}\n{event['coverage']}\nothers join with --initial-peers {first}"
         case {"event": "moving", "layers": [start, end], "reason": reason}:
             return f"moves to layers {start}:{end}: {reason}"

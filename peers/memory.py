@@ -82,7 +82,7 @@ class MemoryPlan:
 
     def sentence(self) -> str:
         return (
-            f"layers {self.layers} in {self.given_bytes / MB:.0f} MB: {self.weights_bytes / MB:.0f} weights, "
+            f"layers {self.layers} in {self.given_bytes / MB:.0f} MB: at most {self.weights_bytes / MB:.0f} weights, "
             f"{self.kv_bytes / MB:.0f} KV caches and logs ({self.kv_tokens} tokens), {self.buffers_bytes / MB:.0f} "
             "buffers" + (f", {self.margin_bytes / MB:.0f} left alone" if self.margin_bytes else "")
         )

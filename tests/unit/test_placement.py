@@ -373,7 +373,7 @@ def test_how_memory_is_divided() -> None:
     assert plan.given_bytes == plan.margin_bytes + plan.weights_bytes + plan.buffers_bytes + plan.kv_bytes
     assert plan.fits is False
     assert plan.kv_tokens == plan.kv_bytes // plan.token_bytes
-    assert "layers 0:8 in 20 MB: 11 weights" in plan.sentence()
+    assert "layers 0:8 in 20 MB: at most 11 weights" in plan.sentence()
     assert plan.in_mb()["weights_mb"] == 11.0
     assert weights_bytes(PROFILE, WHOLE) == 30_000_000 + 3_000_000, "a tied table once"
     last = plan_memory(20_000_000, PROFILE, LayerRange(28, 30), demands)
