@@ -105,13 +105,12 @@ class HopPlanner:
         try:
             self.plan(LayerRange(0, self._profile.num_layers), refused, ())
             return
-        except NoRoute:
+        except NoRoute as now:
             for refusal in refused.values():
                 if isinstance(refusal, Busy):
                     raise refusal from None
-        if refused:
-            named = ", ".join(peer[-6:] for peer in refused)
-            raise NoRoute(f"{error.message}: {named} announced them but can't be reached") from None
+            if refused:
+                raise NoRoute(f"{now.message}; another may be loading these layers: try again in a moment") from None
         raise explained(error, self._view.announcements(), self._profile, self._view.check) from None
 
     def blame(self, hop: Hop, error: SwarmError) -> None:

@@ -62,7 +62,7 @@ class Field:
             if a.state is not PeerState.SERVING:
                 self.refused[a.peer.peer_id] = f"it is {a.state}"
             elif excluded and a.peer.peer_id in excluded:
-                self.refused[a.peer.peer_id] = "it was lost or is leaving"
+                self.refused[a.peer.peer_id] = "it can't be reached, or is leaving"
             elif (reason := check(a)) is not None:
                 self.refused[a.peer.peer_id] = reason
             else:

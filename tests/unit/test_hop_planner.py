@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from swarm.config import Settings
+from swarm.errors import NoRoute, Unreachable
 from swarm.health import Health
 from swarm.hop_planner import HopPlanner
 from swarm.link_times import Links, LinkTime
@@ -43,6 +44,11 @@ class Linked(Directory):
         return self.times
 
 
+class Looked(Directory):
+    async def refresh(self) -> None:
+        pass
+
+
 def planner_of(view: Directory, session: str, tokens: int) -> HopPlanner:
     """For a session of so many tokens, three of them the prompt's."""
     request = GenerationRequest((1, 2, 3), tokens - 3, SamplingParams(), frozenset())
@@ -76,3 +82,17 @@ async def test_the_checkpoint_log_of_a_part_takes_room_too() -> None:
     hops = planner.plan(LayerRange(0, LAYERS), (), ())
     assert PROFILE.log_layers == 1.0
     assert {hop.peer.peer_id: len(hop.layers) for hop in hops} == {"s": 1, "l": 5}
+
+
+async def test_a_new_session_that_cannot_reach_the_only_peer_says_so_once_and_that_waiting_may_help() -> None:
+    known = {a.peer.peer_id: a for a in (peer("dead", THIRDS[0]), peer("two", THIRDS[1]), peer("three", THIRDS[2]))}
+    planner, refused = planner_of(Looked(known), "one", 7), {PeerId("dead"): Unreachable("nothing listens there")}
+    whole = LayerRange(0, LAYERS)
+    with pytest.raises(NoRoute) as first:
+        planner.plan(whole, refused, ())
+    with pytest.raises(NoRoute) as told:
+        await planner.explain(first.value, refused)
+    assert told.value.message == (
+        f"nobody serves layers {THIRDS[0]}, except dead [{THIRDS[0]}]: it can't be reached, or is leaving; "
+        "another may be loading these layers: try again in a moment"
+    )

@@ -323,7 +323,7 @@ def test_refused_peers_are_named_with_the_reason() -> None:
     assert dict(found.left_out) == {
         "leaving": "it is draining",
         "weak": "below the policy",
-        "unwanted": "it was lost or is leaving",
+        "unwanted": "it can't be reached, or is leaving",
     }
 
 
