@@ -61,8 +61,9 @@ class Trace:
                 ),
                 predicted=tuple(_planned(hop) for hop in raw["predicted"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadRequest(f"this is no trace of a generation: {error}") from None
+        except (ValueError, KeyError, TypeError):
+            exported = ", but one exported for ui.perfetto.dev" if '"traceEvents"' in text else ""
+            raise BadRequest(f"this is no trace as swarm generate --trace FILE writes it{exported}") from None
 
 
 def _timing(raw: dict[str, object]) -> HopTiming:

@@ -51,6 +51,8 @@ def read_trace(file: Path) -> Trace:
         return Trace.from_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"can't read {file}: {error}") from None
+    except BadRequest as error:
+        raise BadRequest(f"{file}: {error.message}") from None
 
 
 def last_trace() -> Trace:

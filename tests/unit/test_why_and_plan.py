@@ -42,6 +42,9 @@ def test_why_tells_where_the_time_went_and_exports(trace_file: Path, tmp_path: P
     assert [hop["layers"] for hop in event["hops"]] == [[0, 4], [4, 8]]
     assert event["alternatives"] == [], "nobody was asked"
     assert json.loads(exported.read_text())
+    refused = CliRunner().invoke(app, ["why", "--trace", str(exported)])
+    assert refused.exit_code == 2
+    assert "no trace as swarm generate --trace FILE writes it, but one exported for ui.perfetto.dev" in refused.stderr
     plain = CliRunner().invoke(app, ["why", "--trace", str(trace_file)])
     assert "measured 50.0 ms a token" in plain.stdout
 
