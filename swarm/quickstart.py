@@ -40,8 +40,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--"]:
         arguments = arguments[1:]
     elif arguments and arguments[0].startswith("-"):
-        print(USAGE, file=sys.stderr)
-        return 2
+        return _refuse(f"there is no option {arguments[0]}")
     prompt = " ".join(arguments).strip() or PROMPT
     signal.signal(signal.SIGTERM, _interrupt)
     _say(f"three peers with ten of {MODEL}'s thirty layers each, on this machine only")
@@ -66,14 +65,20 @@ def main(arguments: list[str]) -> int:
 
 def _web(arguments: list[str]) -> int:
     """The gateway starts the peers itself, so that its console may stop them."""
-    if len(arguments) > 1 or not all(argument.isdecimal() for argument in arguments):
-        print(USAGE, file=sys.stderr)
-        return 2
+    port = arguments[0] if arguments else PORT
+    if len(arguments) > 1 or not port.isdecimal():
+        return _refuse(f"after --web comes a port and no more, not {' '.join(arguments)}")
     _say(f"three peers with ten of {MODEL}'s thirty layers each, as many spares, and a console, on this machine only")
     starts = [part for option in ("--start", "--spare") for layers in RANGES for part in (option, str(layers))]
-    port = arguments[0] if arguments else PORT
     command = [*PYTHON, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
     os.execve(sys.executable, command, _environment())
+
+
+def _refuse(why: str) -> int:
+    """The exit code of wrong usage."""
+    _say(why)
+    print(USAGE, file=sys.stderr)
+    return 2
 
 
 def _environment() -> dict[str, str]:

@@ -565,12 +565,21 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             assert (await swarm_peers("list"))[0] == 4
 
 
-@pytest.mark.parametrize("arguments", [["--web", "x"], ["--web", "8000", "more"], ["--port", "8000"]])
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--web", "x"], "not x\n"),
+        (["--web", "8000", "more"], "not 8000 more\n"),
+        (["--port", "8000"], "no option --port\n"),
+    ],
+)
 def test_the_quick_start_refuses_what_is_no_option_or_port(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert quickstart.main(arguments) == 2
-    assert "bin/quickstart --web [PORT]" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert why in told
+    assert "bin/quickstart --web [PORT]" in told
 
 
 def test_the_quick_start_takes_no_settings_of_another_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
