@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ START_S = 180.0
 STOP_S = 10.0
 """After SIGTERM; then SIGKILL."""
 PROGRESS_S = 3.0
+SAID = 100
+"""Characters of what the first of those that load said last."""
 
 Layers = LayerRange | Literal["auto"]
 
@@ -201,8 +204,8 @@ class LocalSwarm:
                 raise DeadlineExceeded(f"{child.name} is not ready after {self._start_s:g} s:\n{child.tail()}")
             if waiting and time.monotonic() - said_at > PROGRESS_S:
                 said_at = time.monotonic()
-                for child in waiting:
-                    self._report(f"{child.name}: loading, {waited:.0f} s  {child.tail(1)[:100]}".rstrip())
+                names, said = ", ".join(child.name for child in waiting), textwrap.shorten(waiting[0].tail(1), SAID)
+                self._report(f"{names}: loading, {waited:.0f} s  {said}".rstrip())
         self.peers += [_peer(child, ready[child]) for child in started]
 
     def _spawn(self, layers: Layers) -> Child:

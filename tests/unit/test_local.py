@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm import local
 from swarm.errors import BadRequest, DeadlineExceeded, ModelError, SwarmError
 from swarm.local import PEER_COMMAND, LocalSwarm
 from swarm.types import LayerRange
@@ -217,3 +218,18 @@ time.sleep(600)
         assert not any(gone(pid) for pid in pids)
         os.kill(owner.pid, signal.SIGKILL)
     assert eventually(lambda: all(gone(pid) for pid in pids))
+
+
+def test_those_that_load_are_told_of_in_one_line(
+    command: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "PROGRESS_S", 0.1)
+    said: list[str] = []
+    extra = {1: ("--hang",), 2: ("--hang",)}
+    swarm = LocalSwarm("m", THIRDS, command=command, args_of=extra, start_s=1.0, log_dir=tmp_path, report=said.append)
+    with pytest.raises(DeadlineExceeded):
+        swarm.start()
+    told = [line for line in said if "loading" in line]
+    assert told
+    assert all(line.startswith("peer 1 [10:20], peer 2 [20:30]: loading, ") for line in told)
+    assert told[-1].endswith(" s  loading 10:20")
