@@ -41,7 +41,7 @@ SILENT_S = 10.0
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it from stdin.")],
     initial_peers: InitialPeers = None,
     via: Annotated[list[str] | None, typer.Option(help="Peer that runs the generation for us; repeatable.")] = None,
     model: Model = None,

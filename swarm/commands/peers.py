@@ -125,7 +125,7 @@ def start(
 
 @app.command()
 def stop(
-    name: Annotated[str, typer.Argument(help="As 'swarm peers list' names it, for example p1.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As 'swarm peers list' names it, for example p1.")],
     kill: Annotated[bool, typer.Option("--kill", help="At once, as if its power failed.")] = False,
     wait: Annotated[bool, typer.Option(help="Until it has left.")] = True,
     gateway: Gateway = LOCAL,

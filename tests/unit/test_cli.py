@@ -283,7 +283,7 @@ def test_with_json_a_refusal_is_an_event_too() -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "told"),
     [
-        (app, ["generate", "--json"], "Missing argument 'prompt'"),
+        (app, ["generate", "--json"], "Missing argument 'PROMPT'"),
         (app, ["generate", "hi", "--max-tokens", "few", "--json"], "Invalid value for '--max-tokens'"),
         (app, ["peers", "start", "--json", "--nonsense"], "No such option: --nonsense"),
         (peer_app, ["serve", "--json", "--threads", "x"], "Invalid value for '--threads'"),
