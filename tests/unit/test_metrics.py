@@ -79,7 +79,9 @@ async def test_every_metric_of_the_dashboard_exists() -> None:
         for name in re.findall(r"\bswarm_\w+", target["expr"])
     }
     assert len(asked) > 15
-    profile = SimpleNamespace(num_layers=4, layer_bytes=1, embedding_bytes=1, head_bytes=1, tied=False)
+    profile = SimpleNamespace(
+        num_layers=4, layer_bytes=1, embedding_bytes=1, head_bytes=1, tied=False, dtype="float32", weights="auto"
+    )
     view = SimpleNamespace(announcements=list, age=lambda: 0.0, check=lambda announcement: None)
     client: Any = SimpleNamespace(profile=profile, view=view)
     gateway = GatewayMetrics(Generations(client, GenerationHub(8), Settings().gateway))
