@@ -216,7 +216,8 @@ def load_profile(reference: ModelReference, dtype: str | None = None) -> ModelPr
 def tokenizer_files(reference: ModelReference) -> dict[str, bytes]:
     """``tokenizer.json``, ``tokenizer_config.json`` (with the chat template) and ``generation_config.json``.
 
-    What :class:`TextTokenizer` is made of, and, written to a folder, transformers' AutoTokenizer too.
+    What :class:`TextTokenizer` is made of, and, written to a folder, transformers' AutoTokenizer too. Raises
+    :class:`ModelError` where it can't be.
     """
     if reference.kind == "gguf":
         return gguf_tokenizer_files(read_header(reference.path))
@@ -234,11 +235,16 @@ def tokenizer_files(reference: ModelReference) -> dict[str, bytes]:
         tokenizer = as_llama_tokenizer(tokenizer, settings, str(folder / "tokenizer.json"))
     generation["eos_token_id"] = list(_end_ids(reference, config)) or None
     generation.setdefault("bos_token_id", config.get("bos_token_id"))
-    return {
+    files = {
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(generation).encode(),
     }
+    try:
+        TextTokenizer(files)  # else only those who get them would find that it is none
+    except ModelError as error:
+        raise ModelError(f"the tokenizer of {folder} can't be used: {error.message}") from error
+    return files
 
 
 def _text(path: Path) -> str:
@@ -249,10 +255,9 @@ def _text(path: Path) -> str:
 
 
 def _end_ids(reference: ModelReference, config: dict[str, Any]) -> tuple[int, ...]:
-    """The tokens that transformers' ``generate`` stops at."""
-    generation = {} if reference.kind == "gguf" else optional_json(_folder(reference) / "generation_config.json")
-    found = generation.get("eos_token_id")
-    found = config.get("eos_token_id") if found is None else found
+    """The tokens that transformers' ``generate`` stops at: those of the config only without a generation config."""
+    generation = Path() if reference.kind == "gguf" else _folder(reference) / "generation_config.json"
+    found = (read_json(generation) if generation.is_file() else config).get("eos_token_id")
     tokens = found if isinstance(found, list) else [found]
     # some configs have -1 for "none"
     return tuple(token for token in tokens if isinstance(token, int) and token in _TOKENS)

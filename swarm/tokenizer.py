@@ -46,8 +46,6 @@ class TextTokenizer:
         self._template: Template | None = None
         self._bytes: TokenBytes | None = None
         generation = _json(files, "generation_config.json")
-        self.end_ids: tuple[int, ...] = self._find_end_ids(generation)
-        """Tokens that end a generation."""
         self.repetition_penalty: float = generation.get("repetition_penalty") or 1.0
         """What transformers' ``generate`` takes where nobody names one, when it is greedy, too."""
 
@@ -115,15 +113,6 @@ class TextTokenizer:
 
     def stream(self) -> TextStream:
         return TextStream(self)
-
-    def _find_end_ids(self, generation: dict[str, Any]) -> tuple[int, ...]:
-        found = generation.get("eos_token_id")
-        tokens = found if isinstance(found, list) else [found]
-        ids = tuple(token for token in tokens if isinstance(token, int))
-        if ids or "eos_token" not in self._specials:
-            return ids
-        end = self._tokenizer.token_to_id(self._specials["eos_token"])
-        return () if end is None else (end,)
 
 
 class TextStream:

@@ -18,7 +18,7 @@ import torch
 from swarm.children import Child, Guard
 from swarm.client import AsyncClient
 from swarm.local import LocalSwarm
-from swarm.models import TextTokenizer, resolve, tokenizer_files
+from swarm.models import TextTokenizer, load_profile, resolve, tokenizer_files
 from swarm.types import LayerRange
 from tests.live.helpers import MODEL, SETTINGS, Reference, descriptions, eventually, index_of, only_thirds, released
 
@@ -160,7 +160,8 @@ async def test_a_client_that_goes_away_frees_its_stages(
     gateway: Gateway, asynchronous: openai.AsyncOpenAI, thirds: LocalSwarm, client: AsyncClient
 ) -> None:
     long: Any = {"model": MODEL, "prompt": "Tell a story.", "max_tokens": 1000, "temperature": 0}
-    long["logit_bias"] = {str(token_id): -100 for token_id in TOKENIZER.end_ids}  # it never ends by itself
+    ends = load_profile(resolve(MODEL)).end_ids
+    long["logit_bias"] = {str(token_id): -100 for token_id in ends}  # it never ends by itself
     stream = await asynchronous.completions.create(**long, stream=True)
     seen = 0
     async for _ in stream:

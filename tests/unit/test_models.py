@@ -443,7 +443,7 @@ def test_small_tokenizers_equal_transformers(kind: str, tmp_path: Path) -> None:
     if kind != "sentencepiece":
         chat = wanted.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
         assert ours.apply_chat_template(CHAT) == list(chat)
-        assert ours.end_ids == (0,)
+        assert load_profile(reference).end_ids == (0,)
 
 
 def test_how_a_gguf_tokenizer_splits_text_is_known_or_refused(
@@ -557,14 +557,40 @@ def test_a_folder_without_tokenizer_json_says_what_to_do(tmp_path: Path) -> None
         tokenizer_files(resolve(str(folder)))
 
 
+def test_a_folder_whose_tokenizer_json_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    """The peer served it, and only its clients failed."""
+    folder = make_checkpoint(tmp_path / "m")
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(ModelError, match=rf"the tokenizer of {folder} can't be used: tokenizer\.json is damaged"):
+        tokenizer_files(resolve(str(folder)))
+
+
 def test_end_ids_are_those_of_the_generation_config(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "m")
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
     assert load_profile(resolve(str(folder))).end_ids == (7, 5)
     (folder / "generation_config.json").write_text('{"eos_token_id": [-1, 7, 4294967296, 5]}')
     assert load_profile(resolve(str(folder))).end_ids == (7, 5), "no other can come, or be told to a peer"
-    assert TextTokenizer(tokenizer_files(resolve(str(folder)))).end_ids == (7, 5)
+    assert json.loads(tokenizer_files(resolve(str(folder)))["generation_config.json"])["eos_token_id"] == [7, 5]
+
+
+@pytest.mark.parametrize("generation", [None, "{}", '{"eos_token_id": null}', '{"eos_token_id": []}'])
+def test_a_config_says_where_text_ends_only_where_transformers_asks_it(generation: str | None, tmp_path: Path) -> None:
+    """With a generation config that names no end, transformers goes on: ours ended where the config, or the tokenizer,
+    has one."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_checkpoint(tmp_path / "m", layers=1)
     (folder / "generation_config.json").unlink()
-    assert load_profile(resolve(str(folder))).end_ids == (0,)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(generation)
+    wanted = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+    assert load_profile(resolve(str(folder))).end_ids == ((wanted,) if isinstance(wanted, int) else ())
+    told = json.loads(tokenizer_files(resolve(str(folder)))["generation_config.json"])["eos_token_id"]
+    assert told == ([wanted] if isinstance(wanted, int) else None)
+
+
+def test_a_chat_template_may_have_a_file_of_its_own(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m")
     (folder / "chat_template.jinja").write_text("from the file")
     assert TextTokenizer(tokenizer_files(resolve(str(folder)))).render_chat(CHAT) == "from the file"
