@@ -48,7 +48,7 @@ RETURN_S = 0.005
 MOST_PIECES = 8
 """So many in one pass at most, while sessions decode, and no more than there are prompts."""
 SMOOTHING = 0.2
-"""Weight of the newest such time in what is usual."""
+"""Weight of the newest time from one pass with decode steps to the next, in what is usual."""
 
 
 @dataclass(slots=True, eq=False)

@@ -18,6 +18,7 @@ STEPS: Final = 2.0
 HOP_S: Final = 0.001
 """... each with its way to the next stage, of so long at least."""
 SMOOTHING: Final = 0.2
+"""Weight of the newest pass in what one takes; more before there were many."""
 LEAST_SEEN: Final = 4
 """So many pieces of a size tell how long it takes."""
 

@@ -9,6 +9,7 @@ from collections import deque
 from swarm.errors import BadRequest, Busy
 
 SMOOTHING = 0.1
+"""Weight of the newest generation in how long one typically holds its place."""
 LONGEST_RETRY_S = 60
 
 
