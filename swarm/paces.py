@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from swarm.types import Announcement, HopTiming, PeerId
 
 SMOOTHING = 0.2
-"""Weight of the newest step."""
+"""Weight of the newest step in a peer's measured time per layer."""
 ENOUGH = 4
 """Steps before a measurement counts."""
 BELIEVED_S = 600.0
@@ -40,15 +40,17 @@ class Paces:
         layer_s = max(0.0, timing.compute_s - beside_s) / len(timing.layers)
         known = self._paces.get(timing.peer_id)
         if known is None or now - known.at > BELIEVED_S:
-            self._paces[timing.peer_id] = Pace(layer_s, 1, now)
+            self._paces = self._believed(now) | {timing.peer_id: Pace(layer_s, 1, now)}
         else:
             smooth_s = known.layer_s + SMOOTHING * (layer_s - known.layer_s)
             self._paces[timing.peer_id] = Pace(smooth_s, known.steps + 1, now)
 
     def measured_s(self, now: float) -> dict[PeerId, float]:
         """Seconds a layer, of those peers of which enough is known and not too old."""
-        believed = {peer: pace for peer, pace in self._paces.items() if now - pace.at <= BELIEVED_S}
-        return {peer: pace.layer_s for peer, pace in believed.items() if pace.steps >= ENOUGH}
+        return {peer: pace.layer_s for peer, pace in self._believed(now).items() if pace.steps >= ENOUGH}
+
+    def _believed(self, now: float) -> dict[PeerId, Pace]:
+        return {peer: pace for peer, pace in self._paces.items() if now - pace.at <= BELIEVED_S}
 
 
 def as_measured(announcement: Announcement, layer_s: float | None) -> Announcement:

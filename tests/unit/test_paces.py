@@ -75,6 +75,14 @@ def test_a_session_finds_a_liar_out_and_the_next_goes_elsewhere() -> None:
     assert chosen(health, 2.0 + BELIEVED_S) == "liar", "it may have had a bad moment"
 
 
+def test_peers_that_are_no_longer_measured_are_forgotten() -> None:
+    paces = Health(120.0).paces
+    for number in range(100):
+        one = peer(f"peer{number}", 0.001)
+        paces.note(one, timing(one, 0.01), number * BELIEVED_S / 10)
+    assert len(paces._paces) == 11
+
+
 def test_a_promise_that_is_kept_roughly_stands() -> None:
     health = Health(120.0)
     for _ in range(10):
