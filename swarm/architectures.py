@@ -85,6 +85,8 @@ class Architecture:
             raise ModelError(
                 f"the config of {source} has {heads} attention heads, which {kv_heads} kv heads can't share"
             )
+        if config.get("sliding_window") is not None and (family == "mistral" or config.get("use_sliding_window")):
+            number("sliding_window")  # transformers fails at the first token with another
         bias = bool(config.get("attention_bias", False))
         return cls(
             family=family,

@@ -209,6 +209,10 @@ def test_unsupported_and_incomplete_configs_are_explained(tmp_path: Path) -> Non
     for key, large in (("num_hidden_layers", 10**9), ("hidden_size", 10**400)):  # a list of tensors for each layer
         with pytest.raises(ModelError, match=f"has {key} = 10*; it must be a positive whole number, .* at most"):
             profile_with(**{key: large})
+    for family in ({"model_type": "mistral"}, {"model_type": "qwen2", "use_sliding_window": True}):
+        with pytest.raises(ModelError, match="has sliding_window = 0; it must be a positive whole number"):
+            profile_with(sliding_window=0, **family)
+    profile_with(model_type="qwen2", sliding_window=0)  # says that it has none
     for kv_heads in (3, 8):
         with pytest.raises(ModelError, match=f"4 attention heads, which {kv_heads} kv heads can't share"):
             profile_with(num_key_value_heads=kv_heads)
