@@ -58,9 +58,20 @@ def build_model(config: dict[str, Any], device: torch.device) -> Any:
     except SwarmError:
         raise
     except Exception as error:  # at a wrong value transformers raises whatever its code comes to: a KeyError, say
-        raise ModelError(f"transformers can't build a {model_type} of this config: {error!r}") from error
+        wrong = _named(config, error.args[0]) if isinstance(error, KeyError) and error.args else ""
+        raise ModelError(f"transformers can't build a {model_type} of this config: {wrong or repr(error)}") from error
     _place_buffers(model, device)
     return model
+
+
+def _named(config: dict[str, Any], unknown: object, within: str = "") -> str:
+    """The field whose value transformers has looked up in vain, as words; empty if there is none."""
+    for key, value in config.items():
+        if isinstance(value, str) and value == unknown:
+            return f"it knows no {within}{key} {unknown!r}"
+        if isinstance(value, dict) and (found := _named(value, unknown, f"{within}{key}.")):
+            return found
+    return ""
 
 
 def _refuse_variants(settings: Any) -> None:

@@ -323,19 +323,19 @@ def test_rotary_embeddings_for_a_part_of_each_head_are_refused(family: str) -> N
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "told"),
     [
-        {"rope_parameters": {"rope_type": "spiral", "rope_theta": 10000.0}},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0}},
-        {"rope_parameters": "none"},
-        {"hidden_act": "snake"},
-        {"pad_token_id": VOCAB},
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 10000.0}}, "no rope_parameters.rope_type 'spiral'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0}}, ""),
+        ({"rope_parameters": "none"}, ""),
+        ({"hidden_act": "snake"}, "it knows no hidden_act 'snake'"),
+        ({"pad_token_id": VOCAB}, ""),
     ],
 )
-def test_a_config_that_transformers_cannot_build_is_a_model_error(changes: dict[str, Any]) -> None:
+def test_a_config_that_transformers_cannot_build_is_a_model_error(changes: dict[str, Any], told: str) -> None:
     model = whole("llama")
     config = {**model.config.to_dict(), **changes}
-    with pytest.raises(ModelError, match="can't build a llama of this config"):
+    with pytest.raises(ModelError, match=f"can't build a llama of this config: .*{told}"):
         Shard.load(profile_of(model.config), config, ModelSource(model), LayerRange(0, 1))
 
 
