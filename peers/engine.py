@@ -44,7 +44,7 @@ MOST_LOGITS_BYTES = 256 * 1024 * 1024
 """Of one step, for they are computed at once. No honest owner wants more."""
 
 SMOOTHING = 0.1
-"""Weight of the newest step in the running averages that announcements tell."""
+"""Weight of the newest step in the running averages that announcements tell, see :class:`Pace`."""
 MOST_SURPRISE = 1.25
 """A single step counts at most as so many times slower than usual: it may have been a hiccup."""
 MOST_FAILURES = 3
@@ -341,7 +341,9 @@ def _blamed(error: SwarmError, step: Step) -> SwarmError:
     """What is not finite arose in this very peer, unless it came in so: then, and only then, it is a bad tensor."""
     if not isinstance(error, BadTensor) or (step.hidden is not None and not all_finite(step.hidden)):
         return error
-    return Internal(error.message)
+    blamed = Internal(error.message)
+    blamed.__cause__ = error
+    return blamed
 
 
 def cores() -> int:

@@ -17,7 +17,7 @@ from peers.shard import Shard
 from peers.weights import open_source
 from swarm.architectures import bytes_per_weight
 from swarm.config import Settings
-from swarm.errors import Cancelled, ConfigError
+from swarm.errors import BadTensor, Cancelled, ConfigError, Internal, ModelError
 from swarm.models import ModelProfile, ModelReference, config_dict
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange
@@ -124,6 +124,7 @@ async def measure(executor: Executor, prefill_s: float | None = None) -> Speed:
     It is time of the processor, because others often start on the machine at the same moment.
 
     What a row takes whatever the layers is told apart by steps through one layer only, the head by steps with a token.
+    Raises :class:`ModelError` if what they give is not finite: no session could use them.
     """
     layers, profile = executor.layers, executor.profile
     one = LayerRange(layers.start, layers.start + 1)
@@ -142,7 +143,13 @@ async def measure(executor: Executor, prefill_s: float | None = None) -> Speed:
         )
         if rows == 1:
             await asyncio.sleep(PAUSE_S)
-        return (await run(executor, request)).processor_s
+        try:
+            return (await run(executor, request)).processor_s
+        except Internal as error:
+            if not isinstance(error.__cause__, BadTensor):
+                raise
+            found = f"{error.message} in {profile.dtype}"
+            raise ModelError(f"{found}: the weights of {profile.name} are damaged, or need another dtype") from error
 
     async def chunk() -> float:
         return await step(layers, 0, PREFILL_ROWS) / PREFILL_ROWS / len(layers)

@@ -19,7 +19,7 @@ from peers.kv_cache import SequenceCache
 from peers.machine import measure
 from peers.shard import Shard, StepOutput
 from swarm.config import EngineSettings, Settings
-from swarm.errors import BadRequest, Cancelled, Internal, SwarmError
+from swarm.errors import BadRequest, Cancelled, Internal, ModelError, SwarmError
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange
 from tests.reference import ModelSource, profile_of
@@ -29,8 +29,7 @@ PROMPT = [(7 * i) % 90 + 1 for i in range(50)]
 GREEDY = SamplingParams(temperature=0.0)
 
 
-@pytest.fixture(scope="module")
-def shard() -> Shard:
+def whole() -> LlamaForCausalLM:
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=96,
@@ -41,8 +40,16 @@ def shard() -> Shard:
         num_key_value_heads=2,
         max_position_embeddings=256,
     )
-    model = LlamaForCausalLM(config).eval()
-    return Shard.load(profile_of(config), config.to_dict(), ModelSource(model), LAYERS)
+    return LlamaForCausalLM(config).eval()
+
+
+def shard_of(model: LlamaForCausalLM) -> Shard:
+    return Shard.load(profile_of(model.config), model.config.to_dict(), ModelSource(model), LAYERS)
+
+
+@pytest.fixture(scope="module")
+def shard() -> Shard:
+    return shard_of(whole())
 
 
 @pytest.fixture
@@ -222,6 +229,15 @@ async def test_an_engine_says_when_its_device_is_lost(engine: Engine, monkeypatc
     with pytest.raises(Internal, match="the engine has stopped"):
         async with asyncio.timeout(5):
             await broken
+
+
+async def test_weights_that_are_not_finite_are_an_error_of_the_model() -> None:
+    """The peer ended as if by a bug of its own."""
+    model = whole()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    async with Engine(shard_of(model), Settings()) as engine:
+        with pytest.raises(ModelError, match=r"layers 0:2 gave values that are not finite in float32: the weights of"):
+            await measure(engine)
 
 
 @pytest.mark.parametrize("place", ["use_device", "Batching.take", "Waiting.take"])
