@@ -174,7 +174,7 @@ class FrameRouter:
         elif kind == "refusal":
             refusal = message.refusal
             for runner in self._table.of_session(refusal.session):
-                if refusal.epoch == runner.stage.epoch:
+                if refusal.epoch == runner.stage.epoch and _goes_on_at(peer, runner.stage):
                     runner.owner.report(error_from_wire(refusal.error), peer)
         else:
             raise ProtocolError("a link is answered with acks and refusals")
@@ -182,7 +182,7 @@ class FrameRouter:
     def _on_lost(self, peer: PeerId, error: SwarmError) -> None:
         """The owners of all sessions that go on at ``peer`` hear at once that it can't be reached from here."""
         for runner in list(self._table.runners.values()):
-            if any(target.peer is not None and target.peer.peer_id == peer for target in runner.stage.targets):
+            if _goes_on_at(peer, runner.stage):
                 runner.owner.report(error, peer)
 
     async def aclose(self) -> None:
@@ -190,3 +190,7 @@ class FrameRouter:
         for stream in list(self._incoming.values()):
             stream.abort()  # who sends again opens a new one, to whatever is served here then
         await self._links.aclose()
+
+
+def _goes_on_at(peer: PeerId, stage: Stage) -> bool:
+    return any(target.peer is not None and target.peer.peer_id == peer for target in stage.targets)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from peers.frame_router import FrameRouter
+from peers.stage import Target
+from peers.stage_table import StageTable
 from swarm import protocol_pb2 as pb
 from swarm.errors import Gap, StreamLost
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.testing import SimTransport, run_virtual
 from swarm.transport import CONTROL, LINK
-from swarm.types import LayerRange, PeerId
-from tests.sim.world import PROFILE, SimPeer, World
+from swarm.types import LayerRange, PeerAddress, PeerId
+from tests.sim.world import PROFILE, SETTINGS, SimPeer, World
 
 
 class Deaf:
@@ -118,6 +123,27 @@ def test_a_silent_link_is_closed_and_one_that_is_used_stays() -> None:
         async with asyncio.timeout(1):
             assert await silent.receive() is None, "a clean end: no session takes it for a loss"
         await used.close()
+
+    run_virtual(main)
+
+
+def test_only_whom_a_stage_sends_to_may_refuse_its_frames() -> None:
+    """Any peer with a link from here that knew the session could have its owner rebuild the route."""
+
+    async def main() -> None:
+        _, peer = await alone()
+        told: list[PeerId | None] = []
+        runner = SimpleNamespace(
+            stage=SimpleNamespace(epoch=1, targets=[Target(PeerAddress(PeerId("next")), 3, 1, 0)]),
+            owner=SimpleNamespace(report=lambda error, blamed: told.append(blamed)),
+        )
+        table = SimpleNamespace(settings=SETTINGS, of_session=lambda session: [runner])
+        async with asyncio.TaskGroup() as tasks:
+            router = FrameRouter(SimTransport(peer.node), cast(StageTable, table), tasks)
+            refusal = pb.LinkMessage(refusal=pb.Refusal(session="s", epoch=1, error=pb.Error(code="evicted")))
+            for sender in ("stranger", "next"):
+                router._on_reply(PeerId(sender), refusal)
+        assert told == ["next"]
 
     run_virtual(main)
 
