@@ -125,18 +125,21 @@ class Daemon:
         return self.restarts
 
     async def dial(self, peer: PeerAddress, protocol: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A stream to ``peer``, or with no ``protocol`` just a connection. Raises :class:`Unreachable`."""
-        if peer.peer_id in self._missed:
-            await self._look_for(peer)
-        if not self.alive:
-            raise Unreachable("the own p2p daemon is down; it is being restarted")
+        """A stream to ``peer``, or with no ``protocol`` just a connection. Raises :class:`Unreachable` within
+        ``timeouts.connect_s``."""
+        connect_s = self._settings.timeouts.connect_s
         try:
-            streams = await dial(self._socket, peer, protocol, self._settings.timeouts.connect_s)
-        except Unreachable:
+            async with asyncio.timeout(connect_s):
+                if peer.peer_id in self._missed:
+                    await self._look_for(peer)
+                if not self.alive:
+                    raise Unreachable("the own p2p daemon is down; it is being restarted")
+                streams = await dial(self._socket, peer, protocol, connect_s)
+        except (Unreachable, TimeoutError) as error:
             self._missed[peer.peer_id] = None
             if len(self._missed) > _MOST_MISSED:
                 del self._missed[next(iter(self._missed))]
-            raise
+            raise translate(error, peer, connect_s) from None
         self._missed.pop(peer.peer_id, None)
         return streams
 
@@ -147,13 +150,14 @@ class Daemon:
         minutes (libp2p's back-off): a peer that is back would be kept waiting. So p2pd dials only who may be there.
         """
         connect_s = self._settings.timeouts.connect_s
+        if not self.alive or await is_connected(self._socket, peer, connect_s):
+            return
         try:
             await knock(peer, connect_s)
         except ProtocolError:
             return  # other addresses may be good
         except Unreachable as error:
-            if not self.alive or not await is_connected(self._socket, peer, connect_s):
-                raise Unreachable(f"can't reach peer {peer.peer_id}: {error.message}") from None
+            raise Unreachable(f"can't reach peer {peer.peer_id}: {error.message}") from None
 
     async def serve(self, protocol: str) -> None:
         """Accept its streams, after each restart, too."""
