@@ -65,11 +65,6 @@ class Strength:
         return tuple(rate if count >= 2 else 0.0 for rate, count in zip(self.rates, self.servers, strict=True))
 
     @property
-    def bottleneck(self) -> float:
-        """What the swarm as a whole can do."""
-        return min(self.rates)
-
-    @property
     def balanced(self) -> float:
         """What the same peers could do at most: their layers a second spread evenly (water-filling)."""
         return sum(self.rates) / len(self.rates)

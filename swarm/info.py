@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings, TimeoutSettings
-from swarm.delegation import route_from_wire
 from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost
 from swarm.models import ModelProfile
 from swarm.multiaddrs import is_dialable
 from swarm.protocol import MAX_ADDRESSES, address_to_wire, decode, error_from_wire, one_line
 from swarm.transport import INFO, Stream, Transport
-from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Route, Voucher
+from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Voucher
 
 FILE_PATIENCE = 6
 """So many times ``timeouts.info_s`` may a model file take ..."""
@@ -113,18 +112,6 @@ async def fetch_files(
             raise StreamLost(f"{name} came with {size} of {description.files[name]} bytes")
         files[name] = b"".join(parts)
     return files
-
-
-async def ask_for_plan(
-    transport: Transport, peer: PeerAddress, tokens: int, exclude: Iterable[str], settings: Settings
-) -> Route:
-    """The route that ``peer`` would take for a session of ``tokens`` tokens; raises ``NoRoute``."""
-    request = pb.InfoRequest(plan=pb.PlanRequest(tokens=tokens, exclude=list(exclude)))
-    async with _ask(transport, peer, request, settings.timeouts.info_s) as stream:
-        reply = await _answer(stream)
-    if reply is None or reply.WhichOneof("kind") != "plan":
-        raise ProtocolError("no plan came")
-    return route_from_wire(reply.plan).route
 
 
 async def ask_for_voucher(

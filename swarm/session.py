@@ -97,11 +97,6 @@ class Session:
         return self._chain.reused
 
     @property
-    def has_route(self) -> bool:
-        """False while the session is being opened or rebuilt."""
-        return self._chain.complete
-
-    @property
     def route(self) -> Route:
         return self._chain.route
 

@@ -315,7 +315,7 @@ class Arrangement:
         self.at(60.0, self.sample)
         optimum = sum(peer.rate for peer in self.peers.values()) / self.scenario.layers
         self.report.hours.append(self.now / HOUR_S)
-        self.report.efficiency.append(self.true.bottleneck / optimum if optimum else 0.0)
+        self.report.efficiency.append(min(self.true.rates) / optimum if optimum else 0.0)
         self.report.peers.append(len(self.peers))
         self.report.peer_hours += len(self.peers) / 60
 

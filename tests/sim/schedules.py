@@ -73,7 +73,7 @@ class Troublemaker:
         task.add_done_callback(self._tasks.discard)
 
     def _victim(self, session: Session, index: int) -> SimPeer | None:
-        if not session.has_route:
+        if not session._chain.complete:
             return None
         peer = self.world.peer_of(session, index)
         return peer if peer.node.alive else None

@@ -12,15 +12,14 @@ import pytest
 
 from peers.frame_router import FrameRouter
 from swarm import protocol_pb2 as pb
-from swarm.delegation import DelegatedSession
+from swarm.delegation import DelegatedSession, route_from_wire
 from swarm.errors import BadRequest, Busy, Cancelled, NoRoute, Unreachable
-from swarm.info import ask_for_plan
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.session import RouteChanged, Session
 from swarm.testing import SimNode, SimTransport
 from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
-from swarm.transport import DELEGATE, Stream
+from swarm.transport import DELEGATE, INFO, Stream
 from swarm.types import Hop, PeerAddress, PeerId, Route, SessionId
 from tests.sim import world as world_module
 from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
@@ -871,14 +870,20 @@ def test_any_peer_plans_when_asked_and_leaves_out_whom_it_is_told() -> None:
         world = World(33)
         for layers in [*THIRDS, *THIRDS]:
             await world.add_peer(layers)
-        transport, asked = SimTransport(world.owner), world.peers[1].node.address
-        route = await ask_for_plan(transport, asked, 20, [], world.settings)
-        assert [hop.layers for hop in route.hops] == list(THIRDS)
-        tired = route.hops[0].peer.peer_id
-        another = await ask_for_plan(transport, asked, 20, [tired], world.settings)
-        assert tired not in [hop.peer.peer_id for hop in another.hops]
-        both = [peer.node.address.peer_id for peer in (world.peers[0], world.peers[3])]
-        with pytest.raises(NoRoute, match="0:2"):
-            await ask_for_plan(transport, asked, 20, both, world.settings)
+
+        async def planned(*exclude: str) -> pb.InfoReply:
+            stream = await SimTransport(world.owner).open(world.peers[1].node.address, INFO)
+            request = pb.InfoRequest(plan=pb.PlanRequest(tokens=20, exclude=exclude))
+            await stream.send(request.SerializeToString())
+            return decode(pb.InfoReply, await stream.receive() or b"")
+
+        hops = route_from_wire((await planned()).plan).route.hops
+        assert [hop.layers for hop in hops] == list(THIRDS)
+        tired = hops[0].peer.peer_id
+        another = route_from_wire((await planned(tired)).plan).route.hops
+        assert tired not in [hop.peer.peer_id for hop in another]
+        refused = await planned(*(peer.node.address.peer_id for peer in (world.peers[0], world.peers[3])))
+        assert refused.error.code == "no_route"
+        assert "0:2" in refused.error.message
 
     run_virtual(main)
