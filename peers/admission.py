@@ -33,7 +33,8 @@ class Admission:
         return self.voucher is not None and self.voucher.verifier == self._peer.identity.peer_id
 
     async def obtain(self) -> Voucher:
-        """Have our layers probed; raises :class:`NotAdmitted` if they were found wrong, and again when asked again."""
+        """Have our layers probed; raises :class:`NotAdmitted` if they were found wrong, and again when asked again; by
+        more than one peer if we serve already."""
         try:
             self.voucher = await self._probed()
         except NotAdmitted as error:
@@ -53,7 +54,8 @@ class Admission:
         peer = self._peer
         await peer.view.refresh()
         known = peer.view.announcements()
-        return await obtain_voucher(peer.transport, known, peer.profile, self._layers, peer.identity, peer.settings)
+        given = peer.transport, known, peer.profile, self._layers, peer.identity, peer.settings
+        return await obtain_voucher(*given, serving=self.alone)
 
     def _tell_of_clock(self) -> None:
         difference = dht_time.difference()

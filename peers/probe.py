@@ -45,6 +45,8 @@ MOST_WAITING = 8
 """Joiners, or probes, that wait for one peer at once."""
 MOST_ASKED = 3
 """Peers that a joiner asks, one after the other."""
+ENOUGH_TO_END = 2
+"""Peers that have to find one wrong that serves already: a single one, who may be wrong itself, can't end it."""
 TOLERANCE = {"float32": 0.005, "float16": 0.02, "bfloat16": 0.1}
 """Relative error of a row, by dtype: kernels of other devices round otherwise, another quantisation is further off."""
 
@@ -255,10 +257,13 @@ async def obtain_voucher(
     layers: LayerRange,
     identity: Identity,
     settings: Settings,
+    *,
+    serving: bool = False,
 ) -> Voucher:
     """From a serving peer, best one with layers of ours; from ourselves if nobody is there, or nobody can tell.
 
-    Raises :class:`NotAdmitted` with a verifier's reason if nobody vouches for us and one of them found us wrong.
+    Raises :class:`NotAdmitted` with a verifier's reason if nobody vouches for us and one of them found us wrong, or
+    ``ENOUGH_TO_END`` of them if we are ``serving`` already.
     """
     others = [a for a in announcements if a.state is PeerState.SERVING and a.peer.peer_id != identity.peer_id]
     random.shuffle(others)
@@ -271,11 +276,13 @@ async def obtain_voucher(
                 return voucher
             logger.info("peer %s gave a voucher that does not hold", verifier.peer.peer_id[-6:])
         except NotAdmitted as error:
+            logger.info("peer %s does not vouch for us: %s", verifier.peer.peer_id[-6:], error)
             refusals.append(error)
         except SwarmError as error:
             logger.info("peer %s could not probe our layers: %s", verifier.peer.peer_id[-6:], error)
-    if refusals:
+    if len(refusals) >= (ENOUGH_TO_END if serving else 1):
         raise refusals[0]
     if others:
-        logger.warning("none of %d serving peers could probe our layers; they are asked again later", len(others))
+        told = f": {refusals[0]}" if refusals else ""
+        logger.warning("none of %d serving peers vouches for us; they are asked again later%s", len(others), told)
     return vouch(identity, identity.peer_id, profile.model_id, layers)

@@ -36,6 +36,7 @@ class ProbedWorld(World):
     async def join(self, layers: LayerRange, *, weights_seed: int | None = None) -> SimPeer:
         """As ``peers.tenure`` does: announced as joining, probed, serving. Raises ``NotAdmitted``."""
         identity = Identity.ephemeral()
+        self.identities[identity.peer_id] = identity
         node = self.network.add(identity.peer_id)
         seed = self.seed if weights_seed is None else weights_seed
         executor = ToyExecutor(node, ToyDecoder(NUM_LAYERS, 64, seed), layers, self.rng)
@@ -154,6 +155,23 @@ async def test_a_peer_that_finds_only_dead_verifiers_vouches_for_itself(world: P
     first.node.kill()
     second = await world.join(WHOLE)
     assert world.voucher_of(second).verifier == second.node.address.peer_id
+
+
+@in_world
+async def test_one_stranger_does_not_end_a_peer_that_vouched_for_itself_and_two_do(world: ProbedWorld) -> None:
+    first = await world.join(WHOLE)
+    identity = world.identities[first.node.address.peer_id]
+
+    async def probed_by_stranger(number: int) -> Voucher:
+        with pytest.raises(NotAdmitted):
+            await world.join(WHOLE, weights_seed=90 + number)
+        world.announce(world.peers[-1])  # as if it had been admitted
+        given = world.directory.announcements(), PROFILE, WHOLE, identity, SETTINGS
+        return await obtain_voucher(SimTransport(first.node), *given, serving=True)
+
+    assert (await probed_by_stranger(1)).verifier == identity.peer_id
+    with pytest.raises(NotAdmitted, match="other numbers than this model's"):
+        await probed_by_stranger(2)
 
 
 @in_world

@@ -27,11 +27,15 @@ from peers.seat import Room
 from peers.shard import Shard
 from peers.stopping import Stopping
 from peers.tenure import Move, Tenure, serve_range
+from swarm import protocol_pb2 as pb
+from swarm.admission import vouch
 from swarm.config import PeerSettings, PlacementSettings, Settings
 from swarm.dht_time import dht_time
-from swarm.errors import ModelError
+from swarm.errors import ModelError, NotAdmitted
 from swarm.identity import Identity
+from swarm.protocol import error_to_wire
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
+from swarm.transport import INFO, Stream
 from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState
 from tests.reference import ModelSource, profile_of
 from tests.sim.world import PROFILE
@@ -285,3 +289,30 @@ def test_a_clock_that_differs_from_the_swarms_is_told(
     Admission(peer_among([], events.append), OLD)._tell_of_clock()
     assert [event["code"] for event in events] == ([] if told is None else ["clock"])
     assert all(str(told) in str(event["message"]) for event in events)
+
+
+def test_what_a_single_peer_says_keeps_a_joiner_out_but_ends_none_that_serves() -> None:
+    """One stranger could end a healthy first peer."""
+
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        stranger, asked = network.add("stranger"), []
+
+        async def refuse(stream: Stream) -> None:
+            asked.append(await stream.receive())
+            error = error_to_wire(NotAdmitted("its numbers are wrong"))
+            await stream.send(pb.InfoReply(error=error).SerializeToString())
+
+        await SimTransport(stranger).serve(INFO, refuse)
+        peer = peer_among([announced("stranger", OLD)])
+        peer.transport = cast(Any, SimTransport(network.add(ME.peer_id)))
+        admission = Admission(peer, OLD)
+        with pytest.raises(NotAdmitted, match="its numbers are wrong"):
+            await admission.obtain()
+        admission.voucher = vouch(ME, ME.peer_id, MODEL.model_id, OLD)
+        before = len(asked)
+        await admission.obtain()
+        assert len(asked) == before + 1
+        assert admission.alone, "others are asked again"
+
+    run_virtual(main)
