@@ -167,7 +167,8 @@ class Engine:
         return len(self._batching) + self._given - self._taken
 
     def forget(self, cache: Cache) -> None:
-        self._loop.call_soon(self._arrived.put, id(cache))  # behind what was submitted in this turn of the loop
+        self._hand_over()  # what was submitted in this turn of the loop goes before it
+        self._arrived.put(id(cache))
 
     def submit(self, step: StepRequest, done: Done) -> None:
         if self._broken.done():
@@ -181,7 +182,8 @@ class Engine:
     def _hand_over(self) -> None:
         """All that one turn of the loop submits: sessions that arrive together are run together."""
         submitted, self._submitted = self._submitted, []
-        self._arrived.put(submitted)
+        if submitted:
+            self._arrived.put(submitted)
 
     # ---- the thread -------------------------------------------------------------------------------------
 
