@@ -127,9 +127,10 @@ class Waiting:
 class Batching:
     """The steps that wait. All methods are for one thread at a time."""
 
-    def __init__(self, max_tokens: int, piece_tokens: int) -> None:
+    def __init__(self, max_tokens: int, piece_tokens: int, stages: float = 1.0) -> None:
+        """``stages``: so many like this one a token passes on its way round."""
         self._max_tokens = max_tokens
-        self._piece_size = PieceSize(piece_tokens)
+        self._piece_size = PieceSize(piece_tokens, stages)
         self._taken = (0, 0)
         """Decode steps and whole pieces of prompts in the last batch."""
         self._waiting: deque[Waiting] = deque()

@@ -101,7 +101,8 @@ class Engine:
 
     def __init__(self, shard: Shard, settings: Settings) -> None:
         self._shard = shard
-        self._batching = Batching(settings.engine.max_batch_tokens, settings.engine.mixed_prefill_tokens)
+        limits, stages = settings.engine, shard.profile.num_layers / len(shard.layers)
+        self._batching = Batching(limits.max_batch_tokens, limits.mixed_prefill_tokens, stages)
         self._threads = settings.peer.threads or torch.get_num_threads()
         self._prefill_threads = settings.peer.prefill_threads or max(self._threads, cores())
         self._dtype = DTYPES[shard.profile.dtype]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peers.piece_size import HOP_S, LEAST_ROWS, LEAST_SEEN, MOST_ROWS, STEPS, PieceSize
+from peers.piece_size import HOP_S, LEAST_ROWS, LEAST_SEEN, MOST_ROWS, PieceSize
 
 START = 16
 STEP_S = 0.005
@@ -34,11 +34,28 @@ def settled(size: PieceSize, piece_s: Callable[[int], float], step_s: float = ST
         pytest.param({16: 1.0, 32: 2.9}, [16, 32, 16], id="a size that disappoints"),
     ],
 )
-def test_a_piece_takes_as_long_as_two_steps(steps_of: dict[int, float], sizes: list[int], mixed: bool) -> None:
+def test_where_there_is_one_stage_a_piece_takes_as_long_as_two_steps(
+    steps_of: dict[int, float], sizes: list[int], mixed: bool
+) -> None:
     found = settled(PieceSize(START), lambda rows: steps_of[rows] * STEP_S, mixed=mixed)
     assert found[: len(sizes)] == sizes
     assert set(found) <= set(steps_of)
     assert LEAST_ROWS <= min(found) <= max(found) <= MOST_ROWS
+
+
+@pytest.mark.parametrize(
+    ("stages", "steps_of", "sizes"),
+    [
+        pytest.param(3, {16: 1.7, 32: 3.1}, [16, 32], id="float32 on a CPU, a third each"),
+        pytest.param(3, {16: 5.8, 8: 3.4}, [16, 8], id="4 bits, a third each"),
+        pytest.param(2, {16: 1.7, 32: 3.1}, [16, 32], id="float32, a half each"),
+        pytest.param(10, {16: 5.8, 32: 11}, [16, 32], id="4 bits, a tenth each"),
+    ],
+)
+def test_while_a_token_is_at_other_stages_there_is_time(
+    stages: float, steps_of: dict[int, float], sizes: list[int]
+) -> None:
+    assert settled(PieceSize(START, stages), lambda rows: steps_of[rows] * STEP_S) == sizes
 
 
 def test_it_follows_steps_that_become_slower_or_faster() -> None:
@@ -58,8 +75,8 @@ def test_one_slow_piece_is_a_hiccup() -> None:
     size = PieceSize(START)
     size.note(1, 0, STEP_S)
     for _ in range(10 * LEAST_SEEN):
-        size.note(0, 1, 0.8 * STEPS * (STEP_S + HOP_S))
-    size.note(0, 1, 1.5 * STEPS * (STEP_S + HOP_S))
+        size.note(0, 1, 0.8 * 2 * (STEP_S + HOP_S))
+    size.note(0, 1, 1.5 * 2 * (STEP_S + HOP_S))
     assert size.rows == START
 
 
