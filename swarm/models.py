@@ -256,8 +256,10 @@ def _text(path: Path) -> str:
 
 def _end_ids(reference: ModelReference, config: dict[str, Any]) -> tuple[int, ...]:
     """The tokens that transformers' ``generate`` stops at: those of the config only without a generation config."""
-    generation = Path() if reference.kind == "gguf" else _folder(reference) / "generation_config.json"
-    found = (read_json(generation) if generation.is_file() else config).get("eos_token_id")
+    settings = config
+    if reference.kind != "gguf" and (generation := _folder(reference) / "generation_config.json").is_file():
+        settings = read_json(generation)
+    found = settings.get("eos_token_id")
     tokens = found if isinstance(found, list) else [found]
     # some configs have -1 for "none"
     return tuple(token for token in tokens if isinstance(token, int) and token in _TOKENS)

@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from peers.links import Links
+from peers.links import Links, _Link
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import ProtocolError, StreamLost, SwarmError, Unreachable
 from swarm.protocol import decode
-from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
+from swarm.testing import Faults, SimNetwork, SimNode, SimTransport, run_virtual
 from swarm.transport import LINK, Stream
 from swarm.types import PeerAddress, PeerId
 
@@ -91,6 +91,16 @@ def test_a_link_that_a_frame_breaks_is_lost_to_all_who_use_it(error: SwarmError)
     run_virtual(main)
 
 
+async def unwatched(own: SimNode, remote: SimNode, tasks: asyncio.TaskGroup) -> tuple[Links, _Link]:
+    """An open link from one to the other, with no pings but those behind a prompt's frames."""
+    links = Links(SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *_: None)
+    await links.reach(remote.address)
+    link = links._links[remote.address.peer_id]
+    assert link.watcher is not None
+    link.watcher.cancel()
+    return links, link
+
+
 def test_a_token_waits_for_one_frame_of_a_prompt_not_for_one_of_each_session() -> None:
     async def main() -> None:
         network = SimNetwork(random.Random(1), Faults())
@@ -106,11 +116,7 @@ def test_a_token_waits_for_one_frame_of_a_prompt_not_for_one_of_each_session() -
 
         await SimTransport(remote).serve(LINK, handle)
         async with asyncio.TaskGroup() as tasks:
-            links = Links(SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *_: None)
-            await links.reach(remote.address)
-            link = links._links[remote.address.peer_id]
-            assert link.watcher is not None
-            link.watcher.cancel()  # no pings but those behind a prompt's frames
+            links, link = await unwatched(own, remote, tasks)
             takes_at_once, taken = link.stream.send, asyncio.Semaphore(0)
 
             async def send(frame: bytes) -> None:
@@ -149,11 +155,7 @@ def test_a_prompt_goes_on_though_its_own_ping_is_answered_before_it_waits_for_th
 
         await SimTransport(remote).serve(LINK, handle)
         async with asyncio.TaskGroup() as tasks:
-            links = Links(SimTransport(own), tasks, Settings().timeouts, lambda *_: None, lambda *_: None)
-            await links.reach(remote.address)
-            link = links._links[remote.address.peer_id]
-            assert link.watcher is not None
-            link.watcher.cancel()  # no pings but those behind a prompt's frames
+            links, link = await unwatched(own, remote, tasks)
             link.line.sent(10**6)
             takes_at_once = link.stream.send
 
