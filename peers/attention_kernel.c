@@ -217,8 +217,8 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
             int many = (int)smaller(count - m, TILE_ROWS);
             if (start + (m + many - 1) / group < base) continue;
             memset(scores, 0, sizeof(float) * (size_t)(many * block));
-            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)next, asked + m * dim, dim, key_columns, dim, block, used,
-                     scores, block);
+            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)next, LINE_FLOATS, asked + m * dim, dim, key_columns, dim,
+                     block, used, scores, block);
             for (int64_t t = m; t < m + many; t++) {
                 int64_t position = start + t / group - base, low = a->window ? position + 1 - a->window : 0;
                 int64_t high = smaller(position + 1, filled);
@@ -227,8 +227,8 @@ static int attend_rows(const attention *a, const span *of, int64_t h, int64_t fr
                 if (low < high) weigh(own, used, low, high, most + t, weights + t, sums + t * dim, dim);
                 else memset(own, 0, sizeof(float) * (size_t)used);
             }
-            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)(next + rows.values), scores, block, value_columns, filled,
-                     dim, dim, sums + m * dim, dim);
+            multiply(SINGLE, many, 1, LINES_AHEAD, (const float *)(next + rows.values), LINE_FLOATS, scores, block,
+                     value_columns, filled, dim, dim, sums + m * dim, dim);
         }
     }
     for (int64_t m = 0; m < count; m++) {

@@ -17,7 +17,7 @@ enum { AHEAD_BLOCKS = 2 };
 
 /* More rows than these find a panel expanded; a register's width decides how much that costs, and half as much is written
    of bfloat16. */
-INLINE int few_rows(int how) { return how != DOTTED && LANES == 16 ? 10 : WIDE_ROWS; }
+INLINE int few_rows(int how) { return how != DOTTED && !FEW_REGISTERS ? 10 : WIDE_ROWS; }
 
 /* As Python fills it: numbers of 64 bits. */
 typedef struct {
@@ -148,30 +148,30 @@ INLINE void round_panel(int kind, const uint8_t *panel, int64_t blocks, int64_t 
 
 /* ---- products ---- */
 
-/* out[count, TILE_VECTORS * LANES] = rows[count, inner] @ a panel's outputs from vector `from` on. SINGLE or DOTTED. */
+/* A tile: out[count, tile] = rows[count, inner] @ a panel's outputs from vector `from` on. SINGLE or DOTTED. */
 INLINE void packed_tile(int kind, int how, int count, int from, const uint8_t *panel, int64_t blocks, const float *rows,
                         int64_t apart, float *out, int64_t stride) {
     floats sums[TILE_ROWS][TILE_VECTORS] = {0};
-    const int each = how == DOTTED ? 2 : 1;
+    const int vectors = tile_vectors(count), each = how == DOTTED ? 2 : 1;
     for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK / each) {
         factor by[TILE_VECTORS];
         for (int at = 0; at < block_bytes(kind); at += LINE) fetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at);
-        for (int v = 0; v < TILE_VECTORS; v++) by[v] = factors(kind, panel, from + v);
+        for (int v = 0; v < vectors; v++) by[v] = factors(kind, panel, from + v);
         const uint8_t *at = panel + factor_bytes(kind);
         for (int k = 0; k < BLOCK / each; k++, at += each * code_bytes(kind)) {
             floats column[TILE_VECTORS];
-            for (int v = 0; v < TILE_VECTORS; v++) {
+            for (int v = 0; v < vectors; v++) {
                 column[v] = weights(kind, at, from + v, by[v]);
                 if (how == DOTTED)
                     column[v] = (floats)pairs(column[v], weights(kind, at + code_bytes(kind), from + v, by[v]));
             }
             for (int m = 0; m < count; m++)
-                for (int v = 0; v < TILE_VECTORS; v++)
+                for (int v = 0; v < vectors; v++)
                     sums[m][v] = plus_product(how, column[v], rows + m * apart + k, sums[m][v]);
         }
     }
     for (int m = 0; m < count; m++)
-        for (int v = 0; v < TILE_VECTORS; v++) store(out + m * stride + v * LANES, sums[m][v]);
+        for (int v = 0; v < vectors; v++) store(out + m * stride + v * LANES, sums[m][v]);
 }
 
 /* out[blocks * BLOCK, PANEL], the numbers that `packed_tile` multiplies with. */
@@ -186,20 +186,20 @@ INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *
 }
 
 /* `multiply` as functions of their own: compilers would take a minute if all were inlined wherever they are called. */
-typedef void multiplying(int count, int add, const float *next, const float *rows, int64_t apart, const float *columns,
-                         int64_t inner, int64_t width, int64_t used, float *out, int64_t stride);
+typedef void multiplying(int count, int add, const float *next, int64_t pace, const float *rows, int64_t apart,
+                         const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride);
 #define MULTIPLYING(name, how, fetched) \
-    static __attribute__((noinline)) void name(int count, int add, const float *next, const float *rows, int64_t apart, \
-                                               const float *columns, int64_t inner, int64_t width, int64_t used, \
-                                               float *out, int64_t stride) { \
-        multiply(how, count, add, fetched, next, rows, apart, columns, inner, width, used, out, stride); \
+    static __attribute__((noinline)) void name(int count, int add, const float *next, int64_t pace, const float *rows, \
+                                               int64_t apart, const float *columns, int64_t inner, int64_t width, \
+                                               int64_t used, float *out, int64_t stride) { \
+        multiply(how, count, add, fetched, next, pace, rows, apart, columns, inner, width, used, out, stride); \
     }
 #define ALL_FETCHED(name, how) \
     MULTIPLYING(name##_itself, how, ITSELF) \
     MULTIPLYING(name##_nothing, how, NOTHING) \
     MULTIPLYING(name##_one, how, 1) \
     MULTIPLYING(name##_two, how, 2) \
-    /* by what is fetched, from ITSELF on; more than two lines are left of unusually wide panels */ \
+    /* by what is fetched, from ITSELF on */ \
     static multiplying *const name[] = {name##_itself, name##_nothing, name##_one, name##_two};
 ALL_FETCHED(single, SINGLE)
 ALL_FETCHED(paired, PAIRED)
@@ -207,42 +207,64 @@ ALL_FETCHED(dotted_pairs, DOTTED)
 
 INLINE multiplying *multiplying_as(int how, int64_t fetched) {
     multiplying *const *all = how == SINGLE ? single : how == PAIRED ? paired : dotted_pairs;
-    return all[smaller(fetched, 2) - ITSELF];
+    return all[fetched - ITSELF];
 }
 
-/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are narrow, tiles
+/* So many steps of a panel are multiplied with all rows before the next ones. Where registers are few, tiles
    are small and columns are read often: of these the first cache holds them from one tile to the next. */
 INLINE int64_t cached_steps(int64_t count, int64_t width, int64_t all_steps) {
-    enum { CACHED_FLOATS = 16384 / sizeof(float) };
-    return LANES == 16 || count <= WIDE_ROWS ? all_steps : CACHED_FLOATS / width;
+    if (!FEW_REGISTERS || count == 1) return all_steps;
+    return (count > TILE_ROWS ? 16384 : 8192) / (int64_t)sizeof(float) / width;
+}
+
+/* out[count, width] = rows[count, steps] @ columns[steps, width]. Memory and arithmetic take about as long as each other
+   from a few rows on, and would take turns otherwise: meanwhile so many floats for each step are fetched of what comes
+   `next`, up to `end`. Of several tiles each fetches a share, but no less than the quarter of a line at once. */
+INLINE void float_columns(int how, const float *columns, int64_t width, int64_t steps, const float *rows, int64_t apart,
+                          int64_t count, const float *next, const float *end, int64_t ahead, float *out,
+                          int64_t stride) {
+    int64_t part = cached_steps(count, width, steps), high = (count + TILE_ROWS - 1) / TILE_ROWS;
+    /* With so little arithmetic, some processors read ahead faster by themselves. */
+    int left_alone = FEW_REGISTERS && count * per_step(how) <= 2;
+    for (int64_t first = 0; first < steps; first += part, columns += part * width) {
+        int64_t inner = smaller(part, steps - first), done = 0;
+        for (int64_t t = 0; t < high; t++) {
+            int many = rows_of_tile(count - done), wide = tile_vectors(many) * LANES;
+            int64_t tiles = high * ((width + wide - 1) / wide), tile = tiles / high * t;
+            int64_t sharing = smaller(tiles, ahead / (LINE_FLOATS / 4)), pace = ahead / sharing;
+            int64_t fetches = pace > LINE_FLOATS ? 2 : 1;
+            const float *own_rows = rows + done * apart + first * per_step(how);
+            float *to = out + done * stride;
+            for (int64_t from = 0; from < width; from += wide, tile++) {
+                int64_t fetched = tile % (tiles / sharing) || next >= end ? NOTHING : fetches;
+                if (left_alone) fetched = NOTHING;
+                else if (!FEW_REGISTERS && tiles == 1) fetched = ITSELF;
+                multiplying_as(how, fetched)(many, first > 0, next, pace / fetches, own_rows, apart, columns + from,
+                                             inner * per_step(how), width, smaller(wide, width - from), to + from, stride);
+                if (fetched > 0) next += pace * inner;
+            }
+            done += many;
+        }
+    }
 }
 
 /* `rows` are `inputs` numbers apart, or as many pairs. */
 INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks, const float *rows, int64_t inputs,
                         int64_t count, float *scratch, float *out, int64_t stride) {
-    int64_t expanded = count > few_rows(how);
-    const float *next = (const float *)(panel + blocks * block_bytes(kind));
-    const float *end = next + blocks * block_bytes(kind) / sizeof *next;
-    if (expanded) {
+    if (count > few_rows(how)) {
+        const float *next = (const float *)(panel + blocks * block_bytes(kind));
+        int64_t floats = blocks * block_bytes(kind) / (int64_t)sizeof *next;
         if (how == DOTTED) round_panel(kind, panel, blocks, PANEL, (uint8_t *)scratch);
         else expand_panel(kind, panel, blocks, scratch);
-        for (int64_t part = cached_steps(count, PANEL, inputs), first = 0; first < inputs; first += part) {
-            int64_t steps = smaller(part, inputs - first);
-            for (int64_t done = 0, many; done < count; done += many, next += steps * LINE_FLOATS) {
-                many = rows_of_tile(count - done);
-                /* meanwhile the next panel comes, a line for each step; past the end of all it does nothing */
-                multiplying_as(how, next < end ? 1 : NOTHING)((int)many, first > 0, next, rows + done * inputs + first,
-                                                              inputs, scratch + first * PANEL, steps, PANEL, PANEL,
-                                                              out + done * stride, stride);
-            }
-        }
+        float_columns(how, scratch, PANEL, inputs, rows, inputs, count, next, next + floats,
+                      larger(LINE_FLOATS, floats / inputs), out, stride);
         return;
     }
     for (int64_t done = 0; done < count;) {
         int many = rows_of_tile(count - done);
-        for (int v = 0; v < PANEL_VECTORS; v += TILE_VECTORS) {
+        for (int v = 0; v < PANEL_VECTORS; v += tile_vectors(many)) {
 #define PACKED(known) \
-    if (known <= WIDE_ROWS) \
+    if (known <= few_rows(how)) \
     packed_tile(kind, how, known, v, panel, blocks, rows + done * inputs, inputs, out + done * stride + v * LANES, stride)
             FOR_ROWS(many, PACKED)
         }
@@ -250,24 +272,12 @@ INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks,
     }
 }
 
-/* A cache holds the panel from one tile of rows to the next, and each tile fetches its share of the next panel, if there
-   is one: memory and arithmetic take about as long as each other from eight rows on, and would take turns otherwise. */
+/* The floats after those that the first tiles take come next, and after the panel the next one, if it is not the last. */
 INLINE void float_panel(int how, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
                         int64_t count, float *out, int64_t stride) {
-    int64_t all_steps = inputs / per_step(how), tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t lines = last ? 0 : packed / LINE_FLOATS;
-    const float *next = panel + packed * all_steps;
-    for (int64_t part = cached_steps(count, packed, all_steps), first = 0; first < all_steps; first += part) {
-        int64_t steps = smaller(part, all_steps - first), fetched = 0, done = 0;
-        for (int64_t t = 1; t <= tiles; t++) {
-            int64_t now = tiles == 1 ? ITSELF : lines * t / tiles - fetched;
-            int many = rows_of_tile(count - done);
-            multiplying_as(how, now)(many, first > 0, next + (fetched * all_steps + now * first) * LINE_FLOATS,
-                                     rows + done * inputs + first * per_step(how), inputs, panel + first * packed,
-                                     steps * per_step(how), packed, packed, out + done * stride, stride);
-            fetched += now, done += many;
-        }
-    }
+    int64_t steps = inputs / per_step(how), first = smaller(cached_steps(count, packed, steps), steps);
+    const float *end = panel + packed * steps * (last ? 1 : 2);
+    float_columns(how, panel, packed, steps, rows, inputs, count, panel + first * packed, end, packed, out, stride);
 }
 
 INLINE int64_t panel_bytes(const matrix *of) {

@@ -10,14 +10,13 @@
 #include <immintrin.h>
 #endif
 
-/* A tile of up to WIDE_ROWS rows is TILE_VECTORS wide, one of more, up to TILE_ROWS, half of that: as many sums as there
-   are registers for. */
 #ifdef __AVX512F__
-enum { LANES = 16, WIDE_ROWS = 6 }; /* 32 registers */
+enum { LANES = 16 };
 #else
-enum { LANES = 8, WIDE_ROWS = 3 };
+enum { LANES = 8 };
 #endif
-enum { TILE_ROWS = 6, TILE_VECTORS = 4, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
+/* A tile has at most so many rows, and so many vectors side by side. */
+enum { TILE_ROWS = 6, TILE_VECTORS = 64 / LANES, LINE = 64, LINE_FLOATS = LINE / sizeof(float) };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -104,15 +103,22 @@ INLINE floats exponential(floats x) {
 
 /* ---- tiles ---- */
 
-enum { AHEAD_ROWS = 6 };
+/* Where vectors are short there are half as many registers. */
+enum { FEW_REGISTERS = LANES == 8, WIDE_ROWS = FEW_REGISTERS ? 3 : TILE_ROWS, AHEAD_ROWS = 6 };
+
+/* Vectors of a tile of so many rows: as many sums as there are registers for. A single row has a whole panel side by side,
+   so that memory is read in the order in which it lies. */
+INLINE int tile_vectors(int rows) {
+    return !FEW_REGISTERS || rows == 1 ? TILE_VECTORS : rows <= WIDE_ROWS ? TILE_VECTORS / 2 : TILE_VECTORS / 4;
+}
 
 /* Into all caches. Past them (prefetchnta) it would keep what the next thing to run has there, but on Intel's
    servers that takes three times as long: such lines have only the few buffers of the first cache, and the second's
    prefetcher doesn't see them. */
 INLINE void fetch(const void *line) { __builtin_prefetch(line, 0, 3); }
 
-/* What a tile has the processor fetch while it computes: nothing, its own columns, or so many lines at `next` for each row
-   of columns. */
+/* What a tile has the processor fetch while it computes: nothing, its own columns, or at `next`, so many times for each row
+   of columns, `pace` floats further on each time. */
 enum { NOTHING = 0, ITSELF = -1 };
 
 /* How columns lie: SINGLE are [inner, width] numbers of 32 bits. PAIRED and DOTTED are [inner / 2, width, 2] of bfloat16,
@@ -147,14 +153,14 @@ INLINE floats plus_product(int how, floats column, const float *number, floats s
 
 /* out[count, vectors * LANES] = rows[count, inner] @ columns[inner, width], of which it takes the first; or += with
    `add`. */
-INLINE void tile(int how, int count, int vectors, int add, int fetched, const float *next, const float *rows,
+INLINE void tile(int how, int count, int vectors, int add, int fetched, const float *next, int64_t pace, const float *rows,
                  int64_t apart, const float *columns, int64_t inner, int64_t width, float *out, int64_t stride) {
     floats sums[TILE_ROWS][TILE_VECTORS] = {0};
     for (int m = 0; add && m < count; m++)
         for (int v = 0; v < vectors; v++) sums[m][v] = load(out + m * stride + v * LANES);
     for (int64_t k = 0; k < inner; k += per_step(how), columns += width) {
         for (int v = 0; fetched == ITSELF && v < vectors; v++) fetch(columns + AHEAD_ROWS * width + v * LANES);
-        for (int n = 0; n < fetched; n++, next += LINE_FLOATS) __builtin_prefetch(next, 0, 2);
+        for (int n = 0; n < fetched; n++, next += pace) __builtin_prefetch(next, 0, 2);
         for (int i = 0; i < per_step(how); i++) {
             floats column[TILE_VECTORS];
             for (int v = 0; v < vectors; v++) column[v] = one_of(how, i, load(columns + v * LANES));
@@ -171,17 +177,17 @@ INLINE void tile(int how, int count, int vectors, int add, int fetched, const fl
 }
 
 /* As above, for the first `used` of `width` columns, a multiple of LANES. */
-INLINE void wide_tile(int how, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
-                      const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
-    const int most = count > WIDE_ROWS ? TILE_VECTORS / 2 : TILE_VECTORS;
+INLINE void wide_tile(int how, int count, int add, int fetched, const float *next, int64_t pace, const float *rows,
+                      int64_t apart, const float *columns, int64_t inner, int64_t width, int64_t used, float *out,
+                      int64_t stride) {
+    const int most = tile_vectors(count);
     for (int64_t from = 0; from < used; from += most * LANES)
 #define TILE(vectors) \
-    tile(how, count, vectors, add, fetched, next, rows, apart, columns + from, inner, width, out + from, stride)
+    tile(how, count, vectors, add, fetched, next, pace, rows, apart, columns + from, inner, width, out + from, stride)
         switch (smaller((used - from) / LANES, most)) {
-            case 1: TILE(1); break;
-            case 2: TILE(2); break;
-            case 3: if (count <= WIDE_ROWS) TILE(3); break;
-            default: if (count <= WIDE_ROWS) TILE(4);
+#define IF_WIDE(vectors) \
+    case vectors: if (vectors <= most) TILE(vectors); break;
+            IF_WIDE(1) IF_WIDE(2) IF_WIDE(3) IF_WIDE(4) IF_WIDE(5) IF_WIDE(6) IF_WIDE(7) IF_WIDE(8)
         }
 }
 
@@ -200,10 +206,11 @@ INLINE void wide_tile(int how, int count, int add, int fetched, const float *nex
 INLINE int rows_of_tile(int64_t left) { return (int)(left / ((left + TILE_ROWS - 1) / TILE_ROWS)); }
 
 /* As above, for at most TILE_ROWS rows. */
-INLINE void multiply(int how, int count, int add, int fetched, const float *next, const float *rows, int64_t apart,
-                     const float *columns, int64_t inner, int64_t width, int64_t used, float *out, int64_t stride) {
+INLINE void multiply(int how, int count, int add, int fetched, const float *next, int64_t pace, const float *rows,
+                     int64_t apart, const float *columns, int64_t inner, int64_t width, int64_t used, float *out,
+                     int64_t stride) {
 #define ROWS(known) \
     if (known <= TILE_ROWS) \
-    wide_tile(how, known, add, fetched, next, rows, apart, columns, inner, width, used, out, stride)
+    wide_tile(how, known, add, fetched, next, pace, rows, apart, columns, inner, width, used, out, stride)
     FOR_ROWS(count, ROWS)
 }

@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from peers import block_kernels as kernels_module
 from peers import compiled as compiled_module
 from peers import quantized_linear as linear_module
 from peers.attention_kernel import attention_kernel
-from peers.block_kernels import PANEL, Panels, block_kernels
+from peers.block_kernels import FLOAT32, PANEL, Matrix, Panels, block_kernels
 from peers.linear import packing_works
 from peers.loading import HEAD_KINDS, LAYER_KINDS
 from peers.quantized_linear import MANY_ROWS, BlockLinear, PanelLinear, SideBySide, quantized_linear
@@ -91,6 +93,39 @@ def test_rows_give_the_same_bits_alone_and_together(kind: BlockKind, outputs: in
     assert all(torch.equal(linear(inputs[:count]), together[:count]) for count in range(1, 40))
     torch.set_num_threads(3)
     assert torch.equal(linear(inputs), together)
+
+
+@dataclass
+class InFloats:
+    """A float32 matrix as the kernels see it: ``packed`` outputs side by side."""
+
+    matrix: torch.Tensor
+    packed: int
+
+    @property
+    def described(self) -> Matrix:
+        outputs, inputs = self.matrix.shape
+        panels = self.matrix.view(outputs // self.packed, self.packed, inputs)
+        self.data = panels.transpose(1, 2).contiguous()
+        return FLOAT32, self.data.data_ptr(), outputs, inputs, self.packed
+
+
+@pytest.mark.parametrize("packed", [8, 16, 32, 48, 64])
+@pytest.mark.parametrize("inputs", [8, 96, 1000])
+def test_so_do_rows_with_float32_panels_of_any_width(packed: int, inputs: int) -> None:
+    kernels = block_kernels()
+    if kernels is None or packed % kernels.lanes:
+        pytest.skip("no C compiler here, or no such panels")
+    matrix, rows = random(2 * packed, inputs), random(40, inputs, seed=1)
+
+    def product(count: int) -> torch.Tensor:
+        out = torch.empty(count, 2 * packed)
+        kernels.product(rows[:count], cast("Panels", InFloats(matrix, packed)), 0, 2, out)
+        return out
+
+    together = product(40)
+    torch.testing.assert_close(together, rows @ matrix.T, atol=1e-3, rtol=0)
+    assert all(torch.equal(product(count), together[:count]) for count in range(1, 40))
 
 
 @pytest.mark.parametrize("packed", [16, 32, 64])
