@@ -156,7 +156,7 @@ def probe(
 
 def _serve(settings: Settings, as_json: bool) -> None:
     _say(f"loading what serves {settings.model.name} (torch, transformers)")
-    run = _import_server()
+    run = import_server()
 
     def report(event: dict[str, object]) -> None:
         if as_json:
@@ -166,7 +166,7 @@ def _serve(settings: Settings, as_json: bool) -> None:
     uvloop.run(run(settings, report))
 
 
-def _import_server() -> Callable[[Settings, Report], Coroutine[Any, Any, None]]:
+def import_server() -> Callable[[Settings, Report], Coroutine[Any, Any, None]]:
     """In the order that keeps a peer small: what is imported first decides what else is."""
     limit_growth()
     wait_asleep()

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -98,10 +98,23 @@ class Guard:
             raise Internal(f"the guard of the child processes is gone: {error}") from None
 
 
+class Process(Protocol):
+    """What :class:`subprocess.Popen` has of a child."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 class Child:
     """One process, leader of a process group of its own, that prints one JSON object a line."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], guard: Guard, log: Path) -> None:
+    def __init__(self, name: str, process: Process, guard: Guard, log: Path) -> None:
         """Use :meth:`spawn`."""
         self.name = name
         self.log = log
@@ -119,9 +132,19 @@ class Child:
         self._reader = threading.Thread(target=self._read, name=f"stdout of {name}", daemon=True)
 
     @classmethod
-    def spawn(cls, name: str, command: Sequence[str], guard: Guard, log: Path, env: Mapping[str, str]) -> Child:
+    def spawn(
+        cls,
+        name: str,
+        command: Sequence[str],
+        guard: Guard,
+        log: Path,
+        env: Mapping[str, str],
+        fork: Callable[[IO[bytes]], Process | None] | None = None,
+    ) -> Child:
+        """``fork``: gives the process instead, from where its stderr goes; it waits for a line as well."""
         with log.open("wb") as stderr:
-            process = subprocess.Popen(
+            forked = fork(stderr) if fork is not None else None
+            process = forked or subprocess.Popen(
                 ["/bin/sh", "-c", _GATE, "sh", *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

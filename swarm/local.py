@@ -10,12 +10,14 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from swarm.children import PYTHON, Child, Guard
 from swarm.config import TimeoutSettings
 from swarm.errors import BadRequest, DeadlineExceeded, SwarmError
+from swarm.nursery import Nursery
 from swarm.types import LayerRange, PeerId
 
 PEER_COMMAND = (*PYTHON, "-m", "peers.cli")
@@ -84,12 +86,14 @@ class LocalSwarm:
         log_dir: Path | None = None,
         start_s: float = START_S,
         stop_s: float = STOP_S,
+        keep_nursery: bool = False,
         command: Sequence[str] = PEER_COMMAND,
         report: Callable[[str], None] = _silent,
     ) -> None:
         """``extra_args``: for every peer; ``args_of``: more of them for the first one started (0), the second ...
 
         ``log_dir``: where the peers' stderr stays; None: a temporary folder. ``report`` hears of the progress.
+        ``keep_nursery``: peers that are added start as soon as the first ones, for 160 MB of memory meanwhile.
         """
         if not ranges:
             raise BadRequest("a local swarm needs at least one layer range")
@@ -105,6 +109,8 @@ class LocalSwarm:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._start_s, self._stop_s = start_s, stop_s
         self._command = tuple(command)
+        self._keep_nursery = keep_nursery
+        self._nursery: Nursery | None = None
         self._report = report
         self._guard = Guard()
         self._children: list[Child] = []
@@ -132,8 +138,13 @@ class LocalSwarm:
             else:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
             self._guard.start()
+            if len(self._ranges) > 1 and self._command == PEER_COMMAND and Nursery.possible():
+                self._nursery = Nursery(self._env)
+                self._nursery.start()
             self._start(self._ranges[:1])
             self._start(self._ranges[1:])
+            if not self._keep_nursery:
+                self._close_nursery()
         except BaseException:  # Ctrl-C while it loads, too
             self.stop()
             raise
@@ -182,9 +193,15 @@ class LocalSwarm:
             for child in self._children:
                 child.bury()
             self._guard.close()
+            self._close_nursery()
             if self._temporary is not None:
                 self._temporary.cleanup()
                 self._temporary = None
+
+    def _close_nursery(self) -> None:
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
 
     def _start(self, ranges: Sequence[Layers]) -> None:
         started = [self._spawn(layers) for layers in ranges]
@@ -211,12 +228,14 @@ class LocalSwarm:
     def _spawn(self, layers: Layers) -> Child:
         number = len(self._children)
         joins = [part for address in self.initial_peers for part in ("--initial-peers", address)]
+        args = [
+            *("serve", "--model", self._model, "--layers", str(layers), "--json"),
+            *(*joins, *self._args, *self._args_of.get(number, ())),
+        ]
         child = Child.spawn(
             name=f"peer {number} [{layers}]",
-            command=[
-                *(*self._command, "serve", "--model", self._model, "--layers", str(layers), "--json"),
-                *(*joins, *self._args, *self._args_of.get(number, ())),
-            ],
+            command=[*self._command, *args],
+            fork=partial(self._nursery.fork, args, self._env) if self._nursery is not None else None,
             guard=self._guard,
             log=Path(self._temporary.name if self._temporary else self._log_dir or ".") / f"peer-{number}.log",
             env=self._env,

@@ -33,8 +33,8 @@ import peers.commands
 tell("command line")
 import torch
 tell("torch")
-from peers.commands import _import_server
-_import_server()
+from peers.commands import import_server
+import_server()
 tell("transformers and all else")
 """
 """What a peer has imported before it looks at a model, in its order."""

@@ -13,8 +13,8 @@ from swarm.children import PYTHON
 from swarm.errors import SwarmError
 
 _IMPORTS = """
-from peers.commands import _import_server
-_import_server()
+from peers.commands import import_server
+import_server()
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 IMPORT_S = 120.0

@@ -64,6 +64,7 @@ def chaos(
             extra_args=extra,
             env={"SWARM_PEER_PREFIX_CACHE": "false"},  # every trial has the same prompt, and is to be replayed whole
             log_dir=log_dir,
+            keep_nursery=True,
             report=say,
         ) as swarm:
             identical = True

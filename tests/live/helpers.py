@@ -213,7 +213,8 @@ async def until(condition: Callable[[], bool], what: str, limit_s: float = 10.0)
 @contextmanager
 def local_swarm(model: str, ranges: Sequence[LayerRange], log_dir: Path, **options: Any) -> Iterator[LocalSwarm]:
     """float32, and whatever the peers say is kept to be shown when a test fails."""
-    with LocalSwarm(model, ranges, dtype="float32", extra_args=["--verbose"], log_dir=log_dir, **options) as swarm:
+    given: dict[str, Any] = {"dtype": "float32", "extra_args": ["--verbose"], "keep_nursery": True, **options}
+    with LocalSwarm(model, ranges, log_dir=log_dir, **given) as swarm:
         yield swarm
 
 
