@@ -114,6 +114,7 @@ class StageRunner:
             return
         self.stage.follow(targets)
         self._followers.start(self.stage.targets)
+        self._take_next()
 
     def acknowledged(self, peer: PeerId, ack: pb.Ack) -> None:
         self._followers.acknowledged(peer, ack)
@@ -162,7 +163,7 @@ class StageRunner:
         if self._job is not None or self._closed:
             return
         stage = self.stage
-        if stage.superseded or not stage.inbox:
+        if stage.superseded or stage.awaits_start or not stage.inbox:
             self._idle.set()
             return
         self._idle.clear()

@@ -203,6 +203,7 @@ class Stage:
         self.prompt_length = request.prompt_length
         self.inbox.clear()
         self.targets = []
+        self.started = False
         self.trace.clear()
         self._next_sequence = dict.fromkeys(request.previous, 0)
         self.ended = False
@@ -348,6 +349,11 @@ class Stage:
     # ---- outputs ----------------------------------------------------------------------------------------
 
     @property
+    def awaits_start(self) -> bool:
+        """Step mode: what the last stage computed before it was told of the owner would never be answered."""
+        return self.last and self.step_mode and not self.started
+
+    @property
     def output_end(self) -> int:
         """Outputs exist for positions below this."""
         if self.log is not None:
@@ -357,6 +363,7 @@ class Stage:
     def follow(self, targets: list[Target]) -> None:
         """Replace the targets; one that stays (same peer, layer and epoch) keeps its place."""
         self.targets = [next((old for old in self.targets if old.same_as(new)), new) for new in targets]
+        self.started = True
 
     def next_rows(self, target: Target, max_rows: int) -> tuple[int, int] | None:
         """Positions ``[start, end)`` that ``target`` should be sent now."""

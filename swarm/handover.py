@@ -78,6 +78,7 @@ class Handover:
                 await control.open(chain.opener.message(control.hop, previous.hop, epoch, keep))
         for control, following in itertools.pairwise(self.fresh):
             await control.start(epoch, [chain.opener.target(following, following.have, epoch)])
+        await self.fresh[-1].start(epoch, [])  # in step mode the last stage waits to be told
         first = self.fresh[0]
         self._epoch, self._fed = epoch, first.have if index == 0 else None
         if index > 0:

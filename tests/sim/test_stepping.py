@@ -74,6 +74,28 @@ def test_one_peer_with_all_layers_answers_too() -> None:
     run_virtual(main)
 
 
+def test_rows_that_reach_the_last_hop_before_it_was_told_to_answer_are_answered() -> None:
+    """Its owner may be further away than the hop before it."""
+
+    async def main() -> None:
+        for leaving in (False, True):
+            world = await swarm_of(1, THIRDS * (1 + leaving))
+            async with session_of(world) as session:
+                for peer in world.peers:
+                    peer.executor.layer_s = 0.0001
+                for last in world.peers[2::3]:
+                    world.network.bytes_per_s[world.owner.address.peer_id, last.node.address.peer_id] = 80.0
+                await check(world, session, [3, 1, 4, 1, 5], 2)
+                if leaving:
+                    world.drain(world.peer_of(session, 2))
+                    await asyncio.sleep(10)
+                await check(world, session, [3, 1, 4, 1, 5, 9], 5)
+                assert [rebuild.reason[-10:] for rebuild in session.rebuilds] == ["is leaving"] * leaving
+            await world.settle()
+
+    run_virtual(main)
+
+
 def test_answers_that_take_long_to_arrive_are_waited_for() -> None:
     """Logits of many rows over the owner's narrow line, and hidden states: heartbeats come behind them."""
 

@@ -71,7 +71,9 @@ def admit(table: StageTable, session: str, longest: int, known: int = 1, prefix:
         prompt_length=1,
         prefix=prefix,
     )
-    return table.admit(PeerId("owner"), request, cast(Outside, Silent()))
+    runner = table.admit(PeerId("owner"), request, cast(Outside, Silent()))
+    runner.start(1, [])
+    return runner
 
 
 def let_in(table: StageTable, session: str, longest: int, known: int = 1) -> bool:
