@@ -177,8 +177,14 @@ class Links:
 
     async def _watch(self, peer_id: PeerId, link: _Link) -> None:
         heartbeat_s = self._timeouts.heartbeat_s
+        line, carried, standing = link.line, 0, 0
         try:
             while True:
+                # Counted in heartbeats, and not on the clock: while this process stood still nobody was silent.
+                stands = line.under_way_bytes and not line.unmarked and line.carried == carried
+                carried, standing = line.carried, standing + 1 if stands else 0
+                if standing * heartbeat_s > self._timeouts.send_s:
+                    raise DeadlineExceeded(f"nothing of a prompt arrived for {self._timeouts.send_s:g} s")
                 if link.pings and link.pinged_at > link.heard_at + heartbeat_s * (self._timeouts.heartbeat_misses - 1):
                     raise DeadlineExceeded(f"no pong for {_now() - link.heard_at:.1f} s")
                 if _now() - max(link.last_used, link.probed_at) > self._timeouts.link_idle_s:

@@ -169,3 +169,38 @@ def test_a_prompt_goes_on_though_its_own_ping_is_answered_before_it_waits_for_th
             await links.aclose()
 
     run_virtual(main)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_line_on_which_nothing_of_a_prompt_arrives_is_lost(told: bool) -> None:
+    """Others would wait behind it; one whose sender was cancelled before its ping says nothing of the line."""
+
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        own, remote = network.add("own"), network.add("remote")
+
+        async def handle(stream: Stream) -> None:
+            with contextlib.suppress(StreamLost):
+                while (frame := await stream.receive()) is not None:
+                    message = decode(pb.LinkMessage, frame)
+                    if message.HasField("frame"):
+                        remote.freeze()
+                    await stream.send(pb.LinkMessage(pong=message.ping).SerializeToString())
+
+        await SimTransport(remote).serve(LINK, handle)
+        lost: list[PeerId] = []
+        timeouts = Settings().timeouts
+        async with asyncio.TaskGroup() as tasks:
+            links = Links(SimTransport(own), tasks, timeouts, lambda *_: None, lambda peer, _: lost.append(peer))
+            await links.reach(remote.address)
+            await asyncio.sleep(2 * timeouts.heartbeat_s)
+            if told:
+                await links.send(remote.address, pb.LinkMessage(frame=pb.Frame(want_ack=True)))
+            else:
+                links._links[remote.address.peer_id].line.sent(1000)
+            await asyncio.sleep(timeouts.send_s + 5 * timeouts.heartbeat_s)
+            assert lost == [remote.address.peer_id] * told
+            remote.resume()
+            await links.aclose()
+
+    run_virtual(main)
