@@ -136,9 +136,10 @@ class Chain:
         while True:
             self.epoch = self.next_epoch()
             keep = self.transcript.kept
-            survivors = set(self.controls)
-            if first:  # an attempt that failed left its cuts
+            if first and self.transcript.wire != wire:  # an attempt that failed left its cuts, and rows rounded there
+                await self.release()
                 self.transcript.wire = wire
+            survivors = set(self.controls)
             try:
                 await self._assemble()
                 self.transcript.wire = self.transcript.wire.cut_at(hop.layers.start for hop in self.hops)

@@ -116,6 +116,23 @@ def test_the_next_turn_takes_over_rows_of_the_same_rounding_only() -> None:
     run_virtual(main)
 
 
+def test_a_first_route_that_failed_leaves_no_rows_that_were_rounded_where_it_was_cut() -> None:
+    """Those of an earlier session, that its hops took over."""
+
+    async def main() -> None:
+        world = await swarm_of(4, *THIRDS)
+        text = [(7 * index) % 64 for index in range(100)]
+        await rounded(world, text, 4)
+        for layers in (LayerRange(2, 3), LayerRange(3, 4)):
+            await world.add_peer(layers)
+        world.peers[1].service.drain()  # and nobody knows yet
+        outcome = await rounded(world, text, 12)
+        assert outcome.cuts == [2, 3, 4]
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_the_next_owner_of_a_session_rounds_where_the_first_one_did() -> None:
     async def main() -> None:
         world = await swarm_of(5, *THIRDS, LayerRange(0, 6), LayerRange(0, 6))
