@@ -141,7 +141,12 @@ class ControlHandler:
             runner = self._table.admit(owner, request, self._router)
         else:
             reopened = runner
-            await self._beat(runner.reopen(request), lambda: reopened, tell)  # it may have a long step to end
+            self._table.attach(key)
+            try:
+                await self._beat(runner.reopen(request), lambda: reopened, tell)  # it may have a long step to end
+            finally:
+                if runner.owner.stream is None:
+                    self._table.linger(key)
             if self._table.runners.get(key) is not runner:
                 raise Evicted("this stage is gone")
         self._table.attach(key)

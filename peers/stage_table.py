@@ -249,6 +249,8 @@ class StageTable:
 
     def linger(self, key: StageKey) -> None:
         """The owner's stream broke: free the stage unless it comes back within ``timeouts.owner_grace_s``."""
+        if key not in self.runners or key in self._lingering:
+            return
         loop = asyncio.get_running_loop()
         self._lingering[key] = loop.call_later(self.settings.timeouts.owner_grace_s, self.free, key)
 

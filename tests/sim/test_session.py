@@ -410,6 +410,21 @@ def test_the_death_of_the_owners_own_daemon_blames_nobody_and_recomputes_nothing
     assert outcome.session.rebuilds[0].replayed == tuple((layers, 0) for layers in THIRDS)
 
 
+def test_a_stage_with_a_long_step_to_end_is_there_for_its_owner_who_is_back() -> None:
+    async def restart(world: World) -> None:
+        world.owner.restart_daemon()
+
+    def slow(world: World, session: Session, index: int) -> None:
+        world.peer_of(session, 1).executor.layer_s = 3.0
+        if index == 4 and not session.rebuilds:
+            world.later(0.5, restart(world))
+
+    timeouts = SETTINGS.timeouts
+    assert timeouts.owner_grace_s < 3.0 * 2 - 0.5 < timeouts.open_s, "else this shows nothing"
+    outcome = run(28, THIRDS, slow, tokens=7)
+    assert max(positions for _, positions in outcome.session.rebuilds[0].replayed) <= 1, "the newest was on its way"
+
+
 class SurprisedTransport(SimTransport):
     """Of a process whose network daemon has just died, which the first dials show."""
 
