@@ -49,10 +49,13 @@ class Watch:
         self._settings = settings
         self._pace = _Pace()
         self._began = self._moved_at = self._checked = 0.0
+        self._stepped = False
+        """A step ended since :meth:`begin`; the first one has a prompt in it, or a replay, and tells of no other."""
 
     def begin(self) -> None:
         """The route is new: everybody is given their time from now on."""
         self._began = self._moved_at = self._checked = _now()
+        self._stepped = False
         for control in self._chain.controls:
             control.last_heard = self._began
 
@@ -62,7 +65,9 @@ class Watch:
 
     def moved(self) -> None:
         """A step came to its end."""
-        self._pace.gaps.append(_now() - self._moved_at)
+        if self._stepped:
+            self._pace.gaps.append(_now() - self._moved_at)
+        self._stepped = True
         self.waiting()
 
     async def output(self) -> pb.Output | None:

@@ -274,6 +274,35 @@ def test_a_link_on_which_a_token_is_lost_is_noticed_long_before_the_step_deadlin
     run_virtual(main)
 
 
+def test_a_step_that_stands_still_after_a_long_prompt_is_given_as_long_as_a_step_takes() -> None:
+    """And not many times as long as the prompt took, which was a step as well."""
+
+    timeouts = replace(SETTINGS.timeouts, session_idle_s=600.0)
+
+    async def main() -> None:
+        world = World(3, settings=replace(SETTINGS, timeouts=timeouts))
+        for layers in (*THIRDS, THIRDS[1]):
+            (await world.add_peer(layers)).executor.layer_s = 0.3
+        came_at: list[float] = []
+
+        def stop(session: Session, index: int) -> None:
+            came_at.append(asyncio.get_running_loop().time())
+            if index == 0 and not session.rebuilds:
+                world.later(0.0, world.peer_of(session, 1).executor.hang())
+
+        prompt = [index % 60 for index in range(200)]
+        outcome = await world.generate(prompt, 3, stop)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate(prompt, 3, 3, frozenset())
+        assert len(outcome.session.rebuilds) == 1
+        prompt_s = came_at[1] - came_at[0]
+        waited_s = came_at[2] - came_at[1] - prompt_s  # without the replay
+        assert waited_s < timeouts.step_slow_factor * timeouts.step_floor_s + 5 < prompt_s
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_session_that_ends_while_it_is_mended_waits_for_none_of_those_that_it_dials() -> None:
     """One replacement was reached and lost its network, another one does not answer the dial."""
 

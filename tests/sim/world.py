@@ -124,6 +124,10 @@ class ToyExecutor:
         self.passes += 1
         return self.computed(step)
 
+    async def hang(self) -> None:
+        """Compute nothing more; the peer beats as before."""
+        await self._device.acquire()
+
     def computed(self, step: StepRequest) -> StepReply:
         assert isinstance(step.cache, ToyCache)
         came, goes = (row_bytes(encoding_of(wire, "float32"), 2) for wire in (step.input_wire, step.output_wire))
