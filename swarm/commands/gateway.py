@@ -74,12 +74,14 @@ def gateway(
     async def work(settings: Settings) -> None:
         await _serve(settings, flags)
 
-    own = {"log_format": log_format}
+    own = {"model": model, "log_format": log_format}
     with ending_on_sigterm():
         run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags=own, stamped=True)
 
 
 async def _serve(settings: Settings, flags: Flags) -> None:
+    if flags.api_key != flags.api_key.strip() or not (flags.api_key.isascii() and flags.api_key.isprintable()):
+        raise ConfigError("the API key has spaces around it or characters beyond ASCII: no client could send it")
     try:
         from swarm.gateway.app import create_app
         from swarm.gateway.local_peers import LocalPeers, PeerSpec
@@ -95,9 +97,9 @@ async def _serve(settings: Settings, flags: Flags) -> None:
         async with contextlib.AsyncExitStack() as stack:
             local = await stack.enter_async_context(LocalPeers())
             initial_peers = list(settings.network.initial_peers)
-            name, kind = flags.model or settings.model.name, settings.model
+            kind = settings.model
             specs, spares = (
-                [PeerSpec(name, kind.dtype, layers, kind.weights) for layers in ranges]
+                [PeerSpec(kind.name, kind.dtype, layers, kind.weights) for layers in ranges]
                 for ranges in (flags.start, flags.spare)
             )
             initial_peers += await _start_peers(local, specs, initial_peers)

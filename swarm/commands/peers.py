@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from http.client import HTTPException
 from typing import Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ class GatewayApi:
     """``/api`` of a gateway. Raises :class:`NoGateway`, or the error that the gateway answered with."""
 
     def __init__(self, url: str, key: str | None) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        if not _is_http(url):
             raise BadRequest(f"{url!r} is no address of a gateway; write http://HOST:PORT")
         self._url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -62,9 +63,19 @@ class GatewayApi:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             why = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
             raise NoGateway(f"no gateway answers at {self._url} ({why}); 'swarm gateway' starts one") from None
+        except HTTPException:
+            answer = None
         if not isinstance(answer, dict):
             raise NoGateway(f"what answers at {self._url} is no gateway")
         return answer
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and parts.port != 0  # asked for, as it raises for what is no port
+    except ValueError:
+        return False
 
 
 def _refusal(error: urllib.error.HTTPError) -> SwarmError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from swarm.commands.status import Status, status_of
+from swarm.errors import SwarmError
 from swarm.gateway.answers import STILL_HERE
 from swarm.gateway.console_events import sse
 from swarm.gateway.console_map import SwarmMap, swarm_map
 from swarm.gateway.state import GatewayState
-from swarm.models import BUILT_IN
+from swarm.models import BUILT_IN, resolve
 from swarm.types import PeerState
 
 REFRESH_S = 2.0
@@ -67,9 +69,12 @@ class Live:
         return (found or list(self._state.initial_peers))[:MAX_JOIN_ADDRESSES]
 
     def model_reference(self) -> str:
-        """What a peer on this machine is to be given as ``--model``."""
-        name = self._state.client.profile.name
-        return name if name in BUILT_IN else self._state.settings.model.name
+        """What a peer on this machine is to be given as ``--model``; its mere name where the settings say another."""
+        name, reference = self._state.client.profile.name, self._state.settings.model.name
+        with contextlib.suppress(SwarmError):
+            if name not in BUILT_IN and resolve(reference).name == name:
+                return reference
+        return name
 
     async def fragments(self, page: str, *, control: bool) -> dict[str, str]:
         """The parts of a page that change: names of server-sent events with their HTML.

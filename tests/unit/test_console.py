@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,8 +23,11 @@ import pytest
 from typer.testing import CliRunner
 
 from swarm import quickstart
-from swarm.commands.gateway import _tell_of_spares
+from swarm.commands import gateway as gateway_command
+from swarm.commands.app import app
+from swarm.commands.gateway import Flags, _tell_of_spares
 from swarm.commands.peers import app as peers_app
+from swarm.config import Settings
 from swarm.errors import BadRequest, Busy
 from swarm.gateway import local_peers
 from swarm.gateway.console_events import changes, sse
@@ -563,6 +567,46 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             server.should_exit = True
             await serving
             assert (await swarm_peers("list"))[0] == 4
+
+
+def test_what_speaks_no_http_is_no_gateway() -> None:
+    """As if the address of a peer was given."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\x13/multistream/1.0.0\n")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        done = CliRunner().invoke(peers_app, ["list", "--gateway", url])
+        answering.join(10)
+    assert (done.exit_code, done.stderr) == (4, f"swarm: what answers at {url} is no gateway\n")
+
+
+def test_peers_are_started_and_invited_with_the_model_of_the_swarm(tmp_path: Path) -> None:
+    state = told_state()
+    state.client.profile = replace(state.client.profile, name="other")
+    assert Live(state).model_reference() == "other", "not what the settings name: nobody there would use that"
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with_model = replace(state.settings, model=replace(state.settings.model, name=str(folder)))
+    assert Live(replace(state, settings=with_model)).model_reference() == str(folder)
+
+
+def test_the_model_that_a_gateway_is_told_is_that_of_the_peers_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[str] = []
+
+    async def serve(settings: Settings, flags: Flags) -> None:
+        served.append(settings.model.name)
+
+    monkeypatch.setattr(gateway_command, "_serve", serve)
+    CliRunner().invoke(app, ["gateway", "--model", "some/folder"], catch_exceptions=False)
+    assert served == ["some/folder"]
 
 
 @pytest.mark.parametrize(
