@@ -71,7 +71,7 @@ def plan_trials(
     for kind in kinds:
         if kind not in KINDS:
             raise BadRequest(f"{kind!r} is no kind of fault; there are: {', '.join(KINDS)}")
-    if tokens < 8 or faults < 1:
+    if tokens < 8 or faults < 1 or not kinds:
         raise BadRequest("chaos needs at least 8 tokens and one fault")
     draw = random.Random(seed)
     chosen = list(itertools.islice(itertools.cycle(kinds), faults))

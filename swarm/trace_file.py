@@ -19,7 +19,7 @@ def keep_trace(trace: Trace) -> None:
 
 
 def check_place(file: Path) -> None:
-    """Before the work whose trace is to be there; raises :class:`BadRequest`."""
+    """Before the work whose result is to be there; raises :class:`BadRequest`."""
     if file.is_dir():
         raise BadRequest(f"can't write {file}: it is a folder")
     if not file.parent.is_dir():

@@ -16,6 +16,7 @@ from swarm.commands.shared import ending_on_sigterm, failing_well, load, log_to_
 from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.errors import BadRequest
+from swarm.trace_file import check_place
 
 if TYPE_CHECKING:
     from swarm.bench.reference import Reference
@@ -64,8 +65,12 @@ def bench(
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
         taking_part = chosen(contenders.split(","), CONTENDERS, "contender")
+        if not settings.network.initial_peers and not {"one", "three"} & set(taking_part):
+            raise BadRequest("no swarm takes part; --contenders names one, three or both, too")
         if initial_peers:
             sections, taking_part = [name for name in sections if name != "memory"], []
+        if plot is not None:
+            check_place(plot)
         from swarm.bench.sections import Scale
 
         scale = Scale(rounds, tokens, prompt)
@@ -150,7 +155,7 @@ def _measure(
             reference.ready()
         num_layers = int(config_dict(resolve(name, dtype))["num_hidden_layers"]) if contenders else 0
         for contender, title, parts in (("one", ONE, 1), ("three", THREE, 3)):
-            if contender in contenders and (contender == "three" or set(sections) & COMPARED):
+            if contender in contenders and (contender == contenders[-1] or set(sections) & COMPARED):
                 say(f"starting {title}")
                 args = _slow_peers(stack, parts, around) if around.slowed else None
                 local = LocalSwarm(

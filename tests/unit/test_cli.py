@@ -261,6 +261,7 @@ def test_names_are_chosen_in_their_own_order() -> None:
         (["generate", "hi", "--kv", "int3"], 2, "--kv: inference.kv: expected model or int8"),
         (["bench", "--weights", "tiny"], 2, "expected auto or float32 or bfloat16 or int8 or int4"),
         (["bench", "--only", "colour"], 2, "'colour' is no section; there are: speed"),
+        (["bench", "--contenders", "transformers"], 2, "no swarm takes part"),
         (["gateway", "--port", "0", "--api-key", "key\n"], 2, "the API key has spaces around it"),
         (["gateway", "--port", "0", "--api-key", "schl\u00fcssel"], 2, "characters beyond ASCII"),
         (["peers", "list", "--gateway", "http://localhost:port"], 2, "is no address of a gateway"),

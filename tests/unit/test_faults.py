@@ -34,7 +34,9 @@ def test_many_faults_in_one_generation_come_in_the_order_of_their_tokens() -> No
     assert len(tokens) == 10
 
 
-@pytest.mark.parametrize(("kinds", "faults", "tokens"), [(["flood"], 1, 48), (["kill"], 0, 48), (["kill"], 1, 4)])
+@pytest.mark.parametrize(
+    ("kinds", "faults", "tokens"), [(["flood"], 1, 48), (["kill"], 0, 48), (["kill"], 1, 4), ([], 2, 48)]
+)
 def test_a_schedule_that_makes_no_sense_is_refused(kinds: list[str], faults: int, tokens: int) -> None:
     with pytest.raises(BadRequest):
         plan_trials(0, kinds, faults, tokens, 3)
