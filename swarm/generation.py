@@ -74,12 +74,12 @@ class AsyncStream:
 
     def __init__(self, client: AsyncClient, request: GenerationRequest, stop: str | Sequence[str] | None) -> None:
         self._client = client
-        self._request = request
+        self.request = request
         self._stop = stop
         self.result: Generation | None = None
 
     async def __aiter__(self) -> AsyncGenerator[RouteChanged | Token, None]:
-        client, request = self._client, self._request
+        client, request = self._client, self.request
         loop = asyncio.get_running_loop()
         clock = _Clock(loop.time())
         session = client.session(request)

@@ -110,9 +110,12 @@ def _lines() -> Iterator[str]:
         return
     import readline  # noqa: F401  # gives input() its editing and history
 
+    prompt = "> " if sys.stdout.isatty() else ""  # elsewhere input() would write it among the answers
     while True:
+        if not prompt:
+            print("> ", end="", file=sys.stderr, flush=True)
         try:
-            line = input("> ").strip()
+            line = input(prompt).strip()
         except EOFError:
             print(file=sys.stderr)
             return

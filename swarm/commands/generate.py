@@ -122,7 +122,7 @@ async def _generate(
             if begun and stream.result is None:
                 print(flush=True)  # what is said of the end gets a line of its own
         if stream.result is not None:
-            _show_result(stream.result, as_json)
+            _show_result(stream.result, stream.request.max_tokens, as_json)
             keep_trace(stream.result.trace)
             if trace is not None:
                 write_trace(trace, stream.result.trace)
@@ -156,7 +156,7 @@ async def telling_of_silence(as_json: bool) -> AsyncIterator[Callable[[], None]]
         timer.cancel()
 
 
-def _show_result(result: Generation, as_json: bool) -> None:
+def _show_result(result: Generation, max_tokens: int, as_json: bool) -> None:
     timings = result.timings
     if as_json:
         print_json(
@@ -175,10 +175,11 @@ def _show_result(result: Generation, as_json: bool) -> None:
         return
     print()
     rebuilds = f"{len(result.rebuilds)} rebuild{'' if len(result.rebuilds) == 1 else 's'}"
-    limit = "; cut at the limit of tokens (--max-tokens)" if result.finish_reason == "length" else ""
+    limit = "--max-tokens" if len(result.token_ids) >= max_tokens else "of a session, below --max-tokens"
+    cut = f"; cut at the limit of tokens ({limit})" if result.finish_reason == "length" else ""
     say(
         f"{len(result.token_ids)} tokens, first after {timings.ttft_s:.2f} s, "
-        f"{timings.tokens_per_second:.1f} a second, {rebuilds}{limit}"
+        f"{timings.tokens_per_second:.1f} a second, {rebuilds}{cut}"
     )
 
 

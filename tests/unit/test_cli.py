@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import math
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from peers.commands import app as peer_app
 from swarm import __version__
 from swarm.cli import main
-from swarm.commands import generate
+from swarm.commands import bench, generate
 from swarm.commands.app import app
 from swarm.commands.bench import chosen
 from swarm.commands.chat import LEAST_ANSWER_TOKENS, converse, fitting
@@ -29,10 +30,12 @@ from swarm.commands.status import as_event, rendered, status_of
 from swarm.commands.tables import Cell, table
 from swarm.errors import BadRequest, NoRoute, TooLong
 from swarm.gateway.console_map import swarm_map
+from swarm.generation import Generation, Timings
 from swarm.models import ModelProfile
 from swarm.plans import Plan, PlannedHop
 from swarm.routing import plan as find_plan
-from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Token
+from swarm.trace import Trace
+from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Route, Token
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
 
@@ -240,6 +243,47 @@ def test_what_ends_an_answer_of_a_chat_is_told_on_a_line_of_its_own(
     assert capsys.readouterr().out == "that was 3\n"
 
 
+def test_a_chats_prompt_is_not_among_the_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    client: Any = Parrot()
+    client.profile = profile(30)
+    monkeypatch.setattr("sys.stdin", Terminal("one\n"))
+    converse(client, {}, [], 1000)
+    told = capsys.readouterr()
+    assert told.out == "that was 3\n"
+    assert "> " in told.err
+
+
+@pytest.mark.parametrize(("max_tokens", "limit"), [(3, "(--max-tokens)"), (9, "(of a session, below --max-tokens)")])
+def test_the_limit_that_cut_a_text_is_named(max_tokens: int, limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    route = Route((Hop(PeerAddress(PeerId("p")), LayerRange(0, 1)),))
+    result = Generation("abc", [1, 2, 3], 1, "length", route, [], Timings(0.1, 20.0, 0.1), Trace("m", 1, ()))
+    generate._show_result(result, max_tokens, as_json=False)
+    assert capsys.readouterr().err.endswith(f"cut at the limit of tokens {limit}\n")
+
+
+def test_a_lone_contender_takes_part_in_the_sections_of_the_largest_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    @contextlib.contextmanager
+    def local_swarm(name: str, ranges: Sequence[LayerRange], **_: Any) -> Iterator[None]:
+        started.append(len(ranges))
+        yield
+
+    async def sections(*_: Any) -> list[Any]:
+        return []
+
+    monkeypatch.setattr("swarm.local.LocalSwarm", local_swarm)
+    monkeypatch.setattr(bench, "_sections", sections)
+    CliRunner().invoke(app, ["bench", "--contenders", "one", "--only", "sessions"], catch_exceptions=False)
+    assert started == [1]
+
+
 def test_names_are_chosen_in_their_own_order() -> None:
     assert chosen([" c", "a", ""], ("a", "b", "c"), "letter") == ["a", "c"]
     with pytest.raises(BadRequest, match="'d' is no letter; there are: a, b, c"):
@@ -262,6 +306,11 @@ def test_names_are_chosen_in_their_own_order() -> None:
         (["bench", "--weights", "tiny"], 2, "expected auto or float32 or bfloat16 or int8 or int4"),
         (["bench", "--only", "colour"], 2, "'colour' is no section; there are: speed"),
         (["bench", "--contenders", "transformers"], 2, "no swarm takes part"),
+        (
+            ["bench", "--plot", "/nowhere/figures.svg"],
+            2,
+            "can't write /nowhere/figures.svg: there is no folder /nowhere",
+        ),
         (["gateway", "--port", "0", "--api-key", "key\n"], 2, "the API key has spaces around it"),
         (["gateway", "--port", "0", "--api-key", "schl\u00fcssel"], 2, "characters beyond ASCII"),
         (["peers", "list", "--gateway", "http://localhost:port"], 2, "is no address of a gateway"),
