@@ -204,8 +204,8 @@ class LocalSwarm:
             self._nursery = None
 
     def _start(self, ranges: Sequence[Layers]) -> None:
-        started = [self._spawn(layers) for layers in ranges]
         begin = time.monotonic()
+        started = [self._spawn(layers) for layers in ranges]
         ready: dict[Child, dict[str, Any]] = {}
         said_at = begin
         while len(ready) < len(started):
@@ -232,16 +232,17 @@ class LocalSwarm:
             *("serve", "--model", self._model, "--layers", str(layers), "--json"),
             *(*joins, *self._args, *self._args_of.get(number, ())),
         ]
+        name = f"peer {number} [{layers}]"
+        self._report(f"{name}: starting")
         child = Child.spawn(
-            name=f"peer {number} [{layers}]",
+            name=name,
             command=[*self._command, *args],
-            fork=partial(self._nursery.fork, args, self._env) if self._nursery is not None else None,
+            fork=partial(self._nursery.fork, args) if self._nursery is not None else None,
             guard=self._guard,
             log=Path(self._temporary.name if self._temporary else self._log_dir or ".") / f"peer-{number}.log",
             env=self._env,
         )
         self._children.append(child)
-        self._report(f"{child.name}: starting")
         return child
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -21,11 +22,11 @@ from typing import IO, Final
 
 import psutil
 
-from swarm.children import PYTHON, REAP_S, Guard
-from swarm.errors import DeadlineExceeded
+from swarm.children import PYTHON, REAP_S
+from swarm.errors import Internal
 
 MESSAGE_BYTES: Final = 2**17
-"""Of a peer's arguments and environment at most."""
+"""Of a peer's arguments at most."""
 STREAMS: Final = 3
 """Its stdin, stdout and stderr."""
 POLL_S: Final = 0.2
@@ -52,18 +53,14 @@ class Forked:
 
 
 class Nursery:
-    """``with Nursery(env) as nursery``. Its peers don't end with it."""
+    """``with Nursery(env) as nursery``. Its peers don't end with it, but it does with this process."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        """``env``: for libraries that look at it when they are imported; each peer has one of its own."""
+        """``env``: of its peers, too."""
         self._env = dict(env)
-        self._guard = Guard()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._asking = threading.Lock()
         self._heard = threading.Condition()
-        self._started: int | None = None
-        """The pid of the peer that was asked for last."""
         self._codes: dict[int, int] = {}
         self._gone = False
 
@@ -79,10 +76,15 @@ class Nursery:
         """macOS' own libraries don't survive a fork."""
         return sys.platform == "linux" and hasattr(os, "pidfd_open")
 
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise Internal("the nursery is not running")
+        return self._process.pid
+
     def start(self) -> None:
         """Returns at once."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._guard.start()
         with theirs:
             self._process = subprocess.Popen(
                 [*PYTHON, "-m", "peers.nursery"],
@@ -90,88 +92,71 @@ class Nursery:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # a peer that is started by itself says what is wrong
                 env=self._env,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C in the terminal is for the owner
             )
-        self._guard.add(self._process.pid)
         threading.Thread(target=self._listen, args=[self._socket], name="nursery", daemon=True).start()
 
     def close(self) -> None:
-        if self._socket is not None:
-            with contextlib.suppress(OSError):  # it has gone by itself
-                self._socket.shutdown(socket.SHUT_RDWR)
         if self._process is not None:
-            try:
-                self._process.wait(REAP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(REAP_S)
-        self._guard.close()
+            self._process.kill()  # while it imports it hears nothing
+            self._process.wait(REAP_S)
 
-    def fork(self, args: Sequence[str], env: Mapping[str, str], stderr: IO[bytes]) -> Forked | None:
+    def fork(self, args: Sequence[str], stderr: IO[bytes]) -> Forked | None:
         """``swarm-peer ARGS`` in a session of its own, which runs once a line is written to its stdin.
 
-        None if the nursery has gone, and :class:`DeadlineExceeded` if it does not answer.
+        None if the nursery has gone, or does not answer within ``FORK_S``.
         """
-        message = json.dumps({"args": list(args), "env": dict(env)}).encode()
-        (stdin, to_stdin), (from_stdout, stdout) = os.pipe(), os.pipe()
-        try:
-            with self._asking:
-                pid = self._ask(message, [stdin, stdout, stderr.fileno()])
-        except BaseException:
-            os.close(to_stdin)
-            os.close(from_stdout)
-            raise
-        finally:
-            os.close(stdin)
-            os.close(stdout)
-        opened = os.fdopen(to_stdin, "wb", buffering=0), os.fdopen(from_stdout, "rb")
-        if pid is None:
-            for stream in opened:
-                stream.close()
-            return None
-        return Forked(self, pid, *opened)
+        if self._socket is None:
+            raise Internal("the nursery is not running")
+        with contextlib.ExitStack() as unless_forked:
+            stdin, to_stdin = _pipe()
+            from_stdout, stdout = _pipe()
+            unless_forked.push(to_stdin)
+            unless_forked.push(from_stdout)
+            with stdin, stdout, contextlib.suppress(OSError):  # the nursery has gone, and nobody will write to stdout
+                descriptors = [stream.fileno() for stream in (stdin, stdout, stderr)]
+                socket.send_fds(self._socket, [json.dumps(list(args)).encode()], descriptors)
+            events = select.poll()
+            events.register(from_stdout, select.POLLIN)
+            line = from_stdout.readline() if events.poll(FORK_S * 1000) else b""
+            if not line:
+                return None
+            unless_forked.pop_all()
+            return Forked(self, int(line), to_stdin, from_stdout)
 
     def code_of(self, pid: int, timeout_s: float | None) -> int | None:
         """With which a peer of this nursery ended; None if it hasn't after so long."""
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with self._heard:
-            while pid not in self._codes and (left_s := deadline - time.monotonic()) > 0:
-                self._heard.wait(min(left_s, POLL_S))
-                if self._gone and not psutil.pid_exists(pid):
+            while pid not in self._codes:
+                left_s = deadline - time.monotonic()
+                if self._gone and not _runs(pid):
                     self._codes[pid] = -signal.SIGKILL  # nobody knows
-            return self._codes.get(pid)
-
-    def _ask(self, message: bytes, streams: Sequence[int]) -> int | None:
-        self._started = None
-        if self._socket is None or self._gone:
-            return None
-        try:
-            socket.send_fds(self._socket, [message], streams)
-        except OSError:
-            return None
-        with self._heard:
-            if not self._heard.wait_for(lambda: self._started is not None or self._gone, FORK_S):
-                self._socket.shutdown(socket.SHUT_RDWR)  # what comes late would be taken for the next one
-                raise DeadlineExceeded(f"no peer was forked within {FORK_S:g} s")
-        return self._started
+                elif left_s <= 0:
+                    return None
+                else:
+                    self._heard.wait(min(left_s, POLL_S))
+            return self._codes[pid]
 
     def _listen(self, channel: socket.socket) -> None:
-        with channel:
-            while message := self._received(channel):
-                told = json.loads(message)
+        with channel, contextlib.suppress(OSError):
+            while message := channel.recv(MESSAGE_BYTES):
+                pid, code = json.loads(message)
                 with self._heard:
-                    if "pid" in told:
-                        self._started = told["pid"]
-                    else:
-                        self._codes[told["ended"]] = told["code"]
+                    self._codes[pid] = code
                     self._heard.notify_all()
         with self._heard:
             self._gone = True
             self._heard.notify_all()
 
-    @staticmethod
-    def _received(channel: socket.socket) -> bytes:
-        try:
-            return channel.recv(MESSAGE_BYTES)
-        except OSError:
-            return b""
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    reading, writing = os.pipe()
+    return open(reading, "rb"), open(writing, "wb", buffering=0)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # as whose new parent not everybody collects it
+    except psutil.NoSuchProcess:
+        return False
