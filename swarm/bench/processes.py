@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
-from swarm.children import PYTHON
 from swarm.errors import SwarmError
-
-_IMPORTS = """
-from peers.commands import import_server
-import_server()
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-IMPORT_S = 120.0
+from swarm.nursery import Nursery
 
 
 def peak_mb(pid: int) -> float:
@@ -30,8 +23,12 @@ def peak_mb(pid: int) -> float:
 
 def peak_of_imports_mb() -> float:
     """What a peer takes before it has a single weight: Python, torch, transformers and the network library."""
-    done = subprocess.run([*PYTHON, "-c", _IMPORTS], capture_output=True, text=True, check=True, timeout=IMPORT_S)
-    return _parse(done.stdout)
+    with Nursery(os.environ) as nursery, open(os.devnull, "wb") as stderr:
+        peer = nursery.fork(["--help"], stderr)
+        if peer is None:
+            raise SwarmError("no peer can be forked here")
+        with peer.stdin, peer.stdout:
+            return peak_mb(nursery.pid)
 
 
 def cpu_s(pids: Iterable[int]) -> float:
