@@ -135,8 +135,7 @@ async def _start_peers(local: LocalPeers, specs: Sequence[PeerSpec], joins: Sequ
         for peer in started:
             say(f"peer {peer.name} loads layers {peer.spec.layers}")
         for peer in started:
-            ready = await local.serving(peer.name)
-            say(f"peer {peer.name} serves layers {ready.layers}")
+            await _serves(local, peer, "peer")
     return local.addresses
 
 
@@ -146,10 +145,14 @@ async def _tell_of_spares(local: LocalPeers, spares: Sequence[OwnPeer]) -> None:
         say(f"spare {spare.name} loads layers {spare.spec.layers} meanwhile")
     for spare in spares:
         try:
-            ready = await local.serving(spare.name)
-            say(f"spare {spare.name} serves layers {ready.layers}")
+            await _serves(local, spare, "spare")
         except SwarmError as error:
             say(f"a spare failed: {error.message.splitlines()[0]}")
+
+
+async def _serves(local: LocalPeers, peer: OwnPeer, kind: str) -> None:
+    ready = await local.serving(peer.name)
+    say(f"{kind} {peer.name} serves layers {ready.layers}")
 
 
 def _open_browser(url: str) -> None:
