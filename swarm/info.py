@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings, TimeoutSettings
-from swarm.errors import DeadlineExceeded, ProtocolError, StreamLost
+from swarm.errors import DeadlineExceeded, ModelError, ProtocolError, StreamLost, WrongRange
 from swarm.models import ModelProfile
 from swarm.multiaddrs import is_dialable
 from swarm.protocol import MAX_ADDRESSES, address_to_wire, decode, error_from_wire, one_line
@@ -43,8 +43,9 @@ class Description:
     sessions: int
     """Stages that are open there."""
     kv_bytes_used: int
+    """Reserved for their KV caches and checkpoint logs."""
     kv_bytes_kept: int
-    """What is reserved for their KV caches and checkpoint logs."""
+    """... and what is left of sessions that ended."""
 
 
 @asynccontextmanager
@@ -81,12 +82,11 @@ async def describe(transport: Transport, peer: PeerAddress, settings: Settings) 
         raise ProtocolError("no description came")
     d = reply.description
     try:
-        profile = ModelProfile.from_json(d.profile_json)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ProtocolError("a description without a usable model profile") from error
+        profile, layers = ModelProfile.from_json(d.profile_json), LayerRange(d.start, d.end)
+    except (ModelError, WrongRange) as error:
+        raise ProtocolError(f"a description that makes no sense: {error}") from error
     if profile.model_id != d.model:
         raise ProtocolError("a description of another model than its profile's")
-    layers = LayerRange(d.start, d.end)
     held = d.sessions, d.kv_bytes_used, d.kv_bytes_kept
     return Description(peer, profile, layers, one_line(d.state), one_line(d.version), dict(d.files), *held)
 

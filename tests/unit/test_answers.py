@@ -10,7 +10,8 @@ import pytest
 from peers.answers import FILE_CHUNK_BYTES, Answers
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings, TimeoutSettings
-from swarm.info import Description, fetch_files
+from swarm.errors import ProtocolError
+from swarm.info import Description, describe, fetch_files
 from swarm.protocol import decode
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
 from swarm.transport import INFO
@@ -69,3 +70,19 @@ def test_a_model_file_takes_as_long_as_who_asks_waits_for_it(frame_s: float, all
     answers = Answers(pb.Description, lambda request: pb.RouteNews(), files, None, None, TimeoutSettings())
     run_virtual(lambda: answers.handle(line))
     assert (b"".join(line.taken) == data) is all_of_it
+
+
+@pytest.mark.parametrize("wrong", [{"profile_json": "{}"}, {"start": 3, "end": 3}])
+def test_a_description_that_makes_no_sense_is_what_no_honest_peer_sends(wrong: dict[str, str | int]) -> None:
+    facts = {"model": PROFILE.model_id, "profile_json": PROFILE.to_json(), "start": 0, "end": 6}
+
+    async def main(told: pb.Description) -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        asker, asked = network.add("asker"), network.add("asked")
+        answers = Answers(lambda: told, lambda request: pb.RouteNews(), {}, None, None, TimeoutSettings())
+        await SimTransport(asked).serve(INFO, answers.handle)
+        await describe(SimTransport(asker), asked.address, Settings())
+
+    run_virtual(lambda: main(pb.Description(**facts)))
+    with pytest.raises(ProtocolError, match="makes no sense"):
+        run_virtual(lambda: main(pb.Description(**facts | wrong)))
