@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -17,7 +15,7 @@ from swarm.architectures import DTYPE_BYTES, WEIGHTS, Architecture
 from swarm.cache import file_sha256
 from swarm.checkpoint_files import CONFIG, optional_json, read_json, weight_files
 from swarm.errors import ConfigError, ModelError, UnknownModel
-from swarm.gguf_file import read_header
+from swarm.gguf_file import read_header, read_outline
 from swarm.gguf_model import gguf_config
 from swarm.gguf_tokenizer import gguf_tokenizer_files
 from swarm.hub import fetch_description, fetch_files, hub_repository, hub_weight_files
@@ -170,22 +168,8 @@ def _find(reference: str, dtype: str, endpoint: str | None) -> ModelReference:
 def config_dict(reference: ModelReference) -> dict[str, Any]:
     """The transformers config: that of the checkpoint, or for GGUF one made of its metadata."""
     if reference.kind == "gguf":
-        return copy.deepcopy(_gguf_config(reference.path, _stamp(reference.path)))
+        return gguf_config(read_outline(reference.path))
     return read_json(_folder(reference) / CONFIG)
-
-
-@functools.lru_cache(maxsize=4)
-def _gguf_config(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
-    """Kept, because its header holds the vocabulary, too, and takes a third of a second to read."""
-    return gguf_config(read_header(path))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error.strerror or error}") from error
-    return facts.st_mtime_ns, facts.st_size
 
 
 def load_profile(reference: ModelReference, dtype: str | None = None) -> ModelProfile:

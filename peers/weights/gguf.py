@@ -19,7 +19,7 @@ from peers.weights.blocks import BLOCK, BlockKind, Blocks
 from peers.weights.compact import CompactRows
 from swarm.architectures import Architecture
 from swarm.errors import ModelError, UnsupportedModel
-from swarm.gguf_file import GgufTensor, read_header
+from swarm.gguf_file import GgufTensor, read_outline
 
 CHUNK_BYTES = 1024 * 1024
 """Float32 bytes that are dequantised at once; the intermediate values are several times that."""
@@ -67,7 +67,7 @@ class GgufSource:
     """See :class:`peers.weights.TensorSource`."""
 
     def __init__(self, path: Path, architecture: Architecture, wanted: dict[str, tuple[int, ...]]) -> None:
-        header = read_header(path)
+        header = read_outline(path)
         self._path = path
         self._architecture = architecture
         self._tensors: dict[str, GgufTensor] = {}

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from peers.weights import open_source
+from swarm import gguf_file
 from swarm.errors import ModelError, UnsupportedModel, WrongRange
-from swarm.models import ModelReference, config_dict, resolve
+from swarm.models import ModelReference, config_dict, load_profile, resolve
 from swarm.types import LayerRange
 from tests.checkpoints import make_gguf
 
@@ -209,3 +210,14 @@ def test_the_source_satisfies_its_protocol(built_in: ModelReference) -> None:
     source: Any = open_source(built_in, LayerRange(29, 30))
     for method in ("names", "shape", "read", "rows", "close"):
         assert callable(getattr(source, method))
+
+
+def test_the_header_is_read_once_for_profile_and_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = resolve(str(make_gguf(tmp_path / "m.gguf")))
+    read: list[Path] = []
+    reading = gguf_file.read_header
+    monkeypatch.setattr(gguf_file, "read_header", lambda path: read.append(path) or reading(path))
+    load_profile(reference)
+    for layers in (LayerRange(0, 1), LayerRange(1, 2)):
+        open_source(reference, layers).close()
+    assert read == [reference.path]
