@@ -72,7 +72,7 @@ def _quieten() -> None:
     hivemind_logging = importlib.import_module("hivemind.utils.logging")
     hivemind_logging.use_hivemind_log_handler("nowhere")
     logging.addLevelName(logging.WARNING, "WARNING")
-    # p2pd's own log level; it arrives through a pipe that the event loop reads, so less is better (H21)
+    # p2pd's own log level; it arrives through a pipe that the event loop reads, so less is better
     setattr(importlib.import_module("hivemind.p2p.p2p_daemon"), "loglevel", "ERROR")  # noqa: B010  # an untyped module
 
 

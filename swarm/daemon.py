@@ -40,7 +40,7 @@ RestartCallback = Callable[[], Awaitable[None]]
 class Daemon:
     """``async with Daemon(identity, settings, listen=True, accept=..., on_death=...) as daemon``.
 
-    Starts with no peers at all: p2pd would end itself if the first ones don't answer (H16). Entering raises
+    Starts with no peers at all: p2pd would end itself if the first ones don't answer. Entering raises
     ``PortInUse``, ``ConfigError``, ``Unreachable`` (it does not start).
     """
 
@@ -246,7 +246,7 @@ class Daemon:
     # --- the next one ------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """hivemind doesn't notice that its daemon died, and calls hang for ever (H3)."""
+        """hivemind doesn't notice that its daemon died, and calls hang for ever."""
         telling: list[asyncio.Task[None]] = []
         try:
             while True:

@@ -101,7 +101,7 @@ _IN_OTHER_WORDS = {
 
 
 def translate(error: Exception, peer: PeerAddress, deadline_s: float) -> SwarmError:
-    """hivemind's errors, told apart by type first and text second (H6); unknown ones are "unreachable, retryable"."""
+    """hivemind's errors, told apart by type first and text second; unknown ones are "unreachable, retryable"."""
     if isinstance(error, SwarmError):
         return error
     text = str(error) or type(error).__name__

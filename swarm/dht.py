@@ -235,7 +235,7 @@ class Dht:
                 log.exception("healing the DHT failed")
 
     def _forget_finished_calls(self) -> None:
-        """hivemind keeps the task of every RPC that its caller has cancelled (H8)."""
+        """hivemind keeps the task of every RPC that its caller has cancelled."""
         tasks = self._transport.p2p._client.control._handler_tasks
         for call in [call for call, task in tasks.items() if task.done()]:
             del tasks[call]

@@ -62,7 +62,7 @@ def reserved_ports(host_maddrs: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """The same addresses with every port fixed, and held for as long as the context lives.
 
     p2pd listens with ``SO_REUSEPORT``, so a second daemon on a taken port starts without an error and steals half of
-    the connections (H17). A socket that is bound with ``SO_REUSEPORT`` and never listens gets no connection but keeps
+    the connections. A socket that is bound with ``SO_REUSEPORT`` and never listens gets no connection but keeps
     the port from everybody else, also while p2pd is restarted. Raises :class:`PortInUse`, :class:`ConfigError`.
     """
     with contextlib.ExitStack() as held:

@@ -1,6 +1,6 @@
 """Length framing over a byte stream: 4 bytes big endian, then that many bytes; ``0xFFFFFFFF`` is the end frame.
 
-hivemind's own stream API can't tell a killed peer from a clean end and trusts an 8-byte length (H1, H11); here an
+hivemind's own stream API can't tell a killed peer from a clean end and trusts an 8-byte length; here an
 EOF without the end frame is :class:`StreamLost`, and a length is checked before anything is read for it.
 
 The hot path is a decode step: one frame of about 2 KB a hop. So ``send`` is one ``write`` and no wait, and ``receive``
