@@ -2,7 +2,8 @@
 
 Its standard input is a socket, with a message for each peer: arguments, and as file descriptors its standard streams.
 The peer writes its pid as a line to its stdout, and waits for one on its stdin. When it has ended, the nursery says
-``[pid, exit code]``. When the other end of the socket has gone it goes, too; its peers don't.
+``[pid, exit code]``. After the message ``REST`` that is all it does, in the memory of a bare interpreter. When the
+other end of the socket has gone it goes, too; its peers don't.
 """
 
 from __future__ import annotations
@@ -15,10 +16,22 @@ import select
 import socket
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 from peers.cli import main as swarm_peer
 from peers.commands import import_server
-from swarm.nursery import MESSAGE_BYTES, STREAMS
+from swarm.nursery import MESSAGE_BYTES, REST, STREAMS
+
+_RESTING: Final = """
+import json, os, socket
+owner = socket.socket(fileno=0)
+try:
+    while True:
+        pid, status = os.wait()
+        owner.send(json.dumps([pid, os.waitstatus_to_exitcode(status)]).encode())
+except OSError:
+    pass  # there is no peer left, or nobody who listens
+"""
 
 
 def main() -> None:
@@ -47,6 +60,8 @@ def _forked() -> tuple[list[str], Sequence[int]]:
             message, streams, _, _ = socket.recv_fds(owner, MESSAGE_BYTES, STREAMS)
             if not message:
                 sys.exit()
+            if message == REST:
+                os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _RESTING])
             pid = os.fork()
             if pid == 0:
                 for inherited in (owner.detach(), *peers):

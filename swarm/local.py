@@ -143,8 +143,8 @@ class LocalSwarm:
                 self._nursery.start()
             self._start(self._ranges[:1])
             self._start(self._ranges[1:])
-            if not self._keep_nursery:
-                self._close_nursery()
+            if self._nursery is not None and not self._keep_nursery:
+                self._nursery.rest()
         except BaseException:  # Ctrl-C while it loads, too
             self.stop()
             raise
@@ -193,15 +193,11 @@ class LocalSwarm:
             for child in self._children:
                 child.bury()
             self._guard.close()
-            self._close_nursery()
+            if self._nursery is not None:
+                self._nursery.close()
             if self._temporary is not None:
                 self._temporary.cleanup()
                 self._temporary = None
-
-    def _close_nursery(self) -> None:
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
 
     def _start(self, ranges: Sequence[Layers]) -> None:
         begin = time.monotonic()

@@ -27,6 +27,8 @@ from swarm.errors import Internal
 
 MESSAGE_BYTES: Final = 2**17
 """Of a peer's arguments at most."""
+REST: Final = b"null"
+"""The message after which no peer is asked for."""
 STREAMS: Final = 3
 """Its stdin, stdout and stderr."""
 POLL_S: Final = 0.2
@@ -62,6 +64,7 @@ class Nursery:
         self._socket: socket.socket | None = None
         self._heard = threading.Condition()
         self._codes: dict[int, int] = {}
+        self._resting = False
         self._gone = False
 
     def __enter__(self) -> Nursery:
@@ -96,6 +99,22 @@ class Nursery:
             )
         threading.Thread(target=self._listen, args=[self._socket], name="nursery", daemon=True).start()
 
+    def ready(self) -> None:
+        """Waits until a fork takes no longer than a moment, or the nursery has gone."""
+        if self._socket is not None:
+            with open(os.devnull, "wb") as nowhere:
+                never = self.fork(["--help"], nowhere)
+            if never is not None:
+                never.stdin.close()
+                never.stdout.close()
+
+    def rest(self) -> None:
+        """Forks no more. It gives its memory back, and tells of its peers' ends as before."""
+        if self._socket is not None and not self._resting:
+            self._resting = True
+            with contextlib.suppress(OSError):  # it has gone
+                self._socket.send(REST)
+
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()  # while it imports it hears nothing
@@ -104,10 +123,12 @@ class Nursery:
     def fork(self, args: Sequence[str], stderr: IO[bytes]) -> Forked | None:
         """``swarm-peer ARGS`` in a session of its own, which runs once a line is written to its stdin.
 
-        None if the nursery has gone, or does not answer within ``FORK_S``.
+        None if the nursery rests or has gone, or does not answer within ``FORK_S``.
         """
         if self._socket is None:
             raise Internal("the nursery is not running")
+        if self._resting:
+            return None
         with contextlib.ExitStack() as unless_forked:
             stdin, to_stdin = _pipe()
             from_stdout, stdout = _pipe()

@@ -102,11 +102,12 @@ async def _serve(settings: Settings, flags: Flags) -> None:
                 [PeerSpec(kind.name, kind.dtype, layers, kind.weights) for layers in ranges]
                 for ranges in (flags.start, flags.spare)
             )
-            initial_peers += await _start_peers(local, specs, initial_peers)
-            say("joining the swarm")
-            client = await stack.enter_async_context(AsyncClient(initial_peers, flags.model, settings))
-            telling = asyncio.create_task(_tell_of_spares(local, [local.start(spec, initial_peers) for spec in spares]))
-            stack.callback(telling.cancel)
+            async with local.several() if len(specs) + len(spares) > 1 else contextlib.nullcontext():
+                initial_peers += await _start_peers(local, specs, initial_peers)
+                say("joining the swarm")
+                client = await stack.enter_async_context(AsyncClient(initial_peers, flags.model, settings))
+                telling = _tell_of_spares(local, [local.start(spec, initial_peers) for spec in spares])
+            stack.callback(asyncio.create_task(telling).cancel)
             access = Access(flags.host, flags.api_key, flags.allow_remote_control)
             state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
 

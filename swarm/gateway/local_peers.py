@@ -6,13 +6,15 @@ A peer is a process (:mod:`swarm.children`) that does not outlive the gateway, h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +26,7 @@ from swarm.architectures import DTYPE_BYTES, WEIGHTS
 from swarm.children import Child, Guard
 from swarm.errors import BadRequest, Busy, DeadlineExceeded, Internal
 from swarm.local import PEER_COMMAND, START_S, STOP_S
+from swarm.nursery import Nursery
 from swarm.types import LayerRange
 
 MAX_PEERS = 16
@@ -165,6 +168,7 @@ class LocalPeers:
         self._running: dict[str, _Running] = {}
         self._number = 0
         self._guard = Guard()
+        self._nursery: Nursery | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     async def __aenter__(self) -> Self:
@@ -185,6 +189,8 @@ class LocalPeers:
             for running in self._running.values():
                 running.child.bury()  # kills those that took too long
             self._guard.close()
+            if self._nursery is not None:
+                self._nursery.close()
             if self._folder is not None:
                 self._folder.cleanup()
 
@@ -211,6 +217,20 @@ class LocalPeers:
         """Of those that serve: others can join through them."""
         return [address for peer in self.peers() if peer.state == "serving" for address in peer.addresses]
 
+    @contextlib.asynccontextmanager
+    async def several(self) -> AsyncIterator[None]:
+        """Those that are started meanwhile are forks of one process, where there can be one."""
+        if self._command != PEER_COMMAND or not Nursery.possible():
+            yield
+            return
+        self._nursery = Nursery(_environment())
+        self._nursery.start()
+        try:
+            await asyncio.to_thread(self._nursery.ready)
+            yield
+        finally:
+            self._nursery.rest()
+
     def start(self, spec: PeerSpec, initial_peers: Sequence[str]) -> OwnPeer:
         """Returns at once; :meth:`peer` tells of its progress. Raises :class:`Busy` beyond ``MAX_PEERS``."""
         if self._folder is None:
@@ -223,17 +243,18 @@ class LocalPeers:
         joins = [part for address in initial_peers for part in ("--initial-peers", address)]
         listens = [part for text in spec.listens for part in ("--host-maddrs", text)]
         caps = ("--max-memory-mb", str(spec.max_memory_mb)) if spec.max_memory_mb else ()
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("SWARM_")}
+        args = [
+            *("serve", "--json", "--model", spec.model),
+            *("--layers", spec.layers, "--device", spec.device, "--dtype", spec.dtype, "--weights", spec.weights),
+            *("--threads", str(spec.threads), *caps, *listens, *joins),
+        ]
         child = Child.spawn(
             name=f"peer {name}",
-            command=[
-                *(*self._command, "serve", "--json", "--model", spec.model),
-                *("--layers", spec.layers, "--device", spec.device, "--dtype", spec.dtype, "--weights", spec.weights),
-                *("--threads", str(spec.threads), *caps, *listens, *joins),
-            ],
+            command=[*self._command, *args],
             guard=self._guard,
             log=Path(self._folder.name) / f"{name}.log",
-            env=inherited | {"PYTHONUNBUFFERED": "1"},
+            env=_environment(),
+            fork=partial(self._nursery.fork, args) if self._nursery is not None else None,
         )
         self._running[name] = _Running(name, spec, child, self._clock())
         return self.peer(name)
@@ -293,6 +314,11 @@ class LocalPeers:
             memory_mb=_memory_mb(child.pid) if child.alive else 0,
             started_s=self._clock() - running.began,
         )
+
+
+def _environment() -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("SWARM_")}
+    return inherited | {"PYTHONUNBUFFERED": "1"}
 
 
 def _range(event: dict[str, Any]) -> LayerRange | None:

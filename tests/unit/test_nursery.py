@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from swarm import nursery as nursery_module
@@ -179,3 +180,17 @@ def test_nobody_waits_for_one_that_still_imports_when_it_is_closed() -> None:
     with Nursery(ENV):
         began = time.monotonic()
     assert time.monotonic() - began < 1.0
+
+
+def test_at_rest_it_takes_little_memory_and_tells_of_ends_as_before(tmp_path: Path) -> None:
+    with Nursery(ENV) as nursery:
+        peers = [waiting(nursery, tmp_path) for _ in range(2)]
+        assert psutil.Process(nursery.pid).memory_info().rss > 100e6
+        released(peers[0])
+        nursery.rest()
+        assert eventually(lambda: psutil.Process(nursery.pid).memory_info().rss < 40e6)
+        with peers[1].stdin, peers[1].stdout:
+            peers[1].stdin.write(b"go\n")
+            assert [peer.wait(20) for peer in peers] == [1, 0]
+        with (tmp_path / "log").open("wb") as stderr:
+            assert nursery.fork(["--help"], stderr) is None
