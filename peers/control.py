@@ -135,6 +135,9 @@ class ControlHandler:
         runner = self._table.runners.get(key)
         if runner is not None and runner.stage.owner != owner:
             raise NotAllowed("this session has another owner")
+        if runner is not None and runner.stage.layers != request.layers and runner.stage.epoch < request.epoch:
+            self._table.free(key)  # lost, and not gone yet; its owner has cut the route anew
+            runner = None
         if runner is None:
             if self._state() is not PeerState.SERVING:
                 raise Busy(f"this peer is {self._state()} and takes no new sessions")

@@ -235,3 +235,27 @@ def test_a_control_stream_is_for_one_stage() -> None:
         await world.settle()
 
     run_virtual(main)
+
+
+@pytest.mark.parametrize(("epoch", "code"), [(3, ""), (1, "stale_epoch")])
+def test_a_stage_that_was_lost_makes_way_for_one_with_other_layers(epoch: int, code: str) -> None:
+    """Its owner has cut the route anew before it was gone; a late open of an old route gets nothing."""
+
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+
+        async def answer(epoch: int, end: int) -> pb.ControlReply:
+            stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+            opening = pb.Open(session="s", epoch=epoch, model=PROFILE.model_id, end=end, max_positions=8, token_ids=[1])
+            await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+            reply = decode(pb.ControlReply, await stream.receive() or b"")
+            stream.abort()
+            return reply
+
+        assert (await answer(2, 6)).opened.epoch == 2
+        reply = await answer(epoch, 4)
+        assert (reply.error.code, reply.opened.epoch) == (code, 0 if code else epoch)
+        await world.settle()
+
+    run_virtual(main)
