@@ -104,7 +104,7 @@ class TimeoutSettings:
     open_s: float = 10.0
     """From Open to Opened on a connected stream; a peer that does not even beat meanwhile is lost as at other times."""
     send_s: float = 10.0
-    """One blocked write."""
+    """One blocked write, or a frame of a prompt of which nothing is heard to arrive."""
     heartbeat_s: float = 1.0
     heartbeat_misses: int = 3
     step_floor_s: float = 5.0
@@ -120,7 +120,8 @@ class TimeoutSettings:
     evictable_after_s: float = 60.0
     """An idle stage may be evicted for a newcomer after this ..."""
     session_idle_s: float = 600.0
-    """... and is freed in any case after this."""
+    """... and is freed in any case after this. A hop that has no more positions after this is given up, whatever it
+    says."""
     dht_s: float = 10.0
     info_s: float = 10.0
     probe_s: float = 10.0

@@ -47,8 +47,8 @@ class HopControl:
         self.lost: SwarmError | None = None
         self.generation = generation
         """Of the own transport when the stream was opened."""
-        self.last_heard = self.moved_at = _now()
-        """When it last said anything, and when it last said that it had computed something."""
+        self.last_heard = self.moved_at = self.gained_at = _now()
+        """When it last said anything, that it got on, and that it had more positions."""
         self.unheard_bytes = 0
         """Of what went to the listener and was not looked at yet, see ``swarm.events``."""
         self._stream = stream
@@ -217,8 +217,9 @@ class HopControl:
         elif kind == "output":
             self._listener(self, reply.output)
         elif kind == "status":
-            if reply.status.epoch >= self._opening:  # else it may tell of rows that the newest open took back
-                self.have = max(self.have, reply.status.have)
+            # of an older epoch it may tell of rows that the newest open took back
+            if reply.status.epoch >= self._opening and reply.status.have > self.have:
+                self.have, self.gained_at = reply.status.have, self.last_heard
             if reply.status.computed != self.computed:
                 self.computed, self.moved_at = reply.status.computed, self.last_heard
             self.computing, self.draining = reply.status.computing, reply.status.draining

@@ -92,6 +92,12 @@ class HopPlanner:
         )
         return [planned.hop for planned in found.hops]
 
+    def pass_s(self, hops: Collection[Hop]) -> float:
+        """How long a pass over rows of prompts, as many as there may be, should take at the slowest, as announced."""
+        paces = {a.peer.peer_id: a.prefill_s_per_token_layer for a in self._view.announcements()}
+        a_row_s = max(paces.get(hop.peer.peer_id, 0.0) * len(hop.layers) for hop in hops)
+        return a_row_s * self._settings.engine.max_batch_tokens
+
     async def refresh(self) -> None:
         """Read the announcements anew: somebody may have joined just now."""
         await self._view.refresh()

@@ -140,16 +140,22 @@ class Watch:
                     control.abort(error)
 
     def _check_progress(self) -> None:
-        """A peer that beats but doesn't move is given the step deadline, and more while it computes. To run steps of
-        others before ours is to move."""
+        """A peer that beats but doesn't move is given the step deadline, and more while it computes: for a prompt, what
+        follows from the announced speeds. To run steps of others before ours is to move, but not for ever: after
+        ``session_idle_s`` without an output or a position more it no longer counts what they say."""
+        timeouts, controls, tokens = self._settings.timeouts, self._chain.controls, len(self._chain.transcript)
+        waited = _now() - max(self._began, *(control.moved_at for control in controls))
         allowed = self._pace.deadline_s(self._settings)
-        if any(control.computing for control in self._chain.controls):
-            allowed *= self._settings.timeouts.step_slow_factor
-        waited = _now() - max(self._began, *(control.moved_at for control in self._chain.controls))
+        if any(control.computing for control in controls):
+            allowed *= timeouts.step_slow_factor
+            if waited > allowed and tokens - min(control.have for control in controls) > 1:
+                allowed = max(allowed, timeouts.step_slow_factor * self._chain.planner.pass_s(self._chain.hops))
+        if waited <= allowed:
+            waited, allowed = _now() - max(self._began, *(c.gained_at for c in controls)), timeouts.session_idle_s
         if waited <= allowed:
             return
-        upstream = len(self._chain.transcript)
-        for control in self._chain.controls:
+        upstream = tokens
+        for control in controls:
             if control.have < upstream:
                 raise HopLost(control, DeadlineExceeded(f"no progress for {waited:.1f} s"))
             upstream = control.have

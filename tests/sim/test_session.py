@@ -22,7 +22,7 @@ from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
 from swarm.transport import DELEGATE, INFO, Stream
 from swarm.types import Hop, PeerAddress, PeerId, Route, SessionId
 from tests.sim import world as world_module
-from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, World, run_virtual
+from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, ToyExecutor, World, run_virtual
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -298,6 +298,52 @@ def test_a_step_that_stands_still_after_a_long_prompt_is_given_as_long_as_a_step
         prompt_s = came_at[1] - came_at[0]
         waited_s = came_at[2] - came_at[1] - prompt_s  # without the replay
         assert waited_s < timeouts.step_slow_factor * timeouts.step_floor_s + 5 < prompt_s
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_hop_that_says_it_gets_on_and_never_does_is_given_up() -> None:
+    async def main() -> None:
+        world = World(3, settings=replace(SETTINGS, timeouts=replace(SETTINGS.timeouts, session_idle_s=1e6)))
+        for layers in (*THIRDS, THIRDS[1]):
+            await world.add_peer(layers)
+        world.settings = SETTINGS  # the owner's
+
+        async def pretend(executor: ToyExecutor) -> None:
+            while True:
+                await asyncio.sleep(0.5)
+                executor.passes += 1
+
+        def stop(session: Session, index: int) -> None:
+            if index == 4 and not session.rebuilds:
+                executor = world.peer_of(session, 1).executor
+                world.later(0.0, executor.hang())
+                world.later(0.0, pretend(executor))
+
+        async with asyncio.timeout(2 * SETTINGS.timeouts.session_idle_s):
+            outcome = await world.generate(PROMPT, 12, stop)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate(PROMPT, 12, 3, frozenset())
+        assert len(outcome.session.rebuilds) == 1
+        await world.settle()
+
+    run_virtual(main)
+
+
+def test_a_peer_is_given_the_time_for_a_prompt_that_follows_from_what_it_announced() -> None:
+    layer_s, timeouts = 15.0, replace(SETTINGS.timeouts, session_idle_s=600.0)
+    assert 3 * layer_s > timeouts.step_slow_factor * timeouts.step_floor_s, "else this shows nothing"
+
+    async def main() -> None:
+        world = World(3, settings=replace(SETTINGS, timeouts=timeouts))
+        for layers in THIRDS:
+            peer = await world.add_peer(layers)
+            peer.executor.layer_s = layer_s
+            world.announce(peer)
+        outcome = await world.generate([1, 2, 3, 4], 1)
+        assert outcome.error is None
+        assert outcome.session.rebuilds == []
         await world.settle()
 
     run_virtual(main)
