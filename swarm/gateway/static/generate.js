@@ -163,7 +163,7 @@ class Run {
   }
 
   addKill(hop, parent) {
-    const button = add("button", "quiet danger", `Kill ${hop.own}`, parent);
+    const button = add("button", "danger", `Kill ${hop.own}`, parent);
     button.type = "button";
     button.title = "Kill this peer, as if its power failed: this gateway started it";
     button.addEventListener("click", async () => {
