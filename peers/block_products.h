@@ -206,8 +206,8 @@ ALL_FETCHED(paired, PAIRED)
 ALL_FETCHED(dotted_pairs, DOTTED)
 
 INLINE multiplying *multiplying_as(int how, int64_t fetched) {
-    multiplying *const *all = how == SINGLE ? single : how == PAIRED ? paired : dotted_pairs;
-    return all[fetched - ITSELF];
+    multiplying *const *found = how == SINGLE ? single : how == PAIRED ? paired : dotted_pairs;
+    return found[fetched - ITSELF];
 }
 
 /* So many steps of a panel are multiplied with all rows before the next ones. Where registers are few, tiles
@@ -218,8 +218,8 @@ INLINE int64_t cached_steps(int64_t count, int64_t width, int64_t all_steps) {
 }
 
 /* out[count, width] = rows[count, steps] @ columns[steps, width]. Memory and arithmetic take about as long as each other
-   from a few rows on, and would take turns otherwise: meanwhile so many floats for each step are fetched of what comes
-   `next`, up to `end`. Of several tiles each fetches a share, but no less than the quarter of a line at once. */
+   from a few rows on, and would take turns otherwise: meanwhile `ahead` floats are fetched for each step, of what comes
+   `next`, up to `end`. Several tiles share them, so that each fetches a quarter of a line at once, or more. */
 INLINE void float_columns(int how, const float *columns, int64_t width, int64_t steps, const float *rows, int64_t apart,
                           int64_t count, const float *next, const float *end, int64_t ahead, float *out,
                           int64_t stride) {
@@ -230,13 +230,13 @@ INLINE void float_columns(int how, const float *columns, int64_t width, int64_t 
         int64_t inner = smaller(part, steps - first), done = 0;
         for (int64_t t = 0; t < high; t++) {
             int many = rows_of_tile(count - done), wide = tile_vectors(many) * LANES;
-            int64_t tiles = high * ((width + wide - 1) / wide), tile = tiles / high * t;
+            int64_t tiles = high * ((width + wide - 1) / wide), number = tiles / high * t;
             int64_t sharing = smaller(tiles, ahead / (LINE_FLOATS / 4)), pace = ahead / sharing;
             int64_t fetches = pace > LINE_FLOATS ? 2 : 1;
             const float *own_rows = rows + done * apart + first * per_step(how);
             float *to = out + done * stride;
-            for (int64_t from = 0; from < width; from += wide, tile++) {
-                int64_t fetched = tile % (tiles / sharing) || next >= end ? NOTHING : fetches;
+            for (int64_t from = 0; from < width; from += wide, number++) {
+                int64_t fetched = number % (tiles / sharing) || next >= end ? NOTHING : fetches;
                 if (left_alone) fetched = NOTHING;
                 else if (!FEW_REGISTERS && tiles == 1) fetched = ITSELF;
                 multiplying_as(how, fetched)(many, first > 0, next, pace / fetches, own_rows, apart, columns + from,
@@ -253,11 +253,11 @@ INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks,
                         int64_t count, float *scratch, float *out, int64_t stride) {
     if (count > few_rows(how)) {
         const float *next = (const float *)(panel + blocks * block_bytes(kind));
-        int64_t floats = blocks * block_bytes(kind) / (int64_t)sizeof *next;
+        int64_t size = blocks * block_bytes(kind) / (int64_t)sizeof *next;
         if (how == DOTTED) round_panel(kind, panel, blocks, PANEL, (uint8_t *)scratch);
         else expand_panel(kind, panel, blocks, scratch);
-        float_columns(how, scratch, PANEL, inputs, rows, inputs, count, next, next + floats,
-                      larger(LINE_FLOATS, floats / inputs), out, stride);
+        float_columns(how, scratch, PANEL, inputs, rows, inputs, count, next, next + size,
+                      larger(LINE_FLOATS, size / inputs), out, stride);
         return;
     }
     for (int64_t done = 0; done < count;) {
@@ -272,7 +272,8 @@ INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks,
     }
 }
 
-/* The floats after those that the first tiles take come next, and after the panel the next one, if it is not the last. */
+/* What is fetched is ahead by the steps that are multiplied together: the rest of the panel, then the next one, if it is not
+   the last. */
 INLINE void float_panel(int how, const float *panel, int64_t packed, int64_t inputs, int last, const float *rows,
                         int64_t count, float *out, int64_t stride) {
     int64_t steps = inputs / per_step(how), first = smaller(cached_steps(count, packed, steps), steps);

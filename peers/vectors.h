@@ -103,7 +103,8 @@ INLINE floats exponential(floats x) {
 
 /* ---- tiles ---- */
 
-/* Where vectors are short there are half as many registers. */
+/* Where vectors are short there are half as many registers, and tiles of more than WIDE_ROWS rows are narrow. One that
+   fetches its own columns is AHEAD_ROWS rows of them ahead. */
 enum { FEW_REGISTERS = LANES == 8, WIDE_ROWS = FEW_REGISTERS ? 3 : TILE_ROWS, AHEAD_ROWS = 6 };
 
 /* Vectors of a tile of so many rows: as many sums as there are registers for. A single row has a whole panel side by side,
@@ -185,6 +186,7 @@ INLINE void wide_tile(int how, int count, int add, int fetched, const float *nex
 #define TILE(vectors) \
     tile(how, count, vectors, add, fetched, next, pace, rows, apart, columns + from, inner, width, out + from, stride)
         switch (smaller((used - from) / LANES, most)) {
+/* a tile of so many rows has no more: then there is nothing to compile */
 #define IF_WIDE(vectors) \
     case vectors: if (vectors <= most) TILE(vectors); break;
             IF_WIDE(1) IF_WIDE(2) IF_WIDE(3) IF_WIDE(4) IF_WIDE(5) IF_WIDE(6) IF_WIDE(7) IF_WIDE(8)
