@@ -95,19 +95,9 @@ def windows(capacity: Capacity, num_layers: int) -> list[LayerRange]:
     return found
 
 
-def weakest(
-    rates: Sequence[float], options: Iterable[LayerRange], luck: Callable[[], float] | None = None
-) -> LayerRange | None:
-    """The option whose layers have least throughput; the shorter of two that agree is weaker.
-
-    ``luck`` breaks ties (peers that join far apart in the view need not choose the same).
-    """
-    best: tuple[list[float], float, LayerRange] | None = None
-    for layers in options:
-        entry = (sorted(rates[layers.start : layers.end]), luck() if luck else 0.0, layers)
-        if best is None or entry < best:
-            best = entry
-    return best[2] if best else None
+def weakest(rates: Sequence[float], options: Iterable[LayerRange]) -> LayerRange | None:
+    """The option whose layers have least throughput; the shorter of two that agree is weaker."""
+    return min(options, key=lambda layers: (sorted(rates[layers.start : layers.end]), layers), default=None)
 
 
 def fill_gaps(served: Iterable[LayerRange], spares: Sequence[Spare], num_layers: int) -> dict[PeerId, LayerRange]:
@@ -232,12 +222,11 @@ def choose_range(
     me: Announcement,
     num_layers: int,
     settings: PlacementSettings,
-    lease_age_s: Callable[[PeerId], float] = lambda peer: 0.0,
 ) -> LayerRange | None:
     """The range for a joiner, as everyone who sees the same joiners computes it; ``None``: not one layer fits.
 
     ``me``: its own announcement, JOINING, with its capacity and a guess of its speed, and no ``moving_to``.
     """
     others = [a for a in announcements if a.peer.peer_id != me.peer.peer_id]
-    seen = standing([*others, me], num_layers, settings, lease_age_s)
+    seen = standing([*others, me], num_layers, settings)
     return arrange(seen.strength, seen.served, seen.undecided)[0].get(me.peer.peer_id)
