@@ -108,11 +108,12 @@ class HopControl:
         raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * timeouts.heartbeat_s:.1f} s")
 
     def _check_answer(self, began: float, question: str) -> None:
-        """Raises ``DeadlineExceeded`` for one that is late and not on its way, nor behind what is."""
+        """Raises ``DeadlineExceeded`` for one that is late and not on its way, nor behind what is; or that comes in
+        drops, without end."""
         self._hear_arriving()
-        open_s = self._settings.timeouts.open_s
-        if _now() - max(began, self._stream.arrived_at) > open_s:
-            raise DeadlineExceeded(f"no answer to {question} within {open_s:.0f} s")
+        timeouts, now = self._settings.timeouts, _now()
+        if now - max(began, self._stream.arrived_at) > timeouts.open_s or now - began > timeouts.session_idle_s:
+            raise DeadlineExceeded(f"no answer to {question} within {now - began:.0f} s")
 
     async def start(self, epoch: int, targets: list[pb.Target]) -> None:
         self.targets = targets

@@ -13,7 +13,7 @@ from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.control import Event, HopControl
 from swarm.delegation import request_from_wire
-from swarm.errors import BadRequest, Busy, Evicted, StreamLost
+from swarm.errors import BadRequest, Busy, DeadlineExceeded, Evicted, StreamLost
 from swarm.protocol import MAX_END_IDS, address_to_wire, decode
 from swarm.sampling import SamplingParams
 from swarm.testing import Faults, SimNetwork, SimTransport, run_virtual
@@ -99,6 +99,25 @@ def test_a_question_that_can_no_longer_be_asked_leaves_nobody_waiting(question: 
         assert not complaints
 
     run_virtual(main)
+
+
+def test_an_answer_that_comes_in_drops_is_not_waited_for_for_ever() -> None:
+    async def main() -> float:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        world.network.bytes_per_s[peer.node.address.peer_id, world.owner.address.peer_id] = 1e-3
+        async with asyncio.TaskGroup() as tasks:
+            hop = Hop(peer.node.address, LayerRange(0, 6))
+            control = await HopControl.dial(hop, SimTransport(world.owner), Settings(), lambda *_: None, tasks)
+            with pytest.raises(DeadlineExceeded):
+                await control.open(
+                    pb.Open(session="s", epoch=1, model=PROFILE.model_id, end=6, max_positions=8, token_ids=[1])
+                )
+            control.abort()
+        peer.node.kill()
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main) == pytest.approx(Settings().timeouts.session_idle_s, abs=5)
 
 
 def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() -> None:
