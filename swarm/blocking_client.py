@@ -139,11 +139,11 @@ class Client:
                     raise BadRequest("this process was forked after its client was connected; connect another one here")
                 if network.is_current:
                     raise BadRequest(_WAITS_FOR_ITSELF)
-                wait = network.begin(work)
             except BaseException:
                 if isinstance(work, Coroutine):
                     work.close()  # Python warns of one that is never awaited
                 raise
+            wait = network.begin(work)
         return wait()
 
     def begin(self, work: Coroutine[Any, Any, object]) -> None:

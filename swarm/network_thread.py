@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
 from swarm.errors import Cancelled
@@ -42,26 +42,49 @@ class NetworkThread:
 
         The wait raises :class:`Cancelled` if the thread is ended meanwhile.
         """
-        cleaned_up = threading.Event()
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        task: asyncio.Task[T] | None = None
 
         async def run() -> T:
-            try:
-                return await work
-            finally:
-                cleaned_up.set()
+            return await work
 
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        def start() -> None:
+            nonlocal task
+            task = self._loop.create_task(run())
+            task.add_done_callback(finish)
+
+        def finish(ended: asyncio.Task[T]) -> None:
+            if isinstance(work, Coroutine):
+                work.close()  # cancelled at once, it never began
+            if ended.cancelled():
+                done.cancel()
+            elif (error := ended.exception()) is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(ended.result())
+
+        def give_up() -> None:  # comes after start, if that came at all
+            if task is not None:
+                task.cancel()
+            elif isinstance(work, Coroutine):
+                work.close()
 
         def wait() -> T:
             try:
-                return future.result()
+                return done.result()
             except concurrent.futures.CancelledError:
                 raise Cancelled("the client was closed") from None
             except BaseException:
-                if future.cancel():
-                    cleaned_up.wait(self._clean_up_s)
+                if not done.done():
+                    self._loop.call_soon_threadsafe(give_up)
+                    concurrent.futures.wait((done,), self._clean_up_s)
                 raise
 
+        try:
+            self._loop.call_soon_threadsafe(start)
+        except BaseException:  # Ctrl-C: what has begun by now can't be closed, as others may be within it
+            self._loop.call_soon_threadsafe(give_up)
+            raise
         return wait
 
     def end(self) -> None:

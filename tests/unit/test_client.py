@@ -229,6 +229,42 @@ def test_an_interrupt_is_what_is_raised_though_the_stream_takes_its_time_to_end(
     assert world.freeing.is_set()
 
 
+class Waiting(Entered):
+    """Its streams give nothing."""
+
+    async def events(self, prompt: str) -> AsyncGenerator[Token, None]:
+        try:
+            self.working.set()
+            await asyncio.Event().wait()
+            yield Token(0, ord(prompt), prompt, ())
+        finally:
+            self.story.append("freed")
+
+
+def test_an_interrupt_while_a_token_is_asked_for_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed from this thread while the other one waits in it, it could not be ended any more: stages stayed open."""
+    waiting = Waiting()
+    with Client(cast(AsyncClient, waiting)) as client:
+        assert client._network is not None
+        loop = client._network._loop
+        call_soon = loop.call_soon_threadsafe
+
+        def interrupted(callback: Callable[..., object]) -> None:
+            monkeypatch.undo()
+            call_soon(callback)
+            assert waiting.working.wait(10)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(client.stream("a"))
+        for _ in range(100):
+            if len(waiting.story) > 1:
+                break
+            client.run(asyncio.sleep(0.01))
+        assert waiting.story == ["entered", "freed"]
+
+
 def test_a_reader_that_leaves_while_the_client_is_closed_hears_nothing_of_it(
     lingering: tuple[Client, Lingering],
 ) -> None:
