@@ -73,11 +73,8 @@ class ControlHandler:
                     await tell(pb.ControlReply(fetched=self._table.runners[key].fetch(message.fetch)))
                 elif kind == "finish":
                     prefix = message.finish.prefix
-                elif kind == "ping":
+                else:  # a ping
                     await tell(pb.ControlReply(status=self._status(self._table.runners[key])))
-                else:
-                    clean = True
-                    return
                 frame = await self._next(stream, key, tell)
                 if frame is None:
                     clean = True

@@ -147,7 +147,6 @@ class StageRunner:
             have=self.stage.have,
             computing=self.computing,
             draining=draining,
-            queued=len(self.stage.inbox),
             computed=self.stage.computed + turns + self._followers.carried,
         )
 

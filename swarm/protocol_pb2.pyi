@@ -172,22 +172,20 @@ class Step(_message.Message):
     def __init__(self, number: _Optional[int] = ..., answer_from: _Optional[int] = ..., hidden: _Optional[bool] = ...) -> None: ...
 
 class ControlRequest(_message.Message):
-    __slots__ = ("open", "start", "input", "close", "ping", "finish", "fetch")
+    __slots__ = ("open", "start", "input", "ping", "finish", "fetch")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
-    CLOSE_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
     FETCH_FIELD_NUMBER: _ClassVar[int]
     open: Open
     start: Start
     input: Input
-    close: bool
     ping: bool
     finish: Finish
     fetch: Fetch
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., close: _Optional[bool] = ..., ping: _Optional[bool] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., start: _Optional[_Union[Start, _Mapping]] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., ping: _Optional[bool] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
 
 class Fetch(_message.Message):
     __slots__ = ("number", "start", "end")
@@ -250,20 +248,18 @@ class Logprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("epoch", "have", "computing", "draining", "queued", "computed")
+    __slots__ = ("epoch", "have", "computing", "draining", "computed")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     COMPUTING_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
-    QUEUED_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     have: int
     computing: bool
     draining: bool
-    queued: int
     computed: int
-    def __init__(self, epoch: _Optional[int] = ..., have: _Optional[int] = ..., computing: _Optional[bool] = ..., draining: _Optional[bool] = ..., queued: _Optional[int] = ..., computed: _Optional[int] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., have: _Optional[int] = ..., computing: _Optional[bool] = ..., draining: _Optional[bool] = ..., computed: _Optional[int] = ...) -> None: ...
 
 class Fetched(_message.Message):
     __slots__ = ("number", "log_start", "hidden")
