@@ -143,7 +143,10 @@ class Nursery:
             if not line:
                 return None
             unless_forked.pop_all()
-            return Forked(self, int(line), to_stdin, from_stdout)
+            pid = int(line)
+            with self._heard:
+                self._codes.pop(pid, None)  # of an earlier peer, whose pid the system gives again
+            return Forked(self, pid, to_stdin, from_stdout)
 
     def code_of(self, pid: int, timeout_s: float | None) -> int | None:
         """With which a peer of this nursery ended; None if it hasn't after so long."""
