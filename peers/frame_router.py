@@ -27,7 +27,8 @@ class FrameRouter:
     def __init__(self, transport: Transport, table: StageTable, tasks: asyncio.TaskGroup) -> None:
         self._transport = transport
         self._table = table
-        self._links = Links(transport, tasks, table.settings.timeouts, self._on_reply, self._on_lost)
+        timeouts = table.settings.timeouts
+        self._links = Links(transport, tasks, timeouts, self._on_reply, self._on_lost, self._awaits)
         self._incoming: dict[PeerId, Stream] = {}
         """The newest link of each."""
         self._closed = False
@@ -184,6 +185,10 @@ class FrameRouter:
         for runner in list(self._table.runners.values()):
             if _goes_on_at(peer, runner.stage):
                 runner.owner.report(error, peer)
+
+    def _awaits(self, peer: PeerId) -> bool:
+        targets = (target for runner in self._table.runners.values() for target in runner.stage.targets)
+        return any(target.unacked and target.peer is not None and target.peer.peer_id == peer for target in targets)
 
     async def aclose(self) -> None:
         self._closed = True

@@ -59,12 +59,15 @@ class Links:
         timeouts: TimeoutSettings,
         on_reply: ReplyHandler,
         on_lost: LostHandler,
+        awaits: Callable[[PeerId], bool] = lambda peer: False,
     ) -> None:
+        """``awaits``: whether acks are still to come from a peer, which may take long to compute what it has."""
         self._transport = transport
         self._tasks = tasks
         self._timeouts = timeouts
         self._on_reply = on_reply
         self._on_lost = on_lost
+        self._awaits = awaits
         self._links: dict[PeerId, _Link] = {}
         self._dialling: WeakValueDictionary[PeerId, asyncio.Lock] = WeakValueDictionary()
         """Held by those who dial a peer, or wait for who does."""
@@ -187,6 +190,8 @@ class Links:
                     raise DeadlineExceeded(f"nothing of a prompt arrived for {self._timeouts.send_s:g} s")
                 if link.pings and link.pinged_at > link.heard_at + heartbeat_s * (self._timeouts.heartbeat_misses - 1):
                     raise DeadlineExceeded(f"no pong for {_now() - link.heard_at:.1f} s")
+                if not line.under_way_bytes and self._awaits(peer_id):
+                    link.last_used = _now()
                 if _now() - max(link.last_used, link.probed_at) > self._timeouts.link_idle_s:
                     await link.stream.close()
                     return

@@ -81,6 +81,28 @@ def test_stages_for_which_others_have_to_be_computed_first_are_not_given_up(kill
     run_virtual(main)
 
 
+def test_a_line_stays_open_while_the_peer_at_its_end_has_frames_to_compute() -> None:
+    """It was closed as idle, and the peer could not say when it had computed them: nothing more was sent."""
+
+    async def main() -> None:
+        timeouts = replace(SETTINGS.timeouts, link_idle_s=2.0)
+        settings = replace(SETTINGS, engine=config.EngineSettings(prefill_chunk_tokens=CHUNK), timeouts=timeouts)
+        world = World(2, settings=settings)
+        for layers in (LayerRange(0, 3), BACK):
+            await world.add_peer(layers)
+        world.peers[1].executor.layer_s = 6.0 / len(BACK) / (1 + CHUNK / 8)
+        prompt = [token % 60 for token in range(11 * CHUNK)]
+        assert len(prompt) // CHUNK > settings.limits.window_frames, "else this shows nothing"
+        outcome = await world.generate(prompt, 2)
+        assert outcome.error is None
+        assert outcome.session.rebuilds == []
+        await asyncio.sleep(4 * timeouts.link_idle_s)
+        assert all(not peer.service._router._links._links for peer in world.peers), "nobody uses them now"
+        await world.settle()
+
+    run_virtual(main)
+
+
 NARROW = 130.0
 """Bytes a second: a chunk takes as long as one of SmolLM2 takes at 1 Mbit/s."""
 
