@@ -187,6 +187,8 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
             raise BadRequest(f"a model on the swarm takes no {', '.join(given or ['output_attentions'])}")
         if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
             raise BadRequest("input_ids [batch, tokens] are needed")
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise BadRequest(f"input_ids are whole numbers, not {input_ids.dtype}")
         kept = past_key_values if cache is None else cache
         if kept is not None and not isinstance(kept, SwarmCache):
             raise BadRequest(f"the cache is a {type(kept).__name__}, not a SwarmCache")

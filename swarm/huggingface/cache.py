@@ -170,8 +170,8 @@ class SwarmCache(Cache):
             raise BadRequest(f"a batch of {len(new)} with a cache of {len(self._rows)} sequences")
         total = past + input_ids.shape[1]
         mask = [[True] * total] * len(new) if attention_mask is None else attention_mask.bool().tolist()
-        if len(mask) != len(new) or len(mask[0]) != total:
-            raise BadRequest(f"attention_mask is [{len(mask)}, {len(mask[0])}], not [{len(new)}, {total}]")
+        if attention_mask is not None and list(attention_mask.shape) != [len(new), total]:
+            raise BadRequest(f"attention_mask is {list(attention_mask.shape)}, not [{len(new)}, {total}]")
         before = [row.copy() for row in self._rows]
         try:
             for row, ids, shown in zip(self._rows, new, mask, strict=True):

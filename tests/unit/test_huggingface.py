@@ -417,6 +417,11 @@ def test_what_can_not_be_is_refused_in_words(model: SwarmForCausalLM) -> None:
         model(PROMPT, output_attentions=True)
     with pytest.raises(BadRequest, match="attention_mask"):
         model(PROMPT, attention_mask=torch.ones(1, 3))
+    with pytest.raises(BadRequest, match=r"attention_mask is \[11\], not \[1, 11\]"):
+        model(PROMPT, attention_mask=torch.ones(11))
+    for strange in (PROMPT.float(), PROMPT.bool()):
+        with pytest.raises(BadRequest, match="whole numbers"):
+            model(strange)
     with pytest.raises(BadRequest, match="DynamicCache"):
         model(PROMPT, past_key_values=DynamicCache())
     with pytest.raises(BadRequest, match="pad on the left"):
