@@ -11,7 +11,7 @@ import secrets
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from swarm.admission import check_announcement
 from swarm.announcement_record import check_record
@@ -59,6 +59,16 @@ class AsyncClient:
         self._model = model
         self._exit = contextlib.AsyncExitStack()
         self._stepping: weakref.WeakSet[StepSession] = weakref.WeakSet()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises :class:`BadRequest` for what there is only once it is connected."""
+            if name in ("transport", "dht", "profile", "tokenizer_files", "tokenizer", "view", "health"):
+                raise BadRequest(
+                    "this client is not connected; use it as: async with swarm.connect_async(...) as client"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     async def __aenter__(self) -> Self:
         if not self._initial_peers:

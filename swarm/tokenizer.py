@@ -67,6 +67,8 @@ class TextTokenizer:
 
         if self._template_text is None:
             raise BadRequest("this model has no chat template; give it a plain prompt")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise BadRequest('messages are a list of objects such as {"role": "user", "content": "..."}')
         try:
             if self._template is None:
                 self._template = _compile(self._template_text)

@@ -393,6 +393,20 @@ def test_an_option_that_can_not_be_is_a_bad_request_that_names_it(asking: AsyncC
         asking.request("a", **{name: value})
 
 
+@pytest.mark.parametrize("messages", ["Hello", {"role": "user", "content": "Hello"}, ["Hello"]])
+def test_what_are_no_messages_is_a_bad_request(asking: AsyncClient, messages: Any) -> None:
+    with pytest.raises(BadRequest, match="messages are a list of objects such as"):
+        asking.chat_prompt(messages)
+
+
+async def test_a_client_that_nobody_entered_says_so() -> None:
+    client = connect_async(ADDRESS, settings=Settings())
+    for use in (client.generate("a"), client.peers(), client.plan()):
+        with pytest.raises(BadRequest, match="not connected; use it as: async with"):
+            await use
+    assert not hasattr(client, "nonsense")
+
+
 def test_token_ids_may_be_numpys(asking: AsyncClient) -> None:
     assert asking.request(cast(Any, np.array([3, 1, 4]))).prompt == (3, 1, 4)
 
