@@ -43,6 +43,7 @@ class NetworkThread:
         The wait raises :class:`Cancelled` if the thread is ended meanwhile.
         """
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        cleaned_up = threading.Event()
         task: asyncio.Task[T] | None = None
 
         async def run() -> T:
@@ -62,6 +63,7 @@ class NetworkThread:
                 done.set_exception(error)
             else:
                 done.set_result(ended.result())
+            cleaned_up.set()
 
         def give_up() -> None:  # comes after start, if that came at all
             if task is not None:
@@ -77,7 +79,7 @@ class NetworkThread:
             except BaseException:
                 if not done.done():
                     self._loop.call_soon_threadsafe(give_up)
-                    concurrent.futures.wait((done,), self._clean_up_s)
+                    cleaned_up.wait(self._clean_up_s)
                 raise
 
         try:

@@ -265,6 +265,23 @@ def test_an_interrupt_while_a_token_is_asked_for_ends_the_stream(monkeypatch: py
         assert waiting.story == ["entered", "freed"]
 
 
+def test_an_interrupt_waits_until_the_stream_has_ended_and_no_longer() -> None:
+    waiting, main = Waiting(), threading.get_ident()
+
+    def interrupt() -> None:
+        waiting.working.wait(10)
+        time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with Client(cast(AsyncClient, waiting)) as client:
+        threading.Thread(target=interrupt).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            next(client.stream("a"))
+        assert time.monotonic() - began < client.settings.timeouts.send_s / 2
+        assert waiting.story == ["entered", "freed"]
+
+
 def test_a_reader_that_leaves_while_the_client_is_closed_hears_nothing_of_it(
     lingering: tuple[Client, Lingering],
 ) -> None:
