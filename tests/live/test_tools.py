@@ -115,8 +115,8 @@ def processes_marked(value: str) -> list[str]:
 
 def test_chaos_changes_no_token_and_leaves_no_process(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "llama", "llama")
-    done = swarm(
-        *("chaos", "--model", str(checkpoint), "--parts", "2", "--kinds", "kill", "--tokens", "16"),
+    done = swarm(  # so small a model gives a dozen tokens while a process is killed
+        *("chaos", "--model", str(checkpoint), "--parts", "2", "--kinds", "kill", "--tokens", "96"),
         *("--context", "40", "--json"),
         **{MARK: "chaos"},
     )
