@@ -50,6 +50,11 @@ for group in groups:
 _GATE = 'read -r _ && exec "$@" </dev/null'
 
 
+def inherited_environment() -> dict[str, str]:
+    """This process's, without the settings of ``SWARM_...``: a child is told its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
+
+
 class Guard:
     """``with Guard() as guard``; children are spawned with it."""
 

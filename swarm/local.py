@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import tempfile
 import textwrap
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from swarm.children import PYTHON, Child, Guard
+from swarm.children import PYTHON, Child, Guard, inherited_environment
 from swarm.config import TimeoutSettings
 from swarm.errors import BadRequest, DeadlineExceeded, SwarmError
 from swarm.nursery import Nursery
@@ -103,8 +102,9 @@ class LocalSwarm:
         self._ranges = tuple(ranges)
         self._args = [*(("--dtype", dtype) if dtype else ()), *(("--weights", weights) if weights else ()), *extra_args]
         self._args_of = dict(args_of or {})
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
-        self._env = inherited | {"PYTHONUNBUFFERED": "1", "SWARM_PEER_THREADS": str(threads)} | dict(env or {})
+        self._env = (
+            inherited_environment() | {"PYTHONUNBUFFERED": "1", "SWARM_PEER_THREADS": str(threads)} | dict(env or {})
+        )
         self._log_dir = log_dir
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._start_s, self._stop_s = start_s, stop_s

@@ -99,14 +99,15 @@ class Nursery:
             )
         threading.Thread(target=self._listen, args=[self._socket], name="nursery", daemon=True).start()
 
-    def ready(self) -> None:
-        """Waits until a fork takes no longer than a moment, or the nursery has gone."""
-        if self._socket is not None:
-            with open(os.devnull, "wb") as nowhere:
-                never = self.fork(["--help"], nowhere)
-            if never is not None:
-                never.stdin.close()
-                never.stdout.close()
+    def ready(self) -> bool:
+        """Waits until all is imported and a fork takes a moment; whether there can be one at all."""
+        with open(os.devnull, "wb") as nowhere:
+            never = self.fork(["--help"], nowhere)
+        if never is None:
+            return False
+        never.stdin.close()
+        never.stdout.close()
+        return True
 
     def rest(self) -> None:
         """Forks no more. It gives its memory back, and tells of its peers' ends as before."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from swarm.children import PYTHON
+from swarm.children import PYTHON, inherited_environment
 from swarm.errors import SwarmError
 from swarm.local import LocalSwarm
 from swarm.types import LayerRange
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
             _say(f"asking: {prompt}")
             joins = [part for address in swarm.initial_peers for part in ("--initial-peers", address)]
             command = [*PYTHON, "-m", "swarm.cli", "generate", "--chat", "--max-tokens", TOKENS, *joins, "--", prompt]
-            code = subprocess.run(command, check=False, env=_environment()).returncode
+            code = subprocess.run(command, check=False, env=inherited_environment()).returncode
     except SwarmError as error:
         _say(error.message)
         return error.exit_code
@@ -71,7 +71,7 @@ def _web(arguments: list[str]) -> int:
     _say(f"three peers with ten of {MODEL}'s thirty layers each, as many spares, and a console, on this machine only")
     starts = [part for option in ("--start", "--spare") for layers in RANGES for part in (option, str(layers))]
     command = [*PYTHON, "-m", "swarm.cli", "gateway", "--port", port, "--model", MODEL, *starts, "--open"]
-    os.execve(sys.executable, command, _environment())
+    os.execve(sys.executable, command, inherited_environment())
 
 
 def _refuse(why: str) -> int:
@@ -79,11 +79,6 @@ def _refuse(why: str) -> int:
     _say(why)
     print(USAGE, file=sys.stderr)
     return 2
-
-
-def _environment() -> dict[str, str]:
-    """Without settings that are for another swarm; peers are started without them, too."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
 
 
 if __name__ == "__main__":

@@ -23,12 +23,10 @@ def peak_mb(pid: int) -> float:
 
 def peak_of_imports_mb() -> float:
     """What a peer takes before it has a single weight: Python, torch, transformers and the network library."""
-    with Nursery(os.environ) as nursery, open(os.devnull, "wb") as stderr:
-        peer = nursery.fork(["--help"], stderr)
-        if peer is None:
+    with Nursery(os.environ) as nursery:
+        if not nursery.ready():
             raise SwarmError("no peer can be forked here")
-        with peer.stdin, peer.stdout:
-            return peak_mb(nursery.pid)
+        return peak_mb(nursery.pid)
 
 
 def cpu_s(pids: Iterable[int]) -> float:

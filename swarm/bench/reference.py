@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swarm.bench.runs import Run
-from swarm.children import PYTHON
+from swarm.children import PYTHON, inherited_environment
 from swarm.errors import Internal
 from swarm.models import ModelReference, resolve
 
@@ -33,7 +33,7 @@ class Reference:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C in the terminal is for the owner
-            env={**{k: v for k, v in os.environ.items() if not k.startswith("SWARM_")}, "TQDM_DISABLE": "1"},
+            env=inherited_environment() | {"TQDM_DISABLE": "1"},
         )
 
     @property

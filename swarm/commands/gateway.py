@@ -106,8 +106,8 @@ async def _serve(settings: Settings, flags: Flags) -> None:
                 initial_peers += await _start_peers(local, specs, initial_peers)
                 say("joining the swarm")
                 client = await stack.enter_async_context(AsyncClient(initial_peers, flags.model, settings))
-                telling = _tell_of_spares(local, [local.start(spec, initial_peers) for spec in spares])
-            stack.callback(asyncio.create_task(telling).cancel)
+                started = [local.start(spec, initial_peers) for spec in spares]
+            stack.callback(asyncio.create_task(_tell_of_spares(local, started)).cancel)
             access = Access(flags.host, flags.api_key, flags.allow_remote_control)
             state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
 

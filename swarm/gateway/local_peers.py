@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import signal
 import tempfile
@@ -23,7 +22,7 @@ import psutil
 
 from swarm import multiaddrs
 from swarm.architectures import DTYPE_BYTES, WEIGHTS
-from swarm.children import Child, Guard
+from swarm.children import Child, Guard, inherited_environment
 from swarm.errors import BadRequest, Busy, DeadlineExceeded, Internal
 from swarm.local import PEER_COMMAND, START_S, STOP_S
 from swarm.nursery import Nursery
@@ -317,8 +316,7 @@ class LocalPeers:
 
 
 def _environment() -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("SWARM_")}
-    return inherited | {"PYTHONUNBUFFERED": "1"}
+    return inherited_environment() | {"PYTHONUNBUFFERED": "1"}
 
 
 def _range(event: dict[str, Any]) -> LayerRange | None:

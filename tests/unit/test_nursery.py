@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from swarm import nursery as nursery_module
-from swarm.children import Child, Guard
+from swarm.children import Child, Guard, inherited_environment
 from swarm.errors import SwarmError
 from swarm.nursery import Forked, Nursery
 
 pytestmark = pytest.mark.skipif(not Nursery.possible(), reason="forks are for Linux")
 
-ENV = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")} | {"PYTHONUNBUFFERED": "1"}
+ENV = inherited_environment() | {"PYTHONUNBUFFERED": "1"}
 PR_SET_CHILD_SUBREAPER = 36
 
 
