@@ -145,7 +145,7 @@ class ControlHandler:
             try:
                 await self._beat(runner.reopen(request), lambda: reopened, tell)  # it may have a long step to end
             finally:
-                if runner.owner.stream is None:
+                if runner.owner.stream is None and self._table.runners.get(key) is runner:
                     self._table.linger(key)
             if self._table.runners.get(key) is not runner:
                 raise Evicted("this stage is gone")

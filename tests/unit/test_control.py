@@ -278,3 +278,39 @@ def test_a_stage_that_was_lost_makes_way_for_one_with_other_layers(epoch: int, c
         await world.settle()
 
     run_virtual(main)
+
+
+def test_an_open_that_comes_too_late_does_not_set_a_term_for_the_stage_in_its_place() -> None:
+    """It waited for a long step of the old stage; the new one belongs to who opened it meanwhile."""
+
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        table, step = peer.service.table, asyncio.Event()
+
+        async def opened(epoch: int, end: int) -> Stream:
+            stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+            opening = pb.Open(session="s", epoch=epoch, model=PROFILE.model_id, end=end, max_positions=8, token_ids=[1])
+            await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+            await asyncio.sleep(0.5)
+            return stream
+
+        first = await opened(1, 6)
+        first.abort()
+        await asyncio.sleep(0.5)
+        old = next(iter(table.runners.values()))
+
+        async def ends_its_step(request: object) -> None:
+            await step.wait()
+
+        old.reopen = ends_its_step  # type: ignore[assignment, method-assign]
+        late = await opened(2, 6)
+        newest = await opened(3, 4)
+        step.set()
+        await asyncio.sleep(2 * world.settings.timeouts.owner_grace_s)
+        assert [runner.stage.epoch for runner in table.runners.values()] == [3]
+        late.abort()
+        newest.abort()
+        await world.settle()
+
+    run_virtual(main)
