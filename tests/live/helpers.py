@@ -186,23 +186,6 @@ def daemon_of(pid: int) -> int:
     return next(child.pid for child in psutil.Process(pid).children() if child.name() == "p2pd")
 
 
-def is_gone(pid: int) -> bool:
-    """True for a zombie too: its parent is gone and nobody reaps it in a container without an init."""
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
-def eventually(condition: Callable[[], bool], limit_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 async def until(condition: Callable[[], bool], what: str, limit_s: float = 10.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():

@@ -25,7 +25,8 @@ from swarm.identity import Identity
 from swarm.local import PEER_COMMAND, LocalSwarm
 from swarm.types import LayerRange
 from tests.checkpoints import make_checkpoint
-from tests.live.helpers import MODEL, SETTINGS, Reference, descriptions, is_gone, local_swarm, released
+from tests.live.helpers import MODEL, SETTINGS, Reference, descriptions, local_swarm, released
+from tests.processes import is_gone
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(90, func_only=True)]
 

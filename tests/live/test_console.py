@@ -15,7 +15,8 @@ import pytest
 
 from swarm.models import resolve, tokenizer_files
 from swarm.tokenizer import TextTokenizer
-from tests.live.helpers import MODEL, THIRDS, Reference, is_gone
+from tests.live.helpers import MODEL, THIRDS, Reference
+from tests.processes import is_gone
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (bin/setup test)")
 

@@ -20,7 +20,8 @@ from swarm.client import AsyncClient
 from swarm.local import LocalSwarm
 from swarm.models import TextTokenizer, load_profile, resolve, tokenizer_files
 from swarm.types import LayerRange
-from tests.live.helpers import MODEL, SETTINGS, Reference, descriptions, eventually, index_of, only_thirds, released
+from tests.live.helpers import MODEL, SETTINGS, Reference, descriptions, index_of, only_thirds, released
+from tests.processes import eventually
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(280)]
 

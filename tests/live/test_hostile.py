@@ -28,7 +28,8 @@ from swarm.protocol import address_to_wire
 from swarm.session import Generated, Session
 from swarm.transport import CONTROL, INFO, LINK, Stream
 from swarm.types import PeerAddress
-from tests.live.helpers import SETTINGS, Reference, daemon_of, is_gone, released, until
+from tests.live.helpers import SETTINGS, Reference, daemon_of, released, until
+from tests.processes import is_gone
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(60, func_only=True)]
 

@@ -31,6 +31,7 @@ from swarm.libp2p import Libp2pTransport
 from swarm.multiaddrs import peer_address
 from swarm.transport import Stream
 from swarm.types import PeerAddress, PeerId
+from tests.processes import is_gone
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(30)]
 
@@ -60,14 +61,6 @@ def remote_peer(maddr: str = "/ip4/127.0.0.1/tcp/0") -> Iterator[Remote]:
                     os.kill(pid, signal.SIGCONT)
             process.kill()
             wait_gone(facts["daemon_pid"])
-
-
-def is_gone(pid: int) -> bool:
-    """True for a zombie too: its parent is gone and nobody reaps it in a container without an init."""
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def wait_gone(pid: int, limit_s: float = 5.0) -> None:

@@ -28,13 +28,13 @@ from tests.live.helpers import (
     Watched,
     daemon_of,
     index_of,
-    is_gone,
     living,
     local_swarm,
     released,
     until,
     watch,
 )
+from tests.processes import is_gone
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(90, func_only=True)]
 

@@ -15,7 +15,7 @@ import pytest
 
 from swarm.local import LocalSwarm
 from tests.checkpoints import make_checkpoint
-from tests.live.helpers import eventually
+from tests.processes import eventually
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
 

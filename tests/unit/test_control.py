@@ -303,7 +303,7 @@ def test_an_open_that_comes_too_late_does_not_set_a_term_for_the_stage_in_its_pl
         async def ends_its_step(request: object) -> None:
             await step.wait()
 
-        old.reopen = ends_its_step  # type: ignore[assignment, method-assign]
+        old.reopen = ends_its_step  # type: ignore[method-assign]
         late = await opened(2, 6)
         newest = await opened(3, 4)
         step.set()

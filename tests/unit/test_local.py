@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from swarm import local
 from swarm.errors import BadRequest, DeadlineExceeded, ModelError, SwarmError
 from swarm.local import PEER_COMMAND, LocalSwarm
 from swarm.types import LayerRange
+from tests.processes import eventually, is_gone
 
 FAKE_PEER = """
 import json, os, signal, subprocess, sys, time
@@ -67,24 +68,6 @@ def test_a_folder_called_as_the_package_is_not_taken_for_it(tmp_path: Path) -> N
 THIRDS = (LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30))
 
 
-def gone(pid: int) -> bool:
-    """Ended; a zombie that its parent (not we) has yet to collect counts."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state in "ZX"
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def daemons(swarm: LocalSwarm) -> list[int]:
     found = []
     for peer in swarm.peers:
@@ -119,8 +102,8 @@ def test_peers_start_through_the_first_and_stop_together(
         assert events[0]["args"] == ["serve", "--model", "m", "--layers", "0:10", "--json", "--dtype", "bfloat16"]
         assert events[0]["env"] == {"SWARM_PEER_THREADS": "2", "SWARM_TIMEOUTS_DRAIN_S": "1"}
         pids = [peer.pid for peer in swarm.peers] + daemons(swarm)
-        assert not any(gone(pid) for pid in pids)
-    assert all(gone(pid) for pid in pids)
+        assert not any(is_gone(pid) for pid in pids)
+    assert all(is_gone(pid) for pid in pids)
     assert (tmp_path / "logs" / "peer-1.log").read_text() == "loading 10:20\n"
     assert any("peer 2 [20:30]: ready" in line for line in said)
 
@@ -133,7 +116,7 @@ def test_kill_takes_the_daemon_along_and_a_replacement_joins_the_living(
         dead = [swarm.peers[0].pid, daemons(swarm)[0]]
         swarm.kill(0)
         assert not swarm.peers[0].alive
-        assert eventually(lambda: all(gone(pid) for pid in dead))
+        assert eventually(lambda: all(is_gone(pid) for pid in dead))
         added = swarm.add(THIRDS[0])
         event = added.child.event("ready", 0) or {}
         assert event["joins"] == list(swarm.peers[1].addresses)
@@ -155,7 +138,7 @@ def test_freeze_and_resume(command: Sequence[str], where: list[str]) -> None:
         swarm.freeze(0)
         begin = time.monotonic()
     assert time.monotonic() - begin < 5, "a frozen peer can't drain and is killed at once"
-    assert eventually(lambda: all(gone(pid) for pid in pids))
+    assert eventually(lambda: all(is_gone(pid) for pid in pids))
 
 
 def test_drain_gives_the_exit_code_or_a_deadline(command: Sequence[str]) -> None:
@@ -166,7 +149,7 @@ def test_drain_gives_the_exit_code_or_a_deadline(command: Sequence[str]) -> None
         with pytest.raises(DeadlineExceeded, match=r"peer 0 \[0:10\] has not left after 0.2 s"):
             swarm.drain(0, timeout_s=0.2)
         pid = swarm.peers[0].pid
-    assert gone(pid)
+    assert is_gone(pid)
 
 
 def test_a_peer_that_ends_early_is_an_error_with_its_last_words(command: Sequence[str]) -> None:
@@ -215,9 +198,9 @@ time.sleep(600)
         assert owner.stdout is not None
         pids = [int(word) for word in owner.stdout.readline().split()]
         assert len(pids) == 4
-        assert not any(gone(pid) for pid in pids)
+        assert not any(is_gone(pid) for pid in pids)
         os.kill(owner.pid, signal.SIGKILL)
-    assert eventually(lambda: all(gone(pid) for pid in pids))
+    assert eventually(lambda: all(is_gone(pid) for pid in pids))
 
 
 def test_those_that_load_are_told_of_in_one_line(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from swarm import nursery as nursery_module
 from swarm.children import Child, Guard, inherited_environment
 from swarm.errors import SwarmError
 from swarm.nursery import Forked, Nursery
+from tests.processes import eventually
 
 pytestmark = pytest.mark.skipif(not Nursery.possible(), reason="forks are for Linux")
 
@@ -40,15 +41,6 @@ def guard() -> Iterator[Guard]:
 
 def forked(nursery: Nursery, guard: Guard, tmp_path: Path, *args: str) -> Child:
     return Child.spawn("it", ["false"], guard, tmp_path / "log", ENV, partial(nursery.fork, args))
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def opened(pid: int) -> list[str]:
