@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from peers.drafting import MAX_DRAFT
 from swarm.client import connect_async
 from swarm.local import LocalSwarm
 from swarm.session import Generated, Session
@@ -28,5 +29,6 @@ async def test_the_next_turn_of_a_chat_is_right_and_computes_only_what_is_new(
         async with session:
             tokens = [event.token_id async for event in session.events() if isinstance(event, Generated)]
         assert tokens == reference.greedy(following, 8)
-        assert session.reused == 739 // 32 * 32
+        # whole blocks of the 739 positions; where the answer ends in a draft, of those before the draft
+        assert session.reused in (739 // 32 * 32, (739 - 1 - MAX_DRAFT) // 32 * 32)
         await released(client, thirds)
