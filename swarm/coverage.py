@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from swarm.plans import Check
 
 MB = 1_000_000
+REFERENCE = "REF"
+"""Stands for what ``--model`` is to be given; it names no model."""
 
 
 def missing_layers(served: Iterable[LayerRange], wanted: LayerRange) -> list[LayerRange]:
@@ -59,7 +61,9 @@ class Coverage:
     """Weights that nobody holds; a peer needs room for KV caches on top."""
     peers: int
     flags: str = ""
-    """Without these a peer would serve other weights, which are another model."""
+    """Without these a peer would serve another model, or other weights, which are one."""
+    name: str = ""
+    """Of the model, if ``flags`` leave open where a peer has it: only its own machine knows the folder or file."""
 
     @property
     def complete(self) -> bool:
@@ -73,10 +77,11 @@ class Coverage:
     def remedy(self) -> str:
         """How much is missing and what would help; only while something is missing."""
         most = max(self.missing, key=len)
+        where = f" ({REFERENCE}: the folder, .gguf file or Hub id of {self.name})" if self.name else ""
         return (
             f"{sum(map(len, self.missing))} of {len(self.counts)} layers, "
             f"{-(-self.missing_bytes // MB)} MB of weights; a peer started with {self.flags}--layers {most}, or with "
-            f"{self.flags}--layers auto, would help"
+            f"{self.flags}--layers auto, would help{where}"
         )
 
 
@@ -88,9 +93,12 @@ def coverage_of(served: Sequence[LayerRange], profile: ModelProfile) -> Coverage
     gaps = missing_layers(served, LayerRange(0, profile.num_layers))
     missing_bytes = sum(weights_bytes(profile, gap) for gap in gaps)
     default = ModelSettings()
+    other = profile.name != default.name
+    model = f"--model {REFERENCE} " if other else ""
     dtype = f"--dtype {profile.dtype} " if profile.dtype != default.dtype else ""
     weights = f"--weights {profile.weights} " if profile.weights != default.weights else ""
-    return Coverage(tuple(counts), tuple(gaps), missing_bytes, len(served), dtype + weights)
+    name = profile.name if other else ""
+    return Coverage(tuple(counts), tuple(gaps), missing_bytes, len(served), model + dtype + weights, name)
 
 
 def served(announcements: Iterable[Announcement], profile: ModelProfile, check: Check) -> Coverage:

@@ -30,7 +30,7 @@ from swarm.types import Announcement, LayerRange, PeerAddress, PeerId, PeerState
 from tests.sim.world import PROFILE as SMALL
 
 MB = 1_000_000
-PROFILE = replace(SMALL, num_layers=30, layer_bytes=7 * MB)
+PROFILE = replace(SMALL, name="smollm2-135m", num_layers=30, layer_bytes=7 * MB)
 MISSING = (
     "nobody serves layers 10:20: 10 of 30 layers, 70 MB of weights; "
     "a peer started with --layers 10:20, or with --layers auto, would help"

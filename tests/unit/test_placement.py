@@ -439,7 +439,8 @@ def test_where_not_one_layer_fits_it_is_said_how_much_one_needs() -> None:
 
 
 def test_what_is_missing_is_said_in_one_sentence() -> None:
-    coverage = coverage_of(ranges("0:8 4:10 20:29"), PROFILE)
+    built_in = replace(PROFILE, name="smollm2-135m")
+    coverage = coverage_of(ranges("0:8 4:10 20:29"), built_in)
     assert coverage.missing == (LayerRange(10, 20), LayerRange(29, 30))
     assert coverage.missing_bytes == 10_000_000 + 1_000_000 + 3_000_000
     assert coverage.counts[4:10] == (2, 2, 2, 2, 1, 1)
@@ -447,9 +448,17 @@ def test_what_is_missing_is_said_in_one_sentence() -> None:
         "nobody serves layers 10:20, 29:30: 11 of 30 layers, 14 MB of weights; "
         "a peer started with --layers 10:20, or with --layers auto, would help"
     )
-    stored = coverage_of(ranges("0:10"), replace(PROFILE, dtype="bfloat16", weights="int4")).sentence()
+    stored = coverage_of(ranges("0:10"), replace(built_in, dtype="bfloat16", weights="int4")).sentence()
     flags = "--dtype bfloat16 --weights int4"
     assert stored.endswith(f"started with {flags} --layers 10:30, or with {flags} --layers auto, would help"), (
         "one without them would serve another model"
+    )
+    assert (
+        coverage_of(ranges("0:10"), PROFILE)
+        .sentence()
+        .endswith(
+            "started with --model REF --layers 10:30, or with --model REF --layers auto, would help "
+            "(REF: the folder, .gguf file or Hub id of toy)"
+        )
     )
     assert coverage_of([WHOLE], PROFILE).sentence() == "all 30 layers are served, each by 1 or more of 1 peers"
