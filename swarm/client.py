@@ -283,7 +283,7 @@ def connect_async(
 ) -> AsyncClient:
     """``async with connect_async([...]) as client``. Without arguments: ``SWARM_INITIAL_PEERS`` and the settings.
 
-    ``initial_peers``: multiaddrs, or a single one.
+    ``initial_peers``: multiaddrs, or a single text with one or with several and commas.
     ``via``: the same of peers that are to own the sessions; this process then only sends a prompt and hears tokens.
     """
     if settings is None:
@@ -292,4 +292,4 @@ def connect_async(
 
 
 def _listed(addresses: str | Sequence[str]) -> list[str]:
-    return [addresses] if isinstance(addresses, str) else list(addresses)
+    return [part for part in addresses.split(",") if part.strip()] if isinstance(addresses, str) else list(addresses)

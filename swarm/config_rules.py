@@ -149,10 +149,10 @@ def check_together(settings: Settings, origins: Mapping[str, str]) -> None:
 def coerce(raw: object, kind: Any) -> Any:
     """A value of YAML or Python as ``kind``; nothing is guessed. Raises ValueError."""
     if kind == tuple[str, ...]:
-        items = raw.split(",") if isinstance(raw, str) else raw
+        items = [raw] if isinstance(raw, str) else raw
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
             raise ValueError
-        return tuple(item.strip() for item in items if item.strip())
+        return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return _finite(float(raw) if abs(raw) < 2**1000 else math.inf)  # float() of more digits overflows
     if type(raw) is not kind:  # exact: a bool is an int by inheritance only

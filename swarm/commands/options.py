@@ -22,7 +22,8 @@ Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
 ]
 InitialPeers = Annotated[
-    list[str] | None, typer.Option(help="Multiaddr of a running peer; repeatable. Or SWARM_INITIAL_PEERS.")
+    list[str] | None,
+    typer.Option(help="Multiaddr of a running peer; several with commas, or repeated. Or SWARM_INITIAL_PEERS."),
 ]
 Model = Annotated[str | None, typer.Option(help="Name of the model, if the peers serve several.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML settings.")]

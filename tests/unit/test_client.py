@@ -31,6 +31,8 @@ ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVw
 
 
 class Entered:
+OTHER = ADDRESS.replace("tcp/1", "tcp/2")
+
     """As much of an ``AsyncClient`` as says whether it is entered."""
 
     def __init__(self, fails: int = 0) -> None:
@@ -375,6 +377,8 @@ def test_a_single_address_need_not_be_in_a_list() -> None:
     assert alone._initial_peers == listed._initial_peers == [ADDRESS, ADDRESS]
 
 
+    several = connect_async(f"{ADDRESS},{OTHER},", settings=Settings())
+    assert several._initial_peers == [ADDRESS, OTHER], "as in SWARM_INITIAL_PEERS"
 @pytest.fixture(scope="module")
 def asking() -> AsyncClient:
     reference = resolve("smollm2-135m")

@@ -140,6 +140,8 @@ def test_lists_and_comma_separated_text_are_the_same(tmp_path: Path) -> None:
     listed = from_text(tmp_path, "network: {host_maddrs: [/ip4/0.0.0.0/tcp/1, /ip4/0.0.0.0/tcp/2]}")
     joined = from_text(tmp_path, "network: {host_maddrs: '/ip4/0.0.0.0/tcp/1,/ip4/0.0.0.0/tcp/2'}")
     assert listed.settings == joined.settings
+    flags = load_settings(flags={"host_maddrs": ["/ip4/0.0.0.0/tcp/1, /ip4/0.0.0.0/tcp/2"]}).settings
+    assert flags.network == listed.settings.network, "a flag that may be repeated"
     assert listed.settings.network.host_maddrs == ("/ip4/0.0.0.0/tcp/1", "/ip4/0.0.0.0/tcp/2")
 
 
