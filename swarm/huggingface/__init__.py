@@ -229,8 +229,11 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers has it; a text ends at the limit of tokens that a session may have, at the latest.
 
-        Sessions end with the call, unless it was given a cache or returns it.
+        Sessions end with the call, unless it was given a cache or returns it. ``cache_implementation`` is left out of
+        account: it says how keys and values are kept on this machine, and they are at the peers (see
+        ``inference.kv``).
         """
+        kwargs.pop("cache_implementation", None)
         made: list[SwarmCache] = []
         token = _caches.set(made)
         given = [held for name in ("cache", "past_key_values") if (held := kwargs.pop(name, None)) is not None]

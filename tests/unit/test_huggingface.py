@@ -410,6 +410,14 @@ def test_pipelines_and_streamers(
     assert capsys.readouterr().out.split() == said.split()
 
 
+@pytest.mark.parametrize("kind", ["paged", "static", "quantized", "offloaded"])
+def test_how_a_cache_at_home_is_to_be_kept_is_left_out_of_account(model: SwarmForCausalLM, kind: str) -> None:
+    plain = model.generate(PROMPT, do_sample=False, max_new_tokens=4)
+    assert (
+        model.generate(PROMPT, do_sample=False, max_new_tokens=4, cache_implementation=kind).tolist() == plain.tolist()
+    )
+
+
 def test_what_can_not_be_is_refused_in_words(model: SwarmForCausalLM) -> None:
     with pytest.raises(BadRequest, match="inputs_embeds"):
         model(PROMPT, inputs_embeds=torch.zeros(1))
