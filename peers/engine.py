@@ -205,8 +205,8 @@ class Engine:
         while not self._arrived.empty():
             if not isinstance(arrived := self._arrived.get_nowait(), int):
                 self._batching.add(*arrived)
-        for waiting in (*self._running, *self._batching):
-            waiting.done(error)
+        waiting = (*self._running, *self._batching)
+        _resolve(waiting, [error] * len(waiting))
 
     def _work_off(self) -> None:
         use_device(self._shard.device)
@@ -377,5 +377,9 @@ def _sampled(request: StepRequest, output: StepOutput) -> tuple[SampleResult, ..
 
 def _resolve(batch: Sequence[Waiting], answers: Sequence[StepReply | SwarmError | None]) -> None:
     for waiting, answer in zip(batch, answers, strict=True):
-        if answer is not None:
-            waiting.done(answer)
+        try:
+            if answer is not None:
+                waiting.done(answer)
+        except Exception:
+            # Whatever one session makes of its answer, the others of its batch get theirs.
+            logger.exception("an answer of the engine was not taken")

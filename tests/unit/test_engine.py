@@ -231,6 +231,18 @@ async def test_an_engine_says_when_its_device_is_lost(engine: Engine, monkeypatc
             await broken
 
 
+async def test_a_session_that_fails_over_its_answer_leaves_the_others_theirs(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("a bug of one session")
+
+    engine.submit(step(engine, [1, 2]), fail)
+    async with asyncio.timeout(5):
+        await run(engine, step(engine, [1, 2]))
+    assert "a bug of one session" in caplog.text
+
+
 async def test_weights_that_are_not_finite_are_an_error_of_the_model() -> None:
     """The peer ended as if by a bug of its own."""
     model = whole()
