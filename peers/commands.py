@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,9 +138,9 @@ def probe(
         "weights": weights,
         "max_memory_mb": max_memory_mb,
     }
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     with failing_well(as_json, PROGRAM):
         settings = load_settings(config, os.environ, flags).settings
+        log_to_stderr(logging.WARNING, settings.log.format)
         import_transformers()
         from peers.survey import lines, survey
 

@@ -59,9 +59,9 @@ def bench(
     verbose: Verbose = False,
 ) -> None:
     """Measure one peer, three peers and transformers, one thread each, or a swarm that is running."""
-    log_to_stderr(verbose)
     flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "dtype": dtype, "weights": weights}
     settings = load(config, flags, as_json=as_json).settings
+    log_to_stderr(verbose, settings.log.format)
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
         taking_part = chosen(contenders.split(","), CONTENDERS, "contender")

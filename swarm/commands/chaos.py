@@ -42,9 +42,9 @@ def chaos(
     verbose: Verbose = False,
 ) -> None:
     """Break a local swarm with spares while it generates. Exit code 1 if a single token differs."""
-    log_to_stderr(verbose)
     flags: dict[str, object] = {"model": model, "weights": weights, "speculation": "auto" if drafts else "off"}
     settings = load(config, flags, as_json=as_json).settings
+    log_to_stderr(verbose, settings.log.format)
     with failing_well(as_json), ending_on_sigterm():
         chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
         trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one)

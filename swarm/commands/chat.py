@@ -57,9 +57,9 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Talk to the model, one line a message. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
-    log_to_stderr(verbose)
     flags: dict[str, object] = {"initial_peers": initial_peers, "speculation": speculation, "wire": wire, "kv": kv}
     settings = load(config, flags, as_json=False).settings
+    log_to_stderr(verbose, settings.log.format)
     options: dict[str, Any] = {
         "max_tokens": ANSWER_TOKENS if max_tokens is None else max_tokens,
         "temperature": temperature,

@@ -43,6 +43,8 @@ def plan(
     """Plan a route and open nothing. Exit code 3 if some layers are served by nobody."""
 
     async def work(settings: Settings) -> None:
+        if not as_json:
+            say("looking at the swarm")
         from swarm.client import AsyncClient
         from swarm.routing import plan as find_plan
         from swarm.what_if import add_peer, named
@@ -68,8 +70,6 @@ def plan(
             else:
                 print("\n".join(rendered(found, prompt_tokens)))
 
-    if not as_json:
-        say("looking at the swarm")
     run(work, initial_peers, config, as_json=as_json, verbose=verbose)
 
 

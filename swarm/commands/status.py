@@ -54,6 +54,8 @@ def status(
     """Show the peers of a swarm, their layers, speed and load, and which layers are missing."""
 
     async def work(settings: Settings) -> None:
+        if not as_json and not watch:
+            say("looking at the swarm")
         from swarm.client import AsyncClient
 
         async with AsyncClient(list(settings.network.initial_peers), model, settings) as client:
@@ -69,8 +71,6 @@ def status(
                     return
                 await asyncio.sleep(WATCH_S)
 
-    if not as_json and not watch:
-        say("looking at the swarm")
     run(work, initial_peers, config, as_json=as_json, verbose=verbose)
 
 

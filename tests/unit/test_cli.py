@@ -327,6 +327,27 @@ def test_refusals_are_one_line_and_an_exit_code(arguments: list[str], code: int,
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (app, ["generate", "hi"]),
+        (app, ["chat"]),
+        (app, ["status"]),
+        (app, ["plan"]),
+        (app, ["bench", "--only", "colour"]),
+        (app, ["chaos", "--kinds", "meteor"]),
+        (peer_app, ["probe", "--model", "none/such.gguf"]),
+    ],
+)
+def test_logs_are_json_where_the_settings_say_so(
+    command: typer.Typer, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARM_LOG_FORMAT", "json")
+    told = CliRunner().invoke(command, arguments).stderr.splitlines()
+    assert told
+    assert all("message" in json.loads(line) for line in told)
+
+
 def test_with_json_a_refusal_is_an_event_too() -> None:
     result = CliRunner().invoke(app, ["status", "--json"])
     assert result.exit_code == 4
