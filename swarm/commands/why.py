@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from swarm.commands.options import AsJson, ConfigFile, InitialPeers, Verbose
-from swarm.commands.shared import failing_well, load, print_json, run, say
+from swarm.commands.shared import failing_well, print_json, run, say
 from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.trace import Why, explain
@@ -39,6 +39,10 @@ def why(
     options: list[Alternative] = []
 
     async def ask(settings: Settings) -> None:
+        if not settings.network.initial_peers:
+            return
+        if not as_json:
+            say("looking at the swarm")
         from swarm.client import AsyncClient
 
         async with AsyncClient(list(settings.network.initial_peers), told.model, settings) as client:
@@ -46,18 +50,19 @@ def why(
             knowledge = client.knowledge()
             options.extend(alternatives(announcements, told.route, client.profile.num_layers, demand, knowledge))
 
-    if not as_json:  # before anybody is asked: the swarm may be gone
-        print("\n".join(rendered(found)), flush=True)
-    if load(config, {"initial_peers": initial_peers}, as_json=as_json).settings.network.initial_peers:
-        if not as_json:
-            say("looking at the swarm")
-        run(ask, initial_peers, config, as_json=as_json, verbose=verbose)
-    if as_json:
-        hops = [asdict(share) | {"layers": [share.layers.start, share.layers.end]} for share in found.hops]
-        others = [asdict(option) for option in options]
-        print_json({"event": "why", **asdict(found), "hops": hops, "alternatives": others})
-    else:
-        print("".join(f"{sentence(option)}\n" for option in options), end="")
+    async def work(settings: Settings) -> None:
+        if not as_json:  # before anybody is asked: the swarm may be gone
+            print("\n".join(rendered(found)), flush=True)
+        try:
+            await ask(settings)
+        finally:  # ... and then it is an error, which comes last
+            if as_json:
+                hops = [asdict(share) | {"layers": [share.layers.start, share.layers.end]} for share in found.hops]
+                others = [asdict(option) for option in options]
+                print_json({"event": "why", **asdict(found), "hops": hops, "alternatives": others})
+        print("".join(f"{sentence(option)}\n" for option in options if not as_json), end="")
+
+    run(work, initial_peers, config, as_json=as_json, verbose=verbose)
 
 
 def sentence(option: Alternative) -> str:

@@ -17,6 +17,7 @@ from swarm.trace import Trace, TracedToken
 from swarm.types import Announcement, HopTiming, LayerRange, ModelId, PeerAddress, PeerId, PeerState
 from swarm.what_if import Alternative
 
+NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
 ONE, OTHER = PeerId("12D3KooW-one"), PeerId("12D3KooW-other")
 
 
@@ -47,6 +48,26 @@ def test_why_tells_where_the_time_went_and_exports(trace_file: Path, tmp_path: P
     assert "no trace as swarm generate --trace FILE writes it, but one exported for ui.perfetto.dev" in refused.stderr
     plain = CliRunner().invoke(app, ["why", "--trace", str(trace_file)])
     assert "measured 50.0 ms a token" in plain.stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_why_answers_before_it_says_that_the_swarm_is_gone(trace_file: Path, as_json: bool) -> None:
+    command = ["why", "--trace", str(trace_file), "--initial-peers", NOBODY, *["--json"] * as_json]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 4
+    assert "none of the 1 initial peers answered" in result.stderr
+    if as_json:
+        answer, error = map(json.loads, result.stdout.splitlines())
+        assert (answer["event"], answer["alternatives"], error["code"]) == ("why", [], "unreachable")
+    else:
+        assert "measured 50.0 ms a token" in result.stdout
+
+
+def test_why_without_a_trace_is_an_event_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for command in (["why", "--json"], ["why", "--json", "--trace", str(tmp_path / "none.json")]):
+        result = CliRunner().invoke(app, command)
+        assert (result.exit_code, json.loads(result.stdout)["code"]) == (2, "bad_request")
 
 
 def test_alternatives_in_words() -> None:
