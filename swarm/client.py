@@ -11,7 +11,7 @@ import secrets
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from swarm.admission import check_announcement
 from swarm.announcement_record import check_record
@@ -37,7 +37,9 @@ from swarm.transcript import token_ids
 from swarm.types import Announcement, Route, Token
 from swarm.wire import Wire, encoding_of, row_bytes
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from swarm.dht import Dht
+    from swarm.libp2p import Libp2pTransport
 
 __all__ = ["AsyncClient", "AsyncStream", "Generation", "Message", "connect_async"]
 
@@ -49,6 +51,15 @@ Message = Mapping[str, str]
 
 class AsyncClient:
     """Use :func:`connect_async`. Methods may be called from many tasks at once."""
+
+    # While it is connected, and no longer:
+    transport: Libp2pTransport
+    dht: Dht
+    profile: ModelProfile
+    tokenizer_files: Mapping[str, bytes]
+    tokenizer: TextTokenizer
+    view: SwarmView
+    health: Health
 
     def __init__(
         self, initial_peers: Sequence[str], model: str | None, settings: Settings, via: Sequence[str] = ()
@@ -63,8 +74,8 @@ class AsyncClient:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Raises :class:`BadRequest` for what there is only once it is connected."""
-            if name in ("transport", "dht", "profile", "tokenizer_files", "tokenizer", "view", "health"):
+            """Raises :class:`BadRequest` for what there is only while it is connected."""
+            if name in AsyncClient.__annotations__:
                 raise BadRequest(
                     "this client is not connected; use it as: async with swarm.connect_async(...) as client"
                 )
@@ -84,7 +95,7 @@ class AsyncClient:
             self.dht = await stack.enter_async_context(Dht(self.transport, self.settings, check_record))
             await self.dht.connect(self._initial_peers)
             description = await self._find_model()
-            self.profile: ModelProfile = description.profile
+            self.profile = description.profile
             self.tokenizer_files = await self._tokenizer_files(description)
             self.tokenizer = TextTokenizer(self.tokenizer_files)
             view = SwarmView(
@@ -107,6 +118,8 @@ class AsyncClient:
         try:
             await asyncio.gather(*(session.close() for session in list(self._stepping)))
         finally:
+            for name in AsyncClient.__annotations__:  # a view of the past would answer, and a session wait for peers
+                vars(self).pop(name, None)
             await self._exit.aclose()
 
     async def _find_model(self) -> Description:

@@ -22,7 +22,9 @@ from swarm.blocking_client import Client
 from swarm.client import AsyncClient, connect_async
 from swarm.config import InferenceSettings, Settings
 from swarm.errors import BadRequest, Cancelled, Unreachable
+from swarm.health import Health
 from swarm.models import load_profile, resolve, tokenizer_files
+from swarm.testing import Directory
 from swarm.tokenizer import TextTokenizer
 from swarm.types import Token
 from tests.checkpoints import make_checkpoint
@@ -428,7 +430,19 @@ async def test_a_client_that_nobody_entered_says_so() -> None:
     assert not hasattr(client, "nonsense")
 
 
-def test_token_ids_may_be_numpys(asking: AsyncClient) -> None:
+async def test_a_client_that_was_left_answers_nothing_any_more(asking: AsyncClient) -> None:
+    """A view of the past would, and a session would wait for peers."""
+    client = connect_async(ADDRESS, settings=Settings())
+    client.profile, client.tokenizer = asking.profile, asking.tokenizer
+    client.view, client.health = cast(Any, Directory({}, lambda a: None)), Health(60.0)
+    client.transport = cast(Any, None)
+    await client.__aexit__(None, None, None)
+    for use in (client.generate("a"), client.peers(), client.plan()):
+        with pytest.raises(BadRequest, match="not connected; use it as: async with"):
+            await use
+
+
+def test_numbers_may_be_numpys(asking: AsyncClient) -> None:
     assert asking.request(cast(Any, np.array([3, 1, 4]))).prompt == (3, 1, 4)
 
 
