@@ -18,6 +18,7 @@ import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Final
 
 import numpy as np
@@ -39,6 +40,17 @@ MAX_LOGPROBS: Final = 20
 _BLOCK: Final = 64
 _NUCLEUS_GUESSES: Final = (1e-2, 1e-4, 1e-6)
 
+
+_RANGES: Final = {
+    "temperature": (0.0, MAX_TEMPERATURE),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+    "presence_penalty": (-MAX_PENALTY, MAX_PENALTY),
+    "frequency_penalty": (-MAX_PENALTY, MAX_PENALTY),
+}
+_MOST: Final = {"top_k": 2**32 - 1, "seed": 2**64 - 1, "logprobs": MAX_LOGPROBS}
+"""Of those that are whole numbers, from 0 on."""
 
 GREEDY_BELOW = 1e-5
 """A temperature under this is greedy: logits divided by it would leave float32."""
@@ -67,24 +79,23 @@ class SamplingParams:
     """How many alternatives to report."""
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
-        _within("top_p", self.top_p, 0.0, 1.0)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
-        _within("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-        _within("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-        _whole("top_k", self.top_k, 2**32 - 1)
-        _whole("seed", self.seed, 2**64 - 1)
-        _whole("logprobs", self.logprobs, MAX_LOGPROBS)
+        for name, (low, high) in _RANGES.items():
+            object.__setattr__(self, name, number(name, getattr(self, name), low, high))
+        for name, most in _MOST.items():
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0, most))
         if np.float32(self.top_p) == 0:  # as it would come off the wire
             raise BadRequest("top_p must be above 0; 1 switches it off")
         if not isinstance(self.logit_bias, Mapping):
             raise BadRequest(f"logit_bias maps token ids to numbers; {reprlib.repr(self.logit_bias)} does not")
         if len(self.logit_bias) > MAX_BIASES:
             raise BadRequest(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_BIASES}")
-        for token_id, bias in self.logit_bias.items():
-            _whole("a token id in logit_bias", token_id, 2**32 - 1)
-            _within(f"logit_bias of token {token_id}", bias, -MAX_BIAS, MAX_BIAS)
+        biases = {
+            whole_number("a token id in logit_bias", token_id, 0, 2**32 - 1): number(
+                f"logit_bias of token {token_id}", bias, -MAX_BIAS, MAX_BIAS
+            )
+            for token_id, bias in self.logit_bias.items()
+        }
+        object.__setattr__(self, "logit_bias", biases)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """For who opens a session; :func:`sample` ignores what is outside. Raises :class:`BadRequest`."""
@@ -249,11 +260,22 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadRequest(f"{name} must be between {low:g} and {high:g}, not {value!r}")
+def number(name: str, value: float, low: float, high: float) -> float:
+    """``value``, which may be one of numpy's; raises :class:`BadRequest`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise BadRequest(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}")
+    return float(value)
 
 
-def _whole(name: str, value: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
-        raise BadRequest(f"{name} must be a whole number from 0 to {high}, not {value!r}")
+def whole_number(name: str, value: int, low: int, high: int) -> int:
+    """As :func:`number`, for counts and ids."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        raise BadRequest(f"{name} must be a whole number from {low} to {high}, not {_shown(value)}")
+    return int(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no number of more than some thousand digits
+        return "one of so many digits"

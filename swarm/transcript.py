@@ -15,7 +15,7 @@ from swarm.config import Settings
 from swarm.errors import BadRequest, ProtocolError, TooLong
 from swarm.models import ModelProfile
 from swarm.protocol import check_end_ids, logprobs_from_wire, timings_from_wire
-from swarm.sampling import SamplingParams
+from swarm.sampling import SamplingParams, whole_number
 from swarm.types import HopTiming
 from swarm.wire import AS_IT_IS, Wire
 
@@ -67,7 +67,7 @@ class Tokens(Protocol):
 def token_ids(prompt: Sequence[int]) -> list[int]:
     """A prompt that is no text; raises ``BadRequest`` for what is no prompt at all."""
     try:
-        if isinstance(prompt, bytes | bytearray):
+        if isinstance(prompt, bytes | bytearray) or any(isinstance(token_id, bool) for token_id in prompt):
             raise TypeError
         return [operator.index(token_id) for token_id in prompt]
     except TypeError:
@@ -100,10 +100,7 @@ class GenerationRequest:
         check_end_ids(self.end_ids)
         if not self.prompt:
             raise BadRequest("the prompt is empty")
-        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
-            raise BadRequest(f"max_tokens must be a whole number, at least 1, not {self.max_tokens!r}")
-        if self.max_tokens > MAX_TOKENS:
-            raise BadRequest(f"max_tokens must be at most {MAX_TOKENS}")
+        object.__setattr__(self, "max_tokens", whole_number("max_tokens", self.max_tokens, 1, MAX_TOKENS))
         if len(self.generated) >= self.max_tokens:
             raise BadRequest(f"all {self.max_tokens} tokens were generated already")
 

@@ -31,10 +31,10 @@ from tests.checkpoints import make_checkpoint
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
 
-
-class Entered:
 OTHER = ADDRESS.replace("tcp/1", "tcp/2")
 
+
+class Entered:
     """As much of an ``AsyncClient`` as says whether it is entered."""
 
     def __init__(self, fails: int = 0) -> None:
@@ -377,10 +377,10 @@ def test_a_single_address_need_not_be_in_a_list() -> None:
     alone = connect_async(ADDRESS, settings=Settings(), via=ADDRESS)
     listed = connect_async([ADDRESS], settings=Settings(), via=[ADDRESS])
     assert alone._initial_peers == listed._initial_peers == [ADDRESS, ADDRESS]
-
-
     several = connect_async(f"{ADDRESS},{OTHER},", settings=Settings())
     assert several._initial_peers == [ADDRESS, OTHER], "as in SWARM_INITIAL_PEERS"
+
+
 @pytest.fixture(scope="module")
 def asking() -> AsyncClient:
     reference = resolve("smollm2-135m")
@@ -389,13 +389,13 @@ def asking() -> AsyncClient:
     return made
 
 
-@pytest.mark.parametrize("prompt", [None, ["a"], b"abc", 7, [1.5]])
+@pytest.mark.parametrize("prompt", [None, ["a"], b"abc", 7, [1.5], [True]])
 def test_what_is_no_prompt_is_a_bad_request(asking: AsyncClient, prompt: Any) -> None:
     with pytest.raises(BadRequest, match="a text or a list of token ids"):
         asking.request(prompt)
 
 
-@pytest.mark.parametrize("max_tokens", ["a", 1.5, True, 0, 2**32, pytest.param(10**400, id="huge")])
+@pytest.mark.parametrize("max_tokens", ["a", 1.5, True, 0, 2**32, np.bool_(True), pytest.param(10**5000, id="huge")])
 def test_what_is_no_number_of_tokens_is_a_bad_request(asking: AsyncClient, max_tokens: Any) -> None:
     """Beyond 32 bits no peer could be told of it, and beyond a float's range no route be planned for it."""
     with pytest.raises(BadRequest, match="max_tokens must be"):
@@ -444,6 +444,14 @@ async def test_a_client_that_was_left_answers_nothing_any_more(asking: AsyncClie
 
 def test_numbers_may_be_numpys(asking: AsyncClient) -> None:
     assert asking.request(cast(Any, np.array([3, 1, 4]))).prompt == (3, 1, 4)
+    plain: dict[str, Any] = {"max_tokens": 7, "seed": 5, "top_k": 3, "temperature": 0.5, "top_p": 0.25, "logprobs": 2}
+    kinds = {int: np.int64, float: np.float32}
+    given = {name: kinds[type(value)](value) for name, value in plain.items()}
+    asked = asking.request("a", **given, logit_bias={cast(int, np.int32(9)): cast(float, np.float64(1))})
+    assert asked == asking.request("a", **plain, logit_bias={9: 1.0})
+    assert asked.sampling.to_wire().seed == 5
+    assert {type(asked.max_tokens), type(asked.sampling.seed), *map(type, asked.sampling.logit_bias)} == {int}
+    assert {type(asked.sampling.temperature), *map(type, asked.sampling.logit_bias.values())} == {float}
 
 
 def test_a_models_own_repetition_penalty_holds_where_nobody_names_one(tmp_path: Path) -> None:
