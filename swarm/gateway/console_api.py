@@ -19,6 +19,7 @@ from swarm.gateway.buffer import Buffer
 from swarm.gateway.console_events import Story, began_message, end_message, error_message
 from swarm.gateway.console_guard import check_change, check_control, why_no_control
 from swarm.gateway.console_live import Live
+from swarm.gateway.failures import said
 from swarm.gateway.hub import Ended
 from swarm.gateway.local_peers import OwnPeer, PeerSpec
 from swarm.gateway.requests import read_body
@@ -80,7 +81,8 @@ async def _parsed(request: Request, kind: type[Body], state: GatewayState) -> Bo
 def in_words(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+    told = said(first["type"], first["msg"])
+    return f"{where}: {told}" if where else told
 
 
 def start_peer(state: GatewayState, live: Live, body: StartBody) -> OwnPeer:

@@ -128,9 +128,16 @@ def bad_field(error: ValidationError, raw: object) -> BadField:
     kind, place = first[chosen]["type"], _written(places[chosen])
     if kind == "missing":
         return BadField(f"Missing required parameter: '{place}'.", place, "missing_required_parameter")
-    alike = {item["msg"] for item, other in zip(first, places, strict=True) if other == places[chosen]}
+    alike = {
+        said(item["type"], item["msg"]) for item, other in zip(first, places, strict=True) if other == places[chosen]
+    }
     code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
     return BadField(f"Invalid '{place}': {'; or '.join(sorted(alike))}.", place, code)
+
+
+def said(kind: str, message: str) -> str:
+    """Without the names of our classes."""
+    return "Input should be an object" if kind in ("dict_type", "model_type") else message
 
 
 def _place(loc: Sequence[int | str], raw: object, missing: bool) -> tuple[int | str, ...]:

@@ -611,6 +611,8 @@ def test_of_many_wrong_items_the_first_one_is_told(kind: type[Body], fields: dic
         ("chat/completions", {"max_tokens": 0}, "max_tokens", ""),
         ("chat/completions", {"tools": [{"type": "function"}]}, "tools", ""),
         ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", ""),
+        ("chat/completions", {"response_format": "text"}, "response_format", "': Input should be an object."),
+        ("completions", {"logit_bias": [1]}, "logit_bias", "': Input should be an object."),
         ("chat/completions", {"stop": 5}, "stop", ""),
     ],
 )
