@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarm.chrome_trace import chrome_trace
 from swarm.errors import BadRequest, SwarmError
@@ -29,11 +30,24 @@ def create_app(state: GatewayState) -> FastAPI:
     _add_health(app, state)
     _add_traces(app, state)
     app.include_router(console.router(state))
+    app.add_middleware(AnswerHead)
     return app
 
 
+class AnswerHead:
+    """HEAD as GET, for what looks whether a page is there; the server leaves the body out. Feeds would never end."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD" and not scope["path"].startswith("/live/"):
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 def _add_health(app: FastAPI, state: GatewayState) -> None:
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
     async def health() -> JSONResponse:
         """200 while every layer is served, 503 otherwise; open to everybody, for load balancers."""
         coverage = state.generations.coverage()

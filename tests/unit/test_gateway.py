@@ -689,6 +689,20 @@ async def test_a_foreign_host_name_is_refused(gateway: Gateway) -> None:
     assert (await gateway.http.get("/v1/models", headers={"host": "localhost:8000"})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/metrics", "/v1/models", f"/v1/models/{MODEL}", "/static/console.css"]
+)
+async def test_head_is_answered_as_get_is(gateway: Gateway, path: str) -> None:
+    got, head = await gateway.http.get(path), await gateway.http.head(path)
+    assert head.status_code == got.status_code < 400
+    assert head.headers["content-type"] == got.headers["content-type"]
+
+
+async def test_head_begins_no_feed_and_changes_nothing(gateway: Gateway) -> None:
+    for path in ("/live/swarm", "/v1/completions", "/peers/start"):
+        assert (await gateway.http.head(path)).status_code == 405
+
+
 async def test_unknown_paths_and_methods(gateway: Gateway) -> None:
     missing = await gateway.http.post("/v1/embeddings", json={})
     assert (missing.status_code, missing.json()["error"]["param"]) == (404, None)
