@@ -223,6 +223,9 @@ class GatewaySettings:
     """How far a page of the console may be behind before it misses events."""
     kept_traces: int = 64
     """Of the newest generations, for ``/api/traces``."""
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may use ``/v1`` from a browser (``https://chat.example.org``), or ``*``; the console stays
+    closed to them."""
     finish_s: float = 5.0
     """For clients to take the ends of their answers when the gateway ends."""
 

@@ -111,6 +111,10 @@ _SPECIAL: Mapping[str, Rule] = {
     "gateway.max_body_bytes": _whole(1024),
     "gateway.kept_traces": _whole(0),
     "gateway.finish_s": _PATIENCE,
+    "gateway.cors_origins": Rule(
+        "a list of origins such as https://chat.example.org, or *",
+        lambda value: all(re.fullmatch(r"\*|https?://[^/\s]+", origin) for origin in value),
+    ),
     "log.format": _one_of("text", "json"),
 }
 """What the type and the unit in the name do not say already."""

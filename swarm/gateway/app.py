@@ -30,6 +30,10 @@ def create_app(state: GatewayState) -> FastAPI:
     _add_health(app, state)
     _add_traces(app, state)
     app.include_router(console.router(state))
+    if origins := state.settings.gateway.cors_origins:
+        app.add_middleware(
+            openai.CrossOrigin, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",)
+        )
     app.add_middleware(AnswerHead)
     return app
 

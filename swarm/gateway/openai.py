@@ -9,6 +9,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from swarm.gateway.answers import streamed, while_connected
 from swarm.gateway.bodies import ChatBody, CompletionBody, GenerationBody
@@ -20,10 +22,22 @@ from swarm.gateway.planning import Asked, check_model, plan_chat, plan_completio
 from swarm.gateway.requests import check_access, parsed
 from swarm.gateway.state import GatewayState
 
+PREFIX = "/v1"
+
+
+class CrossOrigin(CORSMiddleware):
+    """Pages of other sites may use these routes; what the console can do stays with its own pages."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(f"{PREFIX}/"):
+            await super().__call__(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
 
 def router(state: GatewayState) -> APIRouter:
     """All routes check the key and the name by which they are called."""
-    routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix=PREFIX)
     profile, started = state.client.profile, int(time.time())
     model = {"id": profile.name, "object": "model", "created": started, "owned_by": "swarm"}
 

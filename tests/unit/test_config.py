@@ -187,6 +187,10 @@ def test_lists_and_comma_separated_text_are_the_same(tmp_path: Path) -> None:
         ("peer:\n  threads: [1\n", "line 3, column 1: not valid YAML"),
         ("peer: !!python/object/apply:os.getcwd []", "not valid YAML: could not determine a constructor"),
         ("a: \x00", "not valid YAML"),
+        (
+            "gateway: {cors_origins: [https://a.example/]}",
+            "expected a list of origins such as https://chat.example.org",
+        ),
         ("discovery: {announce_ttl_s: 300}", "announce_ttl_s: expected a number of seconds above 0, at most 110"),
         ("discovery: {announce_period_s: 60}", "discovery.announce_period_s (60.0, file:"),
     ],

@@ -703,6 +703,32 @@ async def test_head_begins_no_feed_and_changes_nothing(gateway: Gateway) -> None
         assert (await gateway.http.head(path)).status_code == 405
 
 
+PAGE = {"origin": "https://chat.example"}
+PREFLIGHT = PAGE | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+
+
+async def test_pages_of_other_sites_are_allowed_nothing_by_themselves(gateway: Gateway) -> None:
+    for asked in (
+        gateway.http.options("/v1/completions", headers=PREFLIGHT),
+        gateway.http.get("/v1/models", headers=PAGE),
+    ):
+        assert not [name for name in (await asked).headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("origins", [("https://chat.example", "http://localhost:3000"), ("*",)])
+async def test_pages_of_chosen_sites_may_use_openais_routes_and_no_others(make: Make, origins: tuple[str, ...]) -> None:
+    http = make(Access(api_key="s3cret"), cors_origins=origins).http
+    asked = await http.options("/v1/chat/completions", headers=PREFLIGHT)
+    assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, "authorization")
+    for answer in (asked, await http.get("/v1/models", headers=PAGE), await http.get("/v1/none", headers=PAGE)):
+        assert answer.headers["access-control-allow-origin"] in (PAGE["origin"], "*")
+    for path in ("/api/token", "/api/status", "/", "/health"):
+        answers = await http.get(path, headers=PAGE), await http.options(path, headers=PREFLIGHT)
+        assert not [name for answer in answers for name in answer.headers if name.startswith("access-control")]
+    stranger = await http.options("/v1/chat/completions", headers=PREFLIGHT | {"origin": "https://evil.example"})
+    assert stranger.status_code == (200 if origins == ("*",) else 400)
+
+
 async def test_unknown_paths_and_methods(gateway: Gateway) -> None:
     missing = await gateway.http.post("/v1/embeddings", json={})
     assert (missing.status_code, missing.json()["error"]["param"]) == (404, None)
