@@ -132,15 +132,7 @@ class AsyncClient:
                 raise answer
         if not found:
             raise next(answer for answer in answers if isinstance(answer, SwarmError))
-        for description in found:
-            if self._model in (None, description.profile.name, description.profile.model_id):
-                return description
-        served = ", ".join(sorted({d.profile.name for d in found}))
-        wanted = resolve(self._model or "", self.settings.model.dtype)
-        for description in found:
-            if wanted.name == description.profile.name:
-                return description
-        raise UnknownModel(f"the initial peers serve {served}, not {self._model}")
+        return named_model(found, self._model)
 
     async def _tokenizer_files(self, description: Description) -> dict[str, bytes]:
         files = await fetch_files(self.transport, description, TOKENIZER_FILES, self.settings)
@@ -285,6 +277,22 @@ class AsyncClient:
             log_layers=self.profile.log_layers,
             chunk_tokens=self.settings.engine.prefill_chunk_tokens,
         )
+
+
+def named_model(found: Sequence[Description], name: str | None) -> Description:
+    """The one whose model ``name`` names, as its peers do or by a reference; without a name the first.
+
+    Raises :class:`UnknownModel`.
+    """
+    wanted = name
+    if name is not None:
+        with contextlib.suppress(UnknownModel):  # a name need not be a reference on this machine
+            wanted = resolve(name).name
+    for description in found:
+        if name in (None, description.profile.model_id) or description.profile.name in (name, wanted):
+            return description
+    served = ", ".join(sorted({description.profile.name for description in found}))
+    raise UnknownModel(f"the initial peers serve {served}, not {name}")
 
 
 def connect_async(

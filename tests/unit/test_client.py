@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 
 from swarm.blocking_client import Client
-from swarm.client import AsyncClient, connect_async
+from swarm.client import AsyncClient, connect_async, named_model
 from swarm.config import InferenceSettings, Settings
-from swarm.errors import BadRequest, Cancelled, Unreachable
+from swarm.errors import BadRequest, Cancelled, UnknownModel, Unreachable
 from swarm.health import Health
+from swarm.info import Description
 from swarm.models import load_profile, resolve, tokenizer_files
 from swarm.testing import Directory
 from swarm.tokenizer import TextTokenizer
-from swarm.types import Token
+from swarm.types import LayerRange, PeerAddress, PeerId, Token
 from tests.checkpoints import make_checkpoint
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
@@ -420,6 +421,21 @@ def test_an_option_that_can_not_be_is_a_bad_request_that_names_it(asking: AsyncC
 def test_what_are_no_messages_is_a_bad_request(asking: AsyncClient, messages: Any) -> None:
     with pytest.raises(BadRequest, match="messages are a list of objects such as"):
         asking.chat_prompt(messages)
+
+
+def test_a_model_is_named_as_its_peers_do_or_by_a_reference(asking: AsyncClient, tmp_path: Path) -> None:
+    built_in, toy = (
+        Description(
+            PeerAddress(PeerId(name)), replace(asking.profile, name=name), LayerRange(0, 1), "", "", {}, 0, 0, 0
+        )
+        for name in ("smollm2-135m", "toy")
+    )
+    folder = make_checkpoint(tmp_path / "toy")
+    for name, meant in ((None, built_in), ("smollm2-135m", built_in), ("toy", toy), (str(folder), toy)):
+        assert named_model([built_in, toy], name) is meant
+    for unknown in ("tinylama", "", "/none/such.gguf", "org/tinyllama"):
+        with pytest.raises(UnknownModel, match=f"the initial peers serve smollm2-135m, toy, not {unknown}"):
+            named_model([toy, built_in], unknown)
 
 
 async def test_a_client_that_nobody_entered_says_so() -> None:
