@@ -55,6 +55,7 @@ def import_transformers() -> None:
     before = set(sys.modules)
     try:
         with _without_collections():
+            importlib.import_module("numpy")  # torch imports it, too, but takes a Ctrl-C meanwhile for a broken one
             importlib.import_module("torch")
             with _stand_ins(_STOOD_IN):
                 _tell_unavailable()

@@ -49,6 +49,25 @@ def test_every_family_runs_the_same_and_nothing_unneeded_is_loaded() -> None:
     assert lean["unwanted"] == []
 
 
+def test_an_interrupt_while_numpy_is_imported_is_heard() -> None:
+    """Else numpy, half imported, fails whoever needs it next."""
+    program = """
+import json, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy._core.overrides":
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from peers.lean_imports import import_transformers
+try:
+    import_transformers()
+except KeyboardInterrupt:
+    print(json.dumps({"heard": "torch" not in sys.modules}))
+"""
+    assert run(program)[0] == {"heard": True}
+
+
 @pytest.mark.slow
 def test_what_was_stood_in_for_is_there_for_whoever_imports_it_later() -> None:
     program = """
