@@ -136,8 +136,10 @@ def bad_field(error: ValidationError, raw: object) -> BadField:
 
 
 def said(kind: str, message: str) -> str:
-    """Without the names of our classes."""
-    return "Input should be an object" if kind in ("dict_type", "model_type") else message
+    """What pydantic says of an input, without the names of Python's and our own classes."""
+    if kind in ("dict_type", "model_type"):
+        return "Input should be an object"
+    return message.removeprefix("Value error, ")
 
 
 def _place(loc: Sequence[int | str], raw: object, missing: bool) -> tuple[int | str, ...]:

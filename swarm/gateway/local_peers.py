@@ -64,7 +64,7 @@ class PeerSpec:
         if not _DEVICE.fullmatch(self.device):
             raise BadRequest(f"{self.device!r} is no device; take auto, cpu, mps, cuda or cuda:N")
         if self.max_memory_mb and not LEAST_MEMORY_MB <= self.max_memory_mb <= MOST_MEMORY_MB:
-            raise BadRequest(f"the memory cap must be {LEAST_MEMORY_MB} MB or more, or 0 for what is free")
+            raise BadRequest(f"the memory cap must be {LEAST_MEMORY_MB} to {MOST_MEMORY_MB} MB, or 0 for what is free")
         if not 0 <= self.threads <= MAX_THREADS:
             raise BadRequest(f"threads must be 0 (as many as torch likes) to {MAX_THREADS}, not {self.threads}")
         if self.dtype not in DTYPE_BYTES:

@@ -402,6 +402,7 @@ async def test_a_wrong_request_is_refused_in_words(body: dict[str, Any]) -> None
         answer = await client.post("/api/generate", headers=token_of(state), json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+    assert "Value error" not in answer.text
 
 
 def test_a_rebuild_that_cuts_the_layers_anew_names_all_who_took_them() -> None:
