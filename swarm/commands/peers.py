@@ -81,12 +81,12 @@ def _is_http(url: str) -> bool:
 def _refusal(error: urllib.error.HTTPError) -> SwarmError:
     try:
         said = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
-        code, message = str(said["code"]), str(said["message"])
+        code, message = said["code"], str(said["message"])
     except (ValueError, KeyError, TypeError, OSError):
         return SwarmError(f"the gateway answered {error.code}")
-    if code in ("not_signed_in", "forbidden"):
+    if code in (None, "not_signed_in", "forbidden"):  # None: there is no such path
         return BadRequest(message)
-    return from_code(code, message)
+    return from_code(str(code), message)
 
 
 @app.command("list")

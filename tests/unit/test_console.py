@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.exceptions import HTTPException
 from typer.testing import CliRunner
 
 from swarm import quickstart
@@ -34,6 +35,7 @@ from swarm.gateway.console_events import changes, sse
 from swarm.gateway.console_guard import COOKIE, HEADERS, host_is_ours
 from swarm.gateway.console_live import Live
 from swarm.gateway.console_map import ticks
+from swarm.gateway.failures import http_error
 from swarm.gateway.local_peers import LocalPeers, PeerSpec
 from swarm.gateway.serve import Server, listen
 from swarm.gateway.state import Access, GatewayState
@@ -540,7 +542,9 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
         state = told_state(access=Access(api_key="secret"), local_peers=local)
         with listen("127.0.0.1", 0) as sock:
             ready = asyncio.Event()
-            server = Server(told_app(state), state.settings.gateway, ready.set, state.hub.close)
+            served = told_app(state)
+            served.add_exception_handler(HTTPException, http_error)
+            server = Server(served, state.settings.gateway, ready.set, state.hub.close)
             serving = asyncio.create_task(server.serve(sockets=[sock]))
             await ready.wait()
             url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -562,6 +566,8 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             assert code == 2
             assert "layers 40:50 are none of this model" in err
             assert (await swarm_peers("stop", "p7"))[0] == 2
+            code, _, err = await swarm_peers("stop", "../p1")
+            assert (code, err) == (2, "swarm: Invalid URL (POST /api/peers/../p1/drain)\n")
             assert (await swarm_peers("list", key="wrong"))[0] == 2
             code, out, _ = await swarm_peers("stop", "p1", "--json")
             assert (code, json.loads(out)["detail"]) == (0, "left the swarm")
