@@ -9,6 +9,9 @@ MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 100.0
 """Here and in requests. Logits that are divided by far less leave float32."""
 SPECULATIONS = ("auto", "off")
+MAX_THREADS = 1024
+"""torch ends the process for want of memory when it is to start many more."""
+MAX_MEMORY_MB = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)

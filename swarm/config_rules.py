@@ -8,12 +8,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.config import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MIN_REPETITION_PENALTY, SPECULATIONS, Settings
+from swarm.config import (
+    MAX_MEMORY_MB,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_THREADS,
+    MIN_REPETITION_PENALTY,
+    SPECULATIONS,
+    Settings,
+)
 from swarm.dht_time import TOLERANCE_S
 from swarm.errors import ConfigError, WrongRange
 from swarm.kv import KINDS
 from swarm.types import MAX_LIFETIME_S, LayerRange
 from swarm.wire import WIRES
+
+MAX_DIGITS = 18
+"""Of a whole number: those have room in 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,10 @@ def _any(_: object) -> bool:
 
 def _whole(minimum: int) -> Rule:
     return Rule(f"a whole number of at least {minimum}", lambda value: bool(value >= minimum))
+
+
+def _up_to(maximum: int) -> Rule:
+    return Rule(f"a whole number from 0 to {maximum}", lambda value: bool(0 <= value <= maximum))
 
 
 def _between(low: float, high: float) -> Rule:
@@ -75,9 +90,9 @@ _SPECIAL: Mapping[str, Rule] = {
         "auto, cpu, mps, cuda or cuda:N",
         lambda value: re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value) is not None,
     ),
-    "peer.threads": _whole(0),
-    "peer.prefill_threads": _whole(0),
-    "peer.max_memory_mb": _whole(0),
+    "peer.threads": _up_to(MAX_THREADS),
+    "peer.prefill_threads": _up_to(MAX_THREADS),
+    "peer.max_memory_mb": _up_to(MAX_MEMORY_MB),
     "peer.memory_safety_margin": Rule("a number from 0 to below 1", lambda value: 0 <= value < 1),
     "peer.cache_eviction_policy": _one_of("lru"),
     "network.initial_peers": _maddrs("/ip4/HOST/tcp/PORT/p2p/PEER_ID"),
@@ -161,6 +176,8 @@ def coerce(raw: object, kind: Any) -> Any:
         return _finite(float(raw) if abs(raw) < 2**1000 else math.inf)  # float() of more digits overflows
     if type(raw) is not kind:  # exact: a bool is an int by inheritance only
         raise ValueError
+    if isinstance(raw, int) and abs(raw) >= 10**MAX_DIGITS:
+        raise ValueError(f"it has more than {MAX_DIGITS} digits")
     return _finite(raw) if isinstance(raw, float) else raw
 
 
@@ -177,7 +194,9 @@ def coerce_text(raw: object, kind: Any) -> Any:
             raise ValueError
         return _SWITCHES[text.lower()]
     if kind is int:
-        if re.fullmatch(r"[-+]?[0-9]{1,18}", text) is None:  # int() would take 1_000 and digits of other scripts
+        if (
+            re.fullmatch(rf"[-+]?[0-9]{{1,{MAX_DIGITS}}}", text) is None
+        ):  # int() would take 1_000 and digits of other scripts
             raise ValueError
         return int(text)
     if kind is float:

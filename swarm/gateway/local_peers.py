@@ -23,6 +23,7 @@ import psutil
 from swarm import multiaddrs
 from swarm.architectures import DTYPE_BYTES, WEIGHTS
 from swarm.children import Child, Guard, inherited_environment
+from swarm.config import MAX_MEMORY_MB, MAX_THREADS
 from swarm.errors import BadRequest, Busy, DeadlineExceeded, Internal
 from swarm.local import PEER_COMMAND, START_S, STOP_S
 from swarm.nursery import Nursery
@@ -34,8 +35,7 @@ MAX_ENDED = 8
 """Of those that have ended, the newest stay listed, with the end of their log."""
 LOG_LINES = 200
 MAX_TEXT = 512
-LEAST_MEMORY_MB, MOST_MEMORY_MB = 64, 1 << 24
-MAX_THREADS = 1024
+LEAST_MEMORY_MB = 64
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda|cuda:\d{1,3}")
 
@@ -63,8 +63,8 @@ class PeerSpec:
             LayerRange.parse(self.layers)
         if not _DEVICE.fullmatch(self.device):
             raise BadRequest(f"{self.device!r} is no device; take auto, cpu, mps, cuda or cuda:N")
-        if self.max_memory_mb and not LEAST_MEMORY_MB <= self.max_memory_mb <= MOST_MEMORY_MB:
-            raise BadRequest(f"the memory cap must be {LEAST_MEMORY_MB} to {MOST_MEMORY_MB} MB, or 0 for what is free")
+        if self.max_memory_mb and not LEAST_MEMORY_MB <= self.max_memory_mb <= MAX_MEMORY_MB:
+            raise BadRequest(f"the memory cap must be {LEAST_MEMORY_MB} to {MAX_MEMORY_MB} MB, or 0 for what is free")
         if not 0 <= self.threads <= MAX_THREADS:
             raise BadRequest(f"threads must be 0 (as many as torch likes) to {MAX_THREADS}, not {self.threads}")
         if self.dtype not in DTYPE_BYTES:

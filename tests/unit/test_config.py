@@ -154,11 +154,17 @@ def test_lists_and_comma_separated_text_are_the_same(tmp_path: Path) -> None:
         ("zzzz: {}", "unknown section 'zzzz'; known are: model, inference"),
         ("7: {}", "unknown section 7"),
         ("peer: {1: 2}", "unknown key 'peer.1'"),
-        ("peer: {threads: '1'}", "peer.threads: expected a whole number of at least 0, got '1'"),
+        ("peer: {threads: '1'}", "peer.threads: expected a whole number from 0 to 1024, got '1'"),
         ("peer: {threads: 1.0}", "peer.threads: expected a whole number"),
         ("peer: {threads: true}", "peer.threads: expected a whole number"),
-        ("peer: {threads: -1}", "peer.threads: expected a whole number of at least 0, got -1"),
-        ("peer: {threads: }", "peer.threads: expected a whole number of at least 0, got None"),
+        ("peer: {threads: -1}", "peer.threads: expected a whole number from 0 to 1024, got -1"),
+        ("peer: {threads: }", "peer.threads: expected a whole number from 0 to 1024, got None"),
+        ("peer: {prefill_threads: 1025}", "peer.prefill_threads: expected a whole number from 0 to 1024, got 1025"),
+        ("peer: {max_memory_mb: 16777217}", "peer.max_memory_mb: expected a whole number from 0 to 16777216"),
+        (
+            "inference: {max_tokens: 1000000000000000000}",
+            "at least 1, got 1000000000000000000 (it has more than 18 digi",
+        ),
         ("peer: {checkpoints: yes}", "peer.checkpoints: expected true or false, got 'yes'"),
         ("peer: {checkpoints: 1}", "peer.checkpoints: expected true or false, got 1"),
         ("peer: {layers: 20:10}", "peer.layers: expected auto or START:END, for example 0:10, got '20:10'"),
@@ -252,7 +258,7 @@ def test_switches_in_the_environment(text: str, value: bool) -> None:
 
 
 def test_flag_refusals() -> None:
-    with pytest.raises(ConfigError, match=r"--threads: peer\.threads: expected a whole number of at least 0, got -2"):
+    with pytest.raises(ConfigError, match=r"--threads: peer\.threads: expected a whole number from 0 to 1024, got -2"):
         load_settings(flags={"threads": -2})
     with pytest.raises(ConfigError, match=r"unknown setting 'thread'; did you mean"):
         load_settings(flags={"thread": 2})
