@@ -76,15 +76,16 @@ def tcp_endpoint(text: str) -> tuple[str, int] | None:
     return None if "p2p-circuit" in parts or parts[3] != "tcp" else (parts[2], int(parts[4]))
 
 
-def peer_address(text: str) -> PeerAddress:
-    """An initial peer or ``--via`` argument; raises :class:`ConfigError`."""
+def peer_address(text: object) -> PeerAddress:
+    """An initial peer or ``--via`` argument, or what a program takes for one; raises :class:`ConfigError`."""
+    text = str(text).strip()
     try:
-        _, peer_id = split(text.strip())
+        _, peer_id = split(text)
     except ValueError as error:
         raise ConfigError(f"bad peer address {text!r}: {error}") from None
     if peer_id is None:
         raise ConfigError(f"peer address {text!r} lacks the peer id; write /ip4/HOST/tcp/PORT/p2p/PEER_ID")
-    return PeerAddress(peer_id, (text.strip(),))
+    return PeerAddress(peer_id, (text,))
 
 
 def peer_addresses(texts: Iterable[str]) -> list[PeerAddress]:

@@ -173,3 +173,5 @@ def test_peer_addresses() -> None:
         peer_address("/ip4/1.2.3.4/tcp/1")
     with pytest.raises(ConfigError, match="bad peer address 'junk'"):
         peer_address("junk")
+    with pytest.raises(ConfigError, match="bad peer address 'None'"):
+        peer_address(None)  # of a variable that is not set
