@@ -32,7 +32,11 @@ def create_app(state: GatewayState) -> FastAPI:
     app.include_router(console.router(state))
     if origins := state.settings.gateway.cors_origins:
         app.add_middleware(
-            openai.CrossOrigin, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",)
+            openai.CrossOrigin,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("retry-after", "x-request-id"),
         )
     app.add_middleware(AnswerHead)
     return app

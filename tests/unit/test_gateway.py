@@ -722,6 +722,7 @@ async def test_pages_of_chosen_sites_may_use_openais_routes_and_no_others(make: 
     assert (asked.status_code, asked.headers["access-control-allow-headers"]) == (200, "authorization")
     for answer in (asked, await http.get("/v1/models", headers=PAGE), await http.get("/v1/none", headers=PAGE)):
         assert answer.headers["access-control-allow-origin"] in (PAGE["origin"], "*")
+    assert "retry-after" in answer.headers["access-control-expose-headers"]
     for path in ("/api/token", "/api/status", "/", "/health"):
         answers = await http.get(path, headers=PAGE), await http.options(path, headers=PREFLIGHT)
         assert not [name for answer in answers for name in answer.headers if name.startswith("access-control")]
