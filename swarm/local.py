@@ -136,7 +136,7 @@ class LocalSwarm:
             if self._log_dir is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="swarm-")
             else:
-                self._log_dir.mkdir(parents=True, exist_ok=True)
+                _make(self._log_dir)
             self._guard.start()
             if len(self._ranges) > 1 and self._command == PEER_COMMAND and Nursery.possible():
                 self._nursery = Nursery(self._env)
@@ -254,3 +254,10 @@ def _peer(child: Child, event: Mapping[str, Any]) -> LocalPeer:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise SwarmError(f"{child.name} printed a ready line that can't be read: {event!r} ({error})") from None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(f"can't make the folder {folder}: {error.strerror}") from None

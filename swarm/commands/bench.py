@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.commands.options import AsJson, ConfigFile, Dtype, ModelReference, Verbose, Weights
-from swarm.commands.shared import ending_on_sigterm, failing_well, load, log_to_stderr, print_json, run_async, say
+from swarm.commands.shared import (
+    check_length,
+    ending_on_sigterm,
+    failing_well,
+    load,
+    log_to_stderr,
+    print_json,
+    run_async,
+    say,
+)
 from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.errors import BadRequest
@@ -69,6 +78,7 @@ def bench(
             raise BadRequest("no swarm takes part; --contenders names one, three or both, too")
         if initial_peers:
             sections, taking_part = [name for name in sections if name != "memory"], []
+        check_length(prompt, tokens, settings)
         if plot is not None:
             check_place(plot)
         from swarm.bench.sections import Scale

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarm.commands.options import AsJson, ConfigFile, ModelReference, Verbose, Weights
-from swarm.commands.shared import ending_on_sigterm, failing_well, load, log_to_stderr, print_json, run_async, say
+from swarm.commands.shared import (
+    check_length,
+    ending_on_sigterm,
+    failing_well,
+    load,
+    log_to_stderr,
+    print_json,
+    run_async,
+    say,
+)
 from swarm.commands.tables import Cell, colours_wanted, table
 from swarm.config import Settings
 from swarm.faults import KINDS, Observation, Trial, medians, plan_trials
@@ -21,13 +30,16 @@ if TYPE_CHECKING:
 COPIES = 2
 """Peers for each layer range: one for the route, and a spare."""
 
+MOST_FAULTS = 10_000
 HEAD = ("trial", "fault", "sampling", "peer", "at token", "stall", "computed again", "tokens")
 EPILOG = "Kinds of faults: " + "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items()) + "."
 
 
 def chaos(
     seed: Annotated[int, typer.Option(help="Of the schedule; the same seed gives the same faults.")] = 0,
-    faults: Annotated[int | None, typer.Option(min=1, help="How many; without it, each kind once.")] = None,
+    faults: Annotated[
+        int | None, typer.Option(min=1, max=MOST_FAULTS, help="How many; without it, each kind once.")
+    ] = None,
     kinds: Annotated[str, typer.Option(help="Which, separated by commas: see below.")] = ",".join(KINDS),
     tokens: Annotated[int, typer.Option(min=8, help="To generate in each trial.")] = 48,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 200,
@@ -48,6 +60,7 @@ def chaos(
     with failing_well(as_json), ending_on_sigterm():
         chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
         trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one)
+        check_length(context, tokens, settings)
         # Later: that a schedule makes no sense is known at once, and this takes a second to import.
         from swarm.local import LocalSwarm, even_ranges
         from swarm.models import config_dict, resolve

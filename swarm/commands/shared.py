@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from swarm import logs
 from swarm.config import Settings
 from swarm.config_loader import LoadedSettings, load_settings
-from swarm.errors import ConfigError, SwarmError, Unreachable
+from swarm.errors import ConfigError, SwarmError, TooLong, Unreachable
 
 Work = Callable[[Settings], Coroutine[Any, Any, None]]
 
@@ -71,6 +71,12 @@ def run(
     log_to_stderr(verbose, settings.log.format, stamped=stamped)
     with failing_well(as_json):
         run_async(work(settings))
+
+
+def check_length(prompt: int, tokens: int, settings: Settings) -> None:
+    """Before peers are started for it, which takes long; raises :class:`TooLong`."""
+    if prompt + tokens > (limit := settings.peer.max_cache_tokens_per_session):
+        raise TooLong(f"{prompt} tokens of prompt and {tokens} to generate; the limit is {limit}")
 
 
 def run_async(work: Coroutine[Any, Any, None]) -> None:

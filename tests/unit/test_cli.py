@@ -315,6 +315,13 @@ def test_names_are_chosen_in_their_own_order() -> None:
         (["gateway", "--port", "0", "--api-key", "schl\u00fcssel"], 2, "characters beyond ASCII"),
         (["peers", "list", "--gateway", "http://localhost:port"], 2, "is no address of a gateway"),
         (["peers", "list", "--gateway", "http://[::1"], 2, "is no address of a gateway"),
+        (
+            ["chaos", "--context", "9" * 20],
+            5,
+            "99999999999999999999 tokens of prompt and 48 to generate; the limit is 4096",
+        ),
+        (["chaos", "--log-dir", "/dev/null/logs"], 2, "can't make the folder /dev/null/logs: Not a directory"),
+        (["bench", "--tokens", "4096"], 5, "64 tokens of prompt and 4096 to generate; the limit is 4096"),
         (["chaos", "--kinds", "kill,meteor"], 2, "'meteor' is no kind of fault; there are: kill"),
         (["chaos", "--config", "/nowhere/settings.yaml"], 2, "/nowhere/settings.yaml: can't be read"),
     ],
