@@ -19,7 +19,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -260,16 +260,18 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def number(name: str, value: float, low: float, high: float) -> float:
+def number(name: str, value: Any, low: float, high: float) -> float:
     """``value``, which may be one of numpy's; raises :class:`BadRequest`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
         raise BadRequest(f"{name} must be between {low:g} and {high:g}, not {_shown(value)}")
     return float(value)
 
 
-def whole_number(name: str, value: int, low: int, high: int) -> int:
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
     """As :func:`number`, for counts and ids."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (is_whole and low <= value <= high):
         raise BadRequest(f"{name} must be a whole number from {low} to {high}, not {_shown(value)}")
     return int(value)
 
