@@ -122,6 +122,8 @@ class FrameRouter:
             runner.stage.check_sender(sender)  # before a look at the frame: a stranger's errors are no news
             work = self._to_work(runner.stage, sender, frame)
             runner.accept(work)
+            if runner.stage.inbox:
+                self._table.bound_waiting()
         except NotAllowed as error:
             self._refuse(sender, frame, error)
         except SwarmError as error:
@@ -149,7 +151,7 @@ class FrameRouter:
             rows=rows,
             hidden=hidden,
             token_ids=ids,
-            hops=cut_timings(frame.hops),
+            hops=cut_timings(frame.hops, stage.layers.start),  # so many hops there are before it at most
             sender=sender,
             sequence=frame.sequence,
             want_ack=frame.want_ack,

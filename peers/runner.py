@@ -78,6 +78,12 @@ class StageRunner:
         return self._job is not None
 
     @property
+    def waiting_bytes(self) -> int:
+        """Of hidden states in frames that are not computed yet."""
+        works = self.stage.inbox if self._job is None else (self._job.work, *self.stage.inbox)
+        return sum(len(work.hidden) for work in works if work.hidden is not None)
+
+    @property
     def last_used(self) -> float:
         """When it was last asked, computed or sent anything."""
         return max(self._used_at, self._followers.sent_at)

@@ -232,6 +232,7 @@ class Stage:
         """Let go of the memory. Whoever still refers to the stage, a task that ends or a traceback, sees its length;
         a step in flight has the cache itself."""
         self.cache = _Released(self.cache.length)
+        self.inbox.clear()
         if self.log is not None:
             self.log = CheckpointLog(self.log.row_bytes)
 

@@ -36,6 +36,8 @@ StageKey = tuple[SessionId, int]
 
 OVERCOMMIT: Final = 2
 """All open sessions at their full lengths take so many times the budget at most."""
+LEAST_WAITING_BYTES: Final = 256 * 1024 * 1024
+"""Frames that are not computed yet may take as much memory as the budget has, and so much where that is less."""
 OWED_S: Final = 3.0
 """So long after a session gave way, or asked to come back, newcomers have to wait for it. It asks more often."""
 
@@ -63,6 +65,7 @@ class StageTable:
         )
         most_kept = settings.peer.max_cached_sessions if settings.peer.prefix_cache else 0
         self.prefixes = PrefixCache(self.budget, most_kept, executor.copy_cache)
+        self.most_waiting_bytes = max(self.budget.limit_bytes, LEAST_WAITING_BYTES)
         self.runners: dict[StageKey, StageRunner] = {}
         self._tasks = tasks
         self._lingering: dict[StageKey, asyncio.TimerHandle] = {}
@@ -203,6 +206,16 @@ class StageTable:
             self._owed[runner.stage.session] = Debt(min(now + OWED_S, end), end)
         runner.owner.report(error, None)
         self.free(key)
+
+    def bound_waiting(self) -> None:
+        """A frame has to wait. Where all that wait take too much memory, the stage with most of it ends: one neighbour
+        can fill those of many sessions, which honest ones never do, since they send no more than a window ahead."""
+        waiting = {key: runner.waiting_bytes for key, runner in self.runners.items()}
+        while sum(waiting.values()) > self.most_waiting_bytes:
+            worst = max(waiting, key=waiting.__getitem__)
+            told = f"{waiting.pop(worst)} bytes of frames wait for this stage, and too many for all"
+            self.runners[worst].owner.report(Busy(told), None)
+            self.free(worst)
 
     # ---- memory -----------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from swarm.wire import row_bytes
 MAX_ADDRESSES = 16
 MAX_MULTIADDR_CHARS = 256
 MAX_HOPS = 256
-MAX_TIMING_BYTES = 256
+MAX_TIMING_BYTES = 128
 MAX_END_IDS = 64
 MAX_MESSAGE_CHARS = 1000
 """Of an error, or of the reason for a new route."""
@@ -141,9 +141,9 @@ def timing_to_wire(timing: HopTiming) -> bytes:
     ).SerializeToString()
 
 
-def cut_timings(hops: Sequence[bytes]) -> list[bytes]:
+def cut_timings(hops: Sequence[bytes], most: int = MAX_HOPS) -> list[bytes]:
     """As many as a route has at most, without those that are too long."""
-    return [data for data in hops[:MAX_HOPS] if len(data) <= MAX_TIMING_BYTES]
+    return [data for data in hops[:most] if len(data) <= MAX_TIMING_BYTES]
 
 
 def timings_from_wire(hops: Sequence[bytes]) -> tuple[HopTiming, ...]:

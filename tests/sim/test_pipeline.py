@@ -81,6 +81,36 @@ def test_stages_for_which_others_have_to_be_computed_first_are_not_given_up(kill
     run_virtual(main)
 
 
+def test_long_prompts_that_wait_at_a_slow_peer_never_take_more_memory_than_their_caches_will() -> None:
+    sessions, positions = 24, 4 * CHUNK
+
+    async def main() -> None:
+        world = World(2, settings=replace(SETTINGS, engine=config.EngineSettings(prefill_chunk_tokens=CHUNK)))
+        for layers in (LayerRange(0, 3), BACK):
+            await world.add_peer(layers)
+        slow = world.peers[1]
+        slow.executor.layer_s = 0.5 / len(BACK) / (1 + CHUNK / 8)
+        table, seen = slow.service.table, [0]
+        table.budget.limit_bytes = sessions * slow.executor.cache_bytes(BACK, positions + 8)
+        table.most_waiting_bytes, bound_waiting = table.budget.limit_bytes, table.bound_waiting
+
+        def note_and_bound() -> None:
+            seen.append(sum(runner.waiting_bytes for runner in table.runners.values()))
+            bound_waiting()
+
+        table.bound_waiting = note_and_bound  # type: ignore[method-assign]
+        prompts = [[first, *(token % 60 for token in range(positions - 1))] for first in range(sessions)]
+        outcomes = await asyncio.gather(*(world.generate(prompt, 2) for prompt in prompts))
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
+            assert outcome.tokens == world.decoder.generate(prompt, 2, 2, frozenset())
+            assert outcome.session.rebuilds == []
+        print(f"{max(seen)} bytes waited of {table.most_waiting_bytes}")
+        assert max(seen) > sessions * positions * 8 / 2, "else this shows nothing"
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_line_stays_open_while_the_peer_at_its_end_has_frames_to_compute() -> None:
     """It was closed as idle, and the peer could not say when it had computed them: nothing more was sent."""
 

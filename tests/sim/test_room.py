@@ -12,11 +12,16 @@ import pytest
 
 from peers import stage_table
 from peers.stage_table import StageKey, StageTable
+from swarm import protocol_pb2 as pb
 from swarm.errors import Busy, SwarmError
+from swarm.protocol import put_rows
 from swarm.session import Session
+from swarm.testing import SimTransport
+from swarm.transport import CONTROL, LINK
 from swarm.types import SessionId
+from swarm.wire import row_bytes
 from tests.sim import world
-from tests.sim.world import NUM_LAYERS, LayerRange, Outcome, World, run_virtual
+from tests.sim.world import NUM_LAYERS, PROFILE, LayerRange, Outcome, World, run_virtual
 
 SEEDS = 60
 MUTATION_SEEDS = 40
@@ -209,6 +214,46 @@ def test_memory_is_taken_as_tokens_come_and_promised_to_a_bound() -> None:
         assert used == sorted(used)
         assert max(used) <= 24
         assert isinstance((await swarm.generate([1], 130)).error, Busy), "it could never be as long as it may"
+        await swarm.settle()
+
+    run_virtual(main)
+
+
+def test_frames_that_a_neighbour_piles_up_end_its_own_sessions() -> None:
+    """Its accomplice owned them, and what may wait for each was little: for all it was many times the budget."""
+
+    async def main() -> None:
+        swarm = World(8)
+        for layers in (LayerRange(0, 3), LayerRange(3, NUM_LAYERS)):
+            await swarm.add_peer(layers)
+        peer, hostile = swarm.peers[1], SimTransport(swarm.network.add("hostile"))
+        table, most, sessions, frames = peer.service.table, 2000, 8, 10
+        table.most_waiting_bytes = most
+        row = row_bytes("float32", PROFILE.hidden_size)
+        controls = [await hostile.open(peer.node.address, CONTROL) for _ in range(sessions)]
+        for number, control in enumerate(controls):  # their last stages wait to be told of their owner
+            opening = pb.Open(session=f"{number}", epoch=1, model=PROFILE.model_id, start=3, end=NUM_LAYERS)
+            opening.max_positions, opening.step_mode = 100, True
+            opening.previous.append(hostile.local.peer_id)
+            await control.send(pb.ControlRequest(open=opening).SerializeToString())
+        await asyncio.sleep(0.1)
+        link, seen = await hostile.open(peer.node.address, LINK), []
+
+        async def pile_up() -> None:
+            for sequence, number in itertools.product(range(frames), range(sessions)):
+                frame = pb.Frame(session=f"{number}", epoch=1, sequence=sequence, start=10 * sequence, layer=3)
+                put_rows(frame.hidden, bytes(10 * row), "float32", PROFILE.hidden_size)
+                await link.send(pb.LinkMessage(frame=frame).SerializeToString())
+                await asyncio.sleep(0.01)
+                seen.append(sum(runner.waiting_bytes for runner in table.runners.values()))
+
+        outcome, _ = await asyncio.gather(swarm.generate([1, 2, 3], 60), pile_up())
+        assert outcome.error is None
+        assert [changed.cause for changed in outcome.routes] == ["opened"]
+        assert sessions * frames * 10 * row > 2 * most, "else this shows nothing"
+        assert most / 2 < max(seen) <= most + row, "a token that need not wait may come to it"
+        for control in controls:
+            control.abort()
         await swarm.settle()
 
     run_virtual(main)

@@ -9,15 +9,16 @@ from typing import cast
 import pytest
 
 from peers.frame_router import FrameRouter
-from peers.stage import Target
+from peers.stage import Stage, Target
 from peers.stage_table import StageTable
 from swarm import protocol_pb2 as pb
 from swarm.errors import Gap, StreamLost
-from swarm.protocol import decode
+from swarm.protocol import decode, put_rows, timing_to_wire
 from swarm.sampling import SamplingParams
 from swarm.testing import SimTransport, run_virtual
 from swarm.transport import CONTROL, LINK
-from swarm.types import LayerRange, PeerAddress, PeerId
+from swarm.types import HopTiming, LayerRange, PeerAddress, PeerId
+from swarm.wire import MODEL
 from tests.sim.world import PROFILE, SETTINGS, SimPeer, World
 
 
@@ -185,5 +186,23 @@ def test_an_owner_who_takes_his_time_is_told_one_error_of_an_epoch() -> None:
         await asyncio.sleep(0.1)
         assert [(error.epoch, error.message) for error in told] == [(1, "one"), (2, "two"), (2, "three")]
         stream.abort()
+
+    run_virtual(main)
+
+
+def test_a_neighbour_tells_of_no_more_hops_than_there_are_layers_before_a_stage() -> None:
+    """What it told was kept with the newest rows, four megabytes a session."""
+
+    async def main() -> None:
+        world, peer = await alone()
+        stage = SimpleNamespace(
+            first=False, layers=LayerRange(2, 6), input_wire=MODEL, max_positions=8, step_mode=False
+        )
+        timing = timing_to_wire(HopTiming(PeerId("peer"), LayerRange(0, 1), 0.001, 0.002, 4, 0.5))
+        frame = pb.Frame(hops=[timing] * 100)
+        put_rows(frame.hidden, bytes(8), "float32", PROFILE.hidden_size)
+        work = peer.service._router._to_work(cast(Stage, stage), PeerId("neighbour"), frame)
+        assert work.hops == [timing] * 2
+        await world.settle()
 
     run_virtual(main)

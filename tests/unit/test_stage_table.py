@@ -237,6 +237,25 @@ def test_a_peer_with_all_the_sessions_that_it_may_have_announces_no_room() -> No
     with_table(story)
 
 
+@pytest.mark.parametrize(
+    ("waiting", "left"),
+    [({"a": 60, "b": 40}, "ab"), ({"a": 60, "b": 41}, "b"), ({"a": 50, "b": 51, "c": 60}, "a"), ({"a": 101}, "")],
+)
+def test_where_frames_that_wait_take_too_much_memory_the_stage_with_most_of_it_goes(
+    waiting: dict[str, int], left: str
+) -> None:
+    async def story(table: StageTable) -> None:
+        table.most_waiting_bytes = 100
+        for session, size in waiting.items():
+            stage = admit(table, session, 8).stage
+            stage.inbox.append(Work(epoch=1, start=0, rows=1, hidden=bytes(size)))
+        table.bound_waiting()
+        assert "".join(session for session, _ in table.runners) == left
+        assert let_in(table, "newcomer", 8), "nobody is owed anything"
+
+    with_table(story)
+
+
 def test_a_session_that_has_ended_is_held_by_nobody() -> None:
     """Its cache, its log and what waits for it are memory that was given back."""
 
