@@ -99,18 +99,20 @@ class StageRunner:
             self._acknowledge(work)
 
     async def reopen(self, request: OpenRequest) -> None:
-        """Move to a newer epoch: what is being computed stays here, nothing that waits is run."""
+        """Move to a newer epoch: what is being computed stays here, nothing that waits is run. How long that may take
+        is up to the owner, who knows what this peer promised."""
         self._used_at = self._now()
         if request.epoch >= self.stage.epoch:
             self.stage.superseded = True
             self.stage.inbox.clear()
             self._followers.stop()
             self.executor.forget(self.stage.cache)  # its turn may be longer away than the owner waits
+        idle_s = self.settings.timeouts.session_idle_s
         try:
-            async with asyncio.timeout(self.settings.timeouts.open_s):
+            async with asyncio.timeout(idle_s):
                 await self._idle.wait()
         except TimeoutError:
-            raise Internal(f"a step took longer than open_s ({self.settings.timeouts.open_s:g} s)") from None
+            raise Internal(f"a step took longer than session_idle_s ({idle_s:g} s)") from None
         self.stage.reopen(request)
         self._followers.answers.clear()
 

@@ -63,7 +63,7 @@ class Chain:
     ) -> None:
         self._prefix = SessionPrefix(prefixes, profile.model_id, transcript)
         self.planner = HopPlanner(session_id, transcript, self._prefix, view, profile, settings, health)
-        self.opener = Opener(session_id, transcript, self._prefix, profile)
+        self.opener = Opener(session_id, transcript, self._prefix, profile, self.planner.pass_s)
         self.transcript = transcript
         self.settings = settings
         self.controls: list[HopControl] = []

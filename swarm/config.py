@@ -105,7 +105,8 @@ class TimeoutSettings:
     daemon_start_s: float = 60.0
     connect_s: float = 3.0
     open_s: float = 10.0
-    """From Open to Opened on a connected stream; a peer that does not even beat meanwhile is lost as at other times."""
+    """From Open to Opened on a connected stream; a peer that does not even beat meanwhile is lost as at other times,
+    and one with a step to end has longer if that follows from what it announced."""
     send_s: float = 10.0
     """One blocked write, or a frame of a prompt of which nothing is heard to arrive."""
     heartbeat_s: float = 1.0

@@ -72,14 +72,15 @@ class HopControl:
         control._reader = tasks.create_task(control._read())
         return control
 
-    async def open(self, request: pb.Open) -> None:
-        """Open the stage, or move it to a newer epoch; sets ``have``. Raises what the peer answers, or ``PeerLost``."""
+    async def open(self, request: pb.Open, pass_s: float = 0.0) -> None:
+        """Open the stage, or move it to a newer epoch; sets ``have``. ``pass_s``: what the stage may have to end first
+        should take so long at most. Raises what the peer answers, or ``PeerLost``."""
         if self.lost is not None:
             raise self.lost
         self._opened, self._opening = asyncio.get_running_loop().create_future(), request.epoch
         try:
             await self._send(pb.ControlRequest(open=request))
-            opened = await self._answer(self._opened)
+            opened = await self._answer(self._opened, pass_s)
         finally:
             self._opened.cancel()  # nobody waits for it any more
             if not self._opened.cancelled():
@@ -92,27 +93,29 @@ class HopControl:
             self.came_with = opened.have
         self.targets = []
 
-    async def _answer(self, opened: asyncio.Future[pb.Opened]) -> pb.Opened:
-        """A peer that has a step to end first beats meanwhile. One that froze is lost as soon as at any other time.
+    async def _answer(self, opened: asyncio.Future[pb.Opened], pass_s: float) -> pb.Opened:
+        """A peer that has a step to end first beats meanwhile, and has the time for that which it has at any other
+        time. One that froze is lost as soon, too.
 
         Counted in waits that brought nothing, and not on the clock: while this process stood still nobody was silent.
         """
         timeouts, misses, began = self._settings.timeouts, 0, _now()
+        step_s = max(timeouts.open_s, timeouts.step_slow_factor * pass_s)
         while misses < timeouts.heartbeat_misses:
             self._hear_arriving()
             heard_at = self.last_heard
             if (await asyncio.wait((opened,), timeout=timeouts.heartbeat_s))[0]:
                 return opened.result()
-            self._check_answer(began, "open")
+            self._check_answer(began, "open", step_s if self.computing else timeouts.open_s)
             misses = misses + 1 if self.last_heard == heard_at else 0
         raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * timeouts.heartbeat_s:.1f} s")
 
-    def _check_answer(self, began: float, question: str) -> None:
+    def _check_answer(self, began: float, question: str, allowed_s: float) -> None:
         """Raises ``DeadlineExceeded`` for one that is late and not on its way, nor behind what is; or that comes in
         drops, without end."""
         self._hear_arriving()
         timeouts, now = self._settings.timeouts, _now()
-        if now - max(began, self._stream.arrived_at) > timeouts.open_s or now - began > timeouts.session_idle_s:
+        if now - max(began, self._stream.arrived_at) > allowed_s or now - began > timeouts.session_idle_s:
             raise DeadlineExceeded(f"no answer to {question} within {now - began:.0f} s")
 
     async def start(self, epoch: int, targets: list[pb.Target]) -> None:
@@ -133,7 +136,7 @@ class HopControl:
             await self._send(pb.ControlRequest(fetch=pb.Fetch(number=self._fetches, start=start, end=end)))
             began = _now()
             while not (await asyncio.wait((fetched,), timeout=self._settings.timeouts.heartbeat_s))[0]:
-                self._check_answer(began, "fetch")
+                self._check_answer(began, "fetch", self._settings.timeouts.open_s)
             return fetched.result()
         finally:
             self._fetched = None

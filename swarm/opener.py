@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 from swarm import protocol_pb2 as pb
 from swarm.control import HopControl, HopLost
@@ -18,11 +18,20 @@ from swarm.types import Hop, SessionId
 class Opener:
     """Of one session. ``controls`` are always all hops of a route, in order."""
 
-    def __init__(self, session_id: SessionId, transcript: Tokens, prefix: SessionPrefix, profile: ModelProfile) -> None:
+    def __init__(
+        self,
+        session_id: SessionId,
+        transcript: Tokens,
+        prefix: SessionPrefix,
+        profile: ModelProfile,
+        pass_s: Callable[[Collection[Hop]], float],
+    ) -> None:
+        """``pass_s``: how long the passes of some hops should take at most."""
         self._session_id = session_id
         self._transcript = transcript
         self._prefix = prefix
         self._profile = profile
+        self._pass_s = pass_s
 
     async def open(self, controls: Sequence[HopControl], epoch: int) -> None:
         """Bring every hop into ``epoch``, truncated to what is committed. Raises ``HopLost``."""
@@ -70,7 +79,7 @@ class Opener:
         if control.came_with is None:
             message.prefix = self._prefix.name(keep - 1)  # one position has to be run to sample after it
         with control.blamed():
-            await control.open(message)
+            await control.open(message, self._pass_s([control.hop]))
         control.agreed = self._transcript.stop_at
 
     def message(self, hop: Hop, previous: Hop, epoch: int, keep: int) -> pb.Open:

@@ -105,14 +105,18 @@ class SimStream:
         now = asyncio.get_running_loop().time()
         return min(now, ends) if now >= begins else 0.0
 
+    @property
+    def _broken(self) -> bool:
+        return self._ended or (len(self._incoming) > 0 and isinstance(self._incoming[-1], StreamLost))
+
     async def send(self, frame: bytes) -> None:
         await self.node.awake()
-        if self._ended:
+        if self._broken:
             raise StreamLost("the stream is closed")
         self.node.network.carry(self, frame)
 
     def try_send(self, frame: bytes) -> bool:
-        if self._ended or self.node.frozen:
+        if self._broken or self.node.frozen:
             return False
         self.node.network.carry(self, frame)
         return True

@@ -647,6 +647,37 @@ def test_a_survivor_with_a_long_step_to_end_is_not_taken_for_frozen_when_it_is_o
     assert [hop.layers for rebuild in outcome.session.rebuilds for hop in rebuild.lost] == [LayerRange(0, 2)]
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_survivor_in_a_pass_as_long_as_it_announced_is_not_lost_with_another_hop(hangs: bool) -> None:
+    """What it had of the prompt was computed again, by nobody where it alone has these layers."""
+    layer_s, timeouts = 6.0, replace(SETTINGS.timeouts, session_idle_s=600.0)
+    settings = replace(SETTINGS, engine=replace(SETTINGS.engine, max_batch_tokens=8), timeouts=timeouts)
+    assert len(THIRDS[0]) * layer_s > timeouts.open_s + 1.0, "else this shows nothing"
+
+    async def main() -> None:
+        world = World(3, settings=settings)
+        for layers in THIRDS:
+            peer = await world.add_peer(layers)
+            peer.executor.layer_s = layer_s
+            world.announce(peer)
+        first, _, last = world.peers
+        first.executor.layer_s = 100 * layer_s if hangs else layer_s
+        generation = asyncio.create_task(world.generate([1, 2, 3, 4], 1))
+        await asyncio.sleep(1.0)
+        assert first.service.table.runners
+        world.kill(last, forget=True)
+        for layers in THIRDS[2:] + THIRDS[:1] * hangs:
+            await world.add_peer(layers)
+        outcome = await generation
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3, 4], 1, 3, frozenset())
+        lost = [hop.layers for rebuild in outcome.session.rebuilds for hop in rebuild.lost]
+        assert lost == [THIRDS[2], *THIRDS[:1] * hangs]
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_committed_tokens() -> None:
     async def main() -> None:
         world = World(31)
