@@ -126,7 +126,8 @@ class HopControl:
         await self._send(pb.ControlRequest(input=pb.Input(epoch=epoch, start=start, token_ids=token_ids, step=step)))
 
     async def fetch(self, start: int, end: int) -> pb.Fetched:
-        """Outputs out of the stage's checkpoint log, if it has them; raises ``PeerLost``. One after the other."""
+        """Outputs out of the stage's checkpoint log, if it has them. One after the other. Raises ``PeerLost``, or
+        what the peer's last words were."""
         if self.lost is not None:
             raise self.lost
         self._fetches += 1

@@ -22,7 +22,6 @@ from swarm.errors import (
     Cancelled,
     DeadlineExceeded,
     Internal,
-    PeerLost,
     ProtocolError,
     SwarmError,
     TooLong,
@@ -299,7 +298,7 @@ class StepSession:
                     for control, fetched in zip(controls, told, strict=True):
                         if isinstance(fetched, pb.Fetched):
                             found |= _rows_at(control, fetched, start, end, profile)
-                        elif not isinstance(fetched, PeerLost):  # a lost one is replaced
+                        elif not (isinstance(fetched, SwarmError) and fetched.retryable):  # else the hop is replaced
                             raise fetched
                     if len(found) == len(controls):
                         return found

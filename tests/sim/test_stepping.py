@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from swarm.errors import BadRequest, Cancelled, NoRoute, TooLong
+from swarm import protocol_pb2 as pb
+from swarm.errors import BadRequest, Busy, Cancelled, Evicted, NoRoute, SwarmError, TooLong
 from swarm.stepping import StepSession
 from swarm.testing import SimTransport, ToyCache
 from tests.sim.world import NUM_LAYERS, PROFILE, SETTINGS, Faults, LayerRange, World, run_virtual
@@ -161,6 +162,30 @@ def test_hidden_states_at_the_cuts_survive_a_kill(victim: int, delay_s: float) -
             await check(world, session, [*tokens, 7, 7], 3, hidden=True)
             await asyncio.sleep(1)
             await check(world, session, [*tokens, 7, 8], 3, hidden=True)
+            assert len(session.rebuilds) == 1
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("error", [Busy("no room"), Evicted("idle")])
+def test_hidden_states_at_the_cuts_survive_a_hop_that_gives_way(error: SwarmError) -> None:
+    """It is replaced; its last words were taken for an answer, and the caller got them."""
+
+    async def main() -> None:
+        world = await swarm_of(20, THIRDS * 2)
+        async with session_of(world) as session:
+            tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5]
+            await check(world, session, tokens, 8)
+            table = world.peer_of(session, 1).service.table
+            [(key, runner)] = table.runners.items()
+
+            def gone(request: pb.Fetch) -> pb.Fetched:
+                table._give_way(key, error)
+                raise Evicted("this stage is gone")
+
+            runner.fetch = gone  # type: ignore[method-assign]
+            await check(world, session, [*tokens, 7], 9, hidden=True)
             assert len(session.rebuilds) == 1
         await world.settle()
 
