@@ -142,8 +142,14 @@ class ControlHandler:
         else:
             reopened = runner
             self._table.attach(key)
+
+            def beating() -> StageRunner:
+                if self._table.runners.get(key) is reopened:
+                    self._table.attach(key)  # an older stream of its owner may have ended meanwhile
+                return reopened
+
             try:
-                await self._beat(runner.reopen(request), lambda: reopened, tell)  # it may have a long step to end
+                await self._beat(runner.reopen(request), beating, tell)  # it may have a long step to end
             finally:
                 if runner.owner.stream is None and self._table.runners.get(key) is runner:
                     self._table.linger(key)

@@ -314,3 +314,38 @@ def test_an_open_that_comes_too_late_does_not_set_a_term_for_the_stage_in_its_pl
         await world.settle()
 
     run_virtual(main)
+
+
+def test_an_older_stream_that_ends_sets_no_term_for_a_stage_whose_owner_waits_on_a_newer_one() -> None:
+    """The stage has a long step to end; the older stream was lost to its owner, and the peer has just noticed."""
+
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        table, step = peer.service.table, asyncio.Event()
+
+        async def opened(epoch: int) -> Stream:
+            stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
+            opening = pb.Open(session="s", epoch=epoch, model=PROFILE.model_id, end=6, max_positions=8, token_ids=[1])
+            await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+            await asyncio.sleep(0.5)
+            return stream
+
+        older = await opened(1)
+        [runner] = table.runners.values()
+
+        async def ends_its_step(request: object) -> None:
+            await step.wait()
+
+        runner.reopen = ends_its_step  # type: ignore[method-assign]
+        newer = await opened(2)
+        older.abort()
+        await asyncio.sleep(2 * world.settings.timeouts.owner_grace_s)
+        assert list(table.runners.values()) == [runner]
+        step.set()
+        await asyncio.sleep(2 * world.settings.timeouts.owner_grace_s)
+        assert list(table.runners.values()) == [runner]
+        newer.abort()
+        await world.settle()
+
+    run_virtual(main)
