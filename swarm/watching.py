@@ -106,6 +106,8 @@ class Watch:
                 raise HandoverReady(event)
             return
         if control not in self._chain.controls:
+            if isinstance(event, pb.Error):  # of a successor that is warming up
+                self._chain.give_up_warming(PeerId(event.peer_id) or control.hop.peer.peer_id, error_from_wire(event))
             return
         if isinstance(event, SwarmError):
             raise HopLost(control, event)

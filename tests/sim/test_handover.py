@@ -56,6 +56,33 @@ def test_a_successor_that_fails_is_no_fault_of_the_hop_before_it(how: str) -> No
     run_virtual(scenario)
 
 
+def test_of_two_successors_one_that_the_other_can_not_reach_is_replaced() -> None:
+    """Nobody listened to those that are not on the route yet: the leaving peer was left when it was gone."""
+
+    async def scenario() -> None:
+        world = World(3)
+        for layers in (LayerRange(0, 2), LayerRange(2, 6)):
+            await world.add_peer(layers)
+
+        async def add_successors() -> None:
+            successors = [await world.add_peer(layers) for layers in (LayerRange(2, 4), LayerRange(4, 6))]
+            world.network.partition(*(peer.node.address.peer_id for peer in successors))
+            world.drain(world.peers[1])
+            await asyncio.sleep(2.0)
+            await world.add_peer(LayerRange(4, 6))
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                world.later(0.0, add_successors())
+
+        outcome = await world.generate([1, 2, 3], TOKENS, schedule)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], TOKENS, 3, frozenset())
+        assert [route.cause for route in outcome.routes] == ["opened", "leaving"]
+
+    run_virtual(scenario)
+
+
 def test_a_leaving_peer_may_be_lost_while_a_rebuild_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     async def pause(self: Patience) -> None:
         await asyncio.sleep(0.1)  # what the third loss in a row brings
