@@ -131,7 +131,7 @@ class Chain:
     async def establish(self, reason: str) -> None:
         """Bring the session onto a complete route, however many attempts that takes within ``recovery.wait_s``."""
         first, wire = reason == "opened", self.transcript.wire
-        pause = RETRY_FIRST_S
+        survivors, pause = set(self.controls), RETRY_FIRST_S
         deadline = _now() + self.settings.recovery.wait_s
         while True:
             self.epoch = self.next_epoch()
@@ -139,7 +139,6 @@ class Chain:
             if first and self.transcript.wire != wire:  # an attempt that failed left its cuts, and rows rounded there
                 await self.release()
                 self.transcript.wire = wire
-            survivors = set(self.controls)
             try:
                 await self._assemble()
                 self.transcript.wire = self.transcript.wire.cut_at(hop.layers.start for hop in self.hops)

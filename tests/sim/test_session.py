@@ -448,6 +448,34 @@ def test_losing_all_hops_but_one() -> None:
     assert sorted(str(layers) for layers, _ in outcome.session.rebuilds[0].replayed) == ["0:2", "2:4"]
 
 
+def test_a_rebuild_tells_of_all_that_was_computed_again_however_many_attempts_it_took() -> None:
+    async def main() -> None:
+        world = World(25)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+
+        async def lose_two() -> None:
+            for peer in world.peers[1:]:
+                world.kill(peer, forget=True)
+            for layers in [*THIRDS[1:], THIRDS[2]]:
+                await world.add_peer(layers)
+            full = world.peers[-1]
+            full.executor.layer_s = 1e-6  # everybody's first choice
+            world.announce(full)
+            full.service.table.budget.reserve(SessionId("another"), full.service.table.budget.free_bytes)
+
+        def at(session: Session, index: int) -> None:
+            if index == 4 and not session.rebuilds:
+                world.later(0.0, lose_two())
+
+        outcome = await world.generate(PROMPT, 12, at)
+        assert outcome.error is None
+        [rebuild] = outcome.session.rebuilds
+        assert rebuild.replayed == tuple((layers, rebuild.kept) for layers in THIRDS[1:])
+
+    run_virtual(main)
+
+
 def test_a_neighbour_that_also_holds_the_lost_layers_takes_them() -> None:
     def kill(world: World, session: Session, index: int) -> None:
         if index == 4 and not session.rebuilds:
