@@ -7,7 +7,8 @@ frame (session, epoch, sequence, start):
 1. the sender was not named by the owner: refused;
 2. its epoch is over, or its sequence number was seen: dropped;
 3. it starts after the end of what is here or queued: refused with ``gap``;
-4. it starts before the end: KV cache and log are truncated to ``start`` when its turn comes, then it runs.
+4. it starts before the end: what waits from ``start`` on is not run, KV cache and log are truncated to ``start`` when
+   its turn comes, then it runs.
 """
 
 from __future__ import annotations
@@ -107,6 +108,13 @@ class Work:
     draft_start: int = 0
     """Rows at this position and later are guesses, of the draft that the last stage numbered ``draft``; 0: none are."""
     step: StepMark = NO_STEP
+
+    def cut(self, end: int) -> None:
+        """Leave only the rows before ``end``."""
+        rows = min(self.rows, end - self.start)
+        if self.hidden is not None:
+            self.hidden = self.hidden[: len(self.hidden) // self.rows * rows]
+        self.token_ids, self.rows = self.token_ids[:rows], rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,14 +283,21 @@ class Stage:
             raise Gap(f"frame starts at {work.start}, this stage has {self.expected}")
         if work.start + work.rows > self.max_positions:
             raise TooLong(f"position {work.start + work.rows} is past the {self.max_positions} that were reserved")
-        waiting = sum(queued.rows for queued in self.inbox)
-        if len(self.inbox) >= waiting_limit or waiting + work.rows > self.max_positions:
-            raise ProtocolError(f"{len(self.inbox)} frames with {waiting} rows wait for this stage already")
+        self._take_back(work)
+        if len(self.inbox) >= waiting_limit:
+            raise ProtocolError(f"{len(self.inbox)} frames wait for this stage already")
         if work.sender is not None:
             self._next_sequence[work.sender] = work.sequence + 1
         self.expected = work.start + work.rows
         self.inbox.append(work)
         return True
+
+    def _take_back(self, work: Work) -> None:
+        """Rows that wait and would be truncated by ``work`` are not run at all: no position waits twice."""
+        while self.inbox and self.inbox[-1].start >= work.start:
+            work.want_ack |= self.inbox.pop().want_ack  # one for all that the sender sent before
+        if self.inbox:
+            self.inbox[-1].cut(work.start)
 
     def truncate(self, length: int) -> None:
         """Forget positions ``length`` and after: KV cache, log, and what followers were sent of them."""

@@ -286,6 +286,26 @@ def test_a_step_that_is_given_up_while_the_hops_are_told_to_go_back_costs_no_hop
     run_virtual(main)
 
 
+def test_inputs_that_are_given_up_one_after_another_do_not_pile_up_at_a_slow_hop() -> None:
+    """Their rows were together more than the session has positions, which nobody honest sends, and the hop was lost."""
+
+    async def main() -> None:
+        world = await swarm_of(12, THIRDS)
+        async with session_of(world) as session:
+            await check(world, session, [1, 2, 3, 4], 3)
+            for peer in world.peers:
+                peer.executor.layer_s = 0.1
+            for number in range(5):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.01):
+                        await session.run([1, 2, *[number] * 40], 41)
+            await check(world, session, [1, 2, 9, 9], 3)
+            assert session.rebuilds == []
+        await world.settle()
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize("turns", range(4))
 def test_a_session_that_is_closed_twice_at_once_leaves_no_stage(turns: int) -> None:
     async def main() -> None:
