@@ -105,7 +105,7 @@ class HopPlanner:
     async def explain(self, error: NoRoute, refused: Mapping[PeerId, SwarmError]) -> None:
         """Raise why a session that never ran finds no route; first look once more, and return if there is one now."""
         for refusal in refused.values():
-            if not isinstance(refusal, PeerLost | Unreachable | Busy):
+            if not isinstance(refusal, PeerLost | Unreachable | Busy | Evicted):
                 raise refusal from None
         await self.refresh()
         try:
@@ -113,8 +113,8 @@ class HopPlanner:
             return
         except NoRoute as now:
             for refusal in refused.values():
-                if isinstance(refusal, Busy):
-                    raise refusal from None
+                if isinstance(refusal, Busy | Evicted):
+                    raise Busy(refusal.message) from None
             if refused:
                 raise NoRoute(f"{now.message}; another may be loading these layers: try again in a moment") from None
         raise explained(error, self._view.announcements(), self._profile, self._view.check) from None

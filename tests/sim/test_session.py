@@ -587,6 +587,29 @@ def test_refused_by_everybody_says_the_limit() -> None:
     run_virtual(main)
 
 
+def test_a_new_session_whose_stage_gives_way_before_it_has_a_route_is_told_of_the_limit() -> None:
+    """The peer said why, and then that the stage is gone: that was taken for the reason."""
+
+    async def main() -> None:
+        world = World(30)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        first, last = world.peers[0], world.peers[2]
+        world.network.bytes_per_s[world.owner.address.peer_id, last.node.address.peer_id] = 80.0
+        table = first.service.table
+
+        async def crowd_out() -> None:
+            [key] = table.runners
+            table._give_way(key, Busy("KV budget: no room"))
+
+        world.later(0.1, crowd_out())
+        outcome = await world.generate(PROMPT, 12)
+        assert isinstance(outcome.error, Busy)
+        await world.settle()
+
+    run_virtual(main)
+
+
 @pytest.mark.parametrize("accident", ["killed", "frozen", "full"])
 def test_a_new_session_looks_once_more_before_it_ends_because_those_that_it_knew_fail(accident: str) -> None:
     """The view is seconds old: who came for a peer that was lost is not in it yet."""
