@@ -15,7 +15,14 @@ from peers.step_answers import step_from_wire
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.errors import BadRequest, Busy, Evicted, NotAllowed, ProtocolError, SwarmError, TooLong, WrongRange
-from swarm.protocol import address_from_wire, check_end_ids, decode, error_to_wire
+from swarm.protocol import (
+    address_from_wire,
+    check_count,
+    check_end_ids,
+    decode,
+    error_to_wire,
+    peer_id_from_wire,
+)
 from swarm.sampling import SamplingParams
 from swarm.transport import Stream
 from swarm.types import LayerRange, PeerId, PeerState, SessionId
@@ -179,7 +186,6 @@ class ControlHandler:
         limit = min(profile.max_positions, self._table.settings.peer.max_cache_tokens_per_session)
         if not 0 < message.max_positions <= limit:
             raise TooLong(f"{message.max_positions} tokens asked for; this peer's limit for a session is {limit}")
-        self._check_vocabulary(message.token_ids)
         check_end_ids(message.end_ids)
         return OpenRequest(
             session=SessionId(message.session),
@@ -187,11 +193,11 @@ class ControlHandler:
             layers=layers,
             max_positions=message.max_positions,
             keep=message.keep,
-            previous=frozenset(PeerId(peer) for peer in message.previous[:MAX_PREVIOUS]),
+            previous=frozenset(map(peer_id_from_wire, message.previous[:MAX_PREVIOUS])),
             step_mode=message.step_mode,
             no_kv_cache=message.no_kv_cache,
             sampling=SamplingParams.from_wire(message.sampling),
-            token_ids=tuple(message.token_ids),
+            token_ids=self._tokens(message.token_ids, message.max_positions),
             end_ids=frozenset(message.end_ids),
             stop_at=message.stop_at,
             prompt_length=message.prompt_length,
@@ -202,10 +208,12 @@ class ControlHandler:
             output_wire=(message.output_wire or MODEL) if layers.end < profile.num_layers else MODEL,
         )
 
-    def _check_vocabulary(self, token_ids: Sequence[int]) -> None:
+    def _tokens(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
+        check_count(token_ids, most, "tokens")
         size = self._table.executor.profile.vocab_size
         if max(token_ids, default=0) >= size:
             raise BadRequest(f"a token id is not in the vocabulary of {size}")
+        return tuple(token_ids)
 
     def _start(self, runner: StageRunner, message: pb.Start) -> None:
         if len(message.targets) > MAX_TARGETS:
@@ -215,8 +223,7 @@ class ControlHandler:
     def _input(self, runner: StageRunner, message: pb.Input) -> None:
         if not runner.stage.first or not message.token_ids:
             raise ProtocolError("input is token ids for the first stage")
-        ids = tuple(message.token_ids)
-        self._check_vocabulary(ids)
+        ids = self._tokens(message.token_ids, runner.stage.max_positions)
         step = step_from_wire(message.step)
         runner.accept(Work(epoch=message.epoch, start=message.start, rows=len(ids), token_ids=ids, step=step))
 

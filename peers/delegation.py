@@ -20,7 +20,7 @@ from swarm.health import Health
 from swarm.knowledge import View, known
 from swarm.models import ModelProfile
 from swarm.prefix import Prefixes
-from swarm.protocol import error_to_wire, timing_to_wire
+from swarm.protocol import check_count, error_to_wire, timing_to_wire
 from swarm.routing import plan_route
 from swarm.session import RouteChanged, Session
 from swarm.transcript import Generated
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MOST_CLIENTS = 64
 """Thin clients whose texts are remembered."""
+MOST_EXCLUDED = 1024
+"""Peers that a plan may be asked to do without."""
 
 
 class DelegationHandler:
@@ -53,7 +55,8 @@ class DelegationHandler:
         self.running = 0
 
     def plan(self, request: pb.PlanRequest) -> pb.RouteNews:
-        """The route that a session would take now; raises ``NoRoute``."""
+        """The route that a session would take now; raises ``NoRoute`` and ``BadRequest``."""
+        check_count(request.exclude, MOST_EXCLUDED, "peers to do without")
         now = asyncio.get_running_loop().time()
         announcements = self._view.announcements()
         try:

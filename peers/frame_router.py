@@ -134,13 +134,17 @@ class FrameRouter:
 
     def _to_work(self, stage: Stage, sender: PeerId, frame: pb.Frame) -> Work:
         profile = self._table.executor.profile
-        hidden, ids = None, tuple(frame.token_ids)
+        hidden: bytes | None = None
+        ids: tuple[int, ...] = ()
+        rows = len(frame.token_ids)  # looked at only if they may be so many: a frame has room for millions
         if stage.first:
-            if not ids or frame.HasField("hidden") or max(ids) >= profile.vocab_size:
+            if not 0 < rows <= stage.max_positions or frame.HasField("hidden"):
+                raise ProtocolError(f"the first stage takes 1 to {stage.max_positions} token ids")
+            ids = tuple(frame.token_ids)
+            if max(ids) >= profile.vocab_size:
                 raise ProtocolError("the first stage takes token ids of the vocabulary")
-            rows = len(ids)
         else:
-            if ids:
+            if rows:
                 raise ProtocolError("only the first stage takes token ids")
             width, encoding = profile.hidden_size, encoding_of(stage.input_wire, profile.dtype)
             hidden = rows_from_wire(frame.hidden, encoding, width, stage.max_positions)

@@ -82,14 +82,16 @@ class Prober:
     async def answer(self, request: pb.Probe) -> bytes:
         """Our layers' outputs; raises ``WrongRange``, ``BadTensor``, ``BadRequest``, ``Busy``."""
         layers, profile = LayerRange(request.start, request.end), self._executor.profile
-        ids = list(request.token_ids)
+        ids: list[int] | None = None
         hidden = None
         if layers.start > 0:
             hidden = rows_from_wire(request.hidden, profile.dtype, profile.hidden_size, MOST_ROWS)
-        elif not 0 < len(ids) <= MOST_ROWS:
-            raise BadRequest(f"a probe has 1 to {MOST_ROWS} rows, not {len(ids)}")
+        elif 0 < (rows := len(request.token_ids)) <= MOST_ROWS:
+            ids = list(request.token_ids)
+        else:
+            raise BadRequest(f"a probe has 1 to {MOST_ROWS} rows, not {rows}")
         async with self._answering:
-            return await outputs(self._executor, layers, ids if layers.start == 0 else None, hidden)
+            return await outputs(self._executor, layers, ids, hidden)
 
     async def vouch(self, remote: PeerId, request: pb.ProbeMe) -> pb.Voucher:
         """Probe ``remote``; raises :class:`NotAdmitted` if it can't be reached, is late, or its numbers are wrong."""

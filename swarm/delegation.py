@@ -15,12 +15,13 @@ from typing import Self
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
-from swarm.errors import BadRequest, DeadlineExceeded, NoRoute, StreamLost, SwarmError, Unreachable
+from swarm.errors import BadRequest, DeadlineExceeded, NoRoute, StreamLost, SwarmError, TooLong, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import (
     MAX_HOPS,
     address_from_wire,
     address_to_wire,
+    check_count,
     check_end_ids,
     decode,
     error_from_wire,
@@ -205,6 +206,9 @@ def request_from_wire(message: pb.Delegate, profile: ModelProfile) -> Generation
     if message.model != profile.model_id:
         raise BadRequest(f"this peer serves {profile.model_id}, not {message.model[:80]}")
     check_end_ids(message.end_ids)
+    check_count(message.cuts, profile.num_layers, "cuts of a route")
+    if (known := len(message.prompt) + len(message.generated)) >= profile.max_positions:
+        raise TooLong(f"the text has {known} tokens; the model's limit is {profile.max_positions}")
     return GenerationRequest(
         prompt=tuple(message.prompt),
         generated=tuple(message.generated),

@@ -19,6 +19,7 @@ from swarm.wire import row_bytes
 
 MAX_ADDRESSES = 16
 MAX_MULTIADDR_CHARS = 256
+MAX_PEER_ID_CHARS = 128
 MAX_HOPS = 256
 MAX_TIMING_BYTES = 128
 MAX_END_IDS = 64
@@ -52,11 +53,16 @@ def address_to_wire(address: PeerAddress) -> pb.Address:
 
 
 def address_from_wire(address: pb.Address) -> PeerAddress:
-    if not address.peer_id or len(address.peer_id) > 128:
-        raise ProtocolError("an address without a usable peer id")
+    peer_id = peer_id_from_wire(address.peer_id)
     if len(address.multiaddrs) > MAX_ADDRESSES or any(len(m) > MAX_MULTIADDR_CHARS for m in address.multiaddrs):
         raise ProtocolError(f"more than {MAX_ADDRESSES} addresses, or one over {MAX_MULTIADDR_CHARS} characters")
-    return PeerAddress(PeerId(address.peer_id), tuple(address.multiaddrs))
+    return PeerAddress(peer_id, tuple(address.multiaddrs))
+
+
+def peer_id_from_wire(text: str) -> PeerId:
+    if not 0 < len(text) <= MAX_PEER_ID_CHARS:
+        raise ProtocolError(f"a peer id has 1 to {MAX_PEER_ID_CHARS} characters")
+    return PeerId(text)
 
 
 def error_to_wire(error: SwarmError, peer_id: PeerId | None = None, epoch: int = 0) -> pb.Error:
@@ -72,10 +78,15 @@ def one_line(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
+def check_count(items: Sized, most: int, named: str) -> None:
+    """Raises :class:`BadRequest` for too many; call it before they are looked at: a frame has room for millions, and
+    meanwhile nobody else is heard."""
+    if len(items) > most:
+        raise BadRequest(f"{len(items)} {named}; the limit is {most}")
+
+
 def check_end_ids(ids: Sized) -> None:
-    """Raises :class:`BadRequest` for too many tokens that end a text; call it before they are copied."""
-    if len(ids) > MAX_END_IDS:
-        raise BadRequest(f"{len(ids)} tokens that end the text; the limit is {MAX_END_IDS}")
+    check_count(ids, MAX_END_IDS, "tokens that end the text")
 
 
 def rows_to_wire(data: bytes, encoding: str, width: int) -> pb.Tensor:
@@ -156,7 +167,7 @@ def timings_from_wire(hops: Sequence[bytes]) -> tuple[HopTiming, ...]:
 
 def _timing_from_wire(timing: pb.HopTiming) -> HopTiming:
     return HopTiming(
-        peer_id=PeerId(timing.peer_id[:128]),
+        peer_id=PeerId(timing.peer_id[:MAX_PEER_ID_CHARS]),
         layers=LayerRange(timing.start, timing.end),
         queue_s=timing.queue_us / 1e6,
         compute_s=timing.compute_us / 1e6,

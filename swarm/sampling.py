@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Final
@@ -87,8 +87,7 @@ class SamplingParams:
             raise BadRequest("top_p must be above 0; 1 switches it off")
         if not isinstance(self.logit_bias, Mapping):
             raise BadRequest(f"logit_bias maps token ids to numbers; {reprlib.repr(self.logit_bias)} does not")
-        if len(self.logit_bias) > MAX_BIASES:
-            raise BadRequest(f"logit_bias has {len(self.logit_bias)} entries, the limit is {MAX_BIASES}")
+        _few_biases(self.logit_bias)
         biases = {
             whole_number("a token id in logit_bias", token_id, 0, 2**32 - 1): number(
                 f"logit_bias of token {token_id}", bias, -MAX_BIAS, MAX_BIAS
@@ -120,6 +119,7 @@ class SamplingParams:
     @classmethod
     def from_wire(cls, message: protocol_pb2.Sampling) -> SamplingParams:
         """Fields that protobuf leaves out are 0; for ``top_p`` and ``repetition_penalty`` that means: off."""
+        _few_biases(message.logit_bias)
         return cls(
             temperature=_decimal(message.temperature),
             top_k=message.top_k,
@@ -253,6 +253,11 @@ def _nucleus(scores: Floats, top_p: float) -> Ids:
     before = np.cumsum(ahead[order]) - ahead[order]
     kept: Ids = np.sort(ids[order[: max(1, int(np.searchsorted(before, needed)))]])
     return kept
+
+
+def _few_biases(biases: Sized) -> None:
+    if len(biases) > MAX_BIASES:
+        raise BadRequest(f"logit_bias has {len(biases)} entries, the limit is {MAX_BIASES}")
 
 
 def _decimal(value: float) -> float:

@@ -1,0 +1,85 @@
+"""Far too many of anything in a message are refused before they are looked at."""
+
+from __future__ import annotations
+
+import tracemalloc
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from peers.control import ControlHandler
+from swarm import protocol_pb2 as pb
+from swarm.delegation import request_from_wire
+from swarm.errors import SwarmError
+from swarm.sampling import SamplingParams
+from swarm.testing import run_virtual
+from swarm.types import LayerRange, PeerId
+from tests.sim.world import PROFILE, SimPeer, World
+
+MANY = 200_000
+"""Of fifteen million, for which a frame has room, a peer heard nothing else for five seconds."""
+STAGE = cast(Any, SimpleNamespace(first=True, max_positions=8))
+
+
+def look_at(peer: SimPeer, message: object) -> None:
+    handler = ControlHandler(peer.service.table, peer.service._router, lambda: peer.service.state)
+    match message:
+        case pb.Open():
+            handler._checked(message)
+        case pb.Input():
+            handler._input(cast(Any, SimpleNamespace(stage=STAGE)), message)
+        case pb.Frame():
+            peer.service._router._to_work(STAGE, PeerId("neighbour"), message)
+        case pb.Delegate():
+            request_from_wire(message, PROFILE)
+        case pb.PlanRequest():
+            peer.service._delegation.plan(message)
+        case pb.Sampling():
+            SamplingParams.from_wire(message)
+
+
+LONG, MODEL = [1] * MANY, PROFILE.model_id
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.Open(session="s", model=MODEL, end=6, max_positions=8, token_ids=LONG),
+        pb.Input(token_ids=LONG),
+        pb.Frame(token_ids=LONG),
+        pb.Delegate(model=MODEL, prompt=LONG, max_tokens=1),
+        pb.Delegate(model=MODEL, prompt=[1], max_tokens=1, cuts=LONG),
+        pb.PlanRequest(exclude=["peer"] * MANY),
+        pb.Sampling(logit_bias=dict.fromkeys(range(MANY), 1.0)),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_far_too_many_are_refused_before_they_are_looked_at(message: object) -> None:
+    async def main() -> int:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        tracemalloc.start()
+        try:
+            with pytest.raises(SwarmError, match=r"limit is|takes 1 to 8"):
+                look_at(peer, message)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert run_virtual(main) < MANY, "else they were copied"
+
+
+@pytest.mark.parametrize("length", [0, 129])
+def test_who_may_send_to_a_stage_is_named_by_a_peer_id(length: int) -> None:
+    """A stage keeps these names for as long as it lives, and a frame has room for megabytes of them."""
+
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        opening = pb.Open(session="s", model=MODEL, end=6, max_positions=8, token_ids=[1], previous=["x" * length])
+        with pytest.raises(SwarmError, match="a peer id has"):
+            look_at(peer, opening)
+        await world.settle()
+
+    run_virtual(main)
