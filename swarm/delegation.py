@@ -54,6 +54,7 @@ def route_to_wire(event: RouteChanged) -> pb.RouteNews:
 
 def route_from_wire(news: pb.RouteNews) -> RouteChanged:
     """Raises :class:`BadRequest` or :class:`WrongRange` if the hops are no route."""
+    check_count(news.hops, MAX_HOPS, "hops of a route")
     reason, rebuild, told = one_line(news.reason), None, news.rebuilt
     if news.HasField("rebuilt"):
         rebuild = Rebuild(

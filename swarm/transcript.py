@@ -189,7 +189,9 @@ class Transcript:
         hops = timings_from_wire(output.hops)  # of one pass: they go to its first token
         for offset, token_id in enumerate(output.token_ids):
             position = output.start + 1 + offset
-            if position < len(self.tokens) or self.finish_reason is not None:
+            if self.finish_reason is not None:
+                break
+            if position < len(self.tokens):
                 continue
             if position > len(self.tokens):
                 raise ProtocolError(f"token {position} came before {len(self.tokens)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,10 +11,11 @@ import pytest
 
 from peers.control import ControlHandler
 from swarm import protocol_pb2 as pb
-from swarm.delegation import request_from_wire
-from swarm.errors import SwarmError
+from swarm.delegation import request_from_wire, route_from_wire
+from swarm.errors import BadRequest, SwarmError
 from swarm.sampling import SamplingParams
 from swarm.testing import run_virtual
+from swarm.transcript import GenerationRequest, Transcript
 from swarm.types import LayerRange, PeerId
 from tests.sim.world import PROFILE, SimPeer, World
 
@@ -68,6 +70,26 @@ def test_far_too_many_are_refused_before_they_are_looked_at(message: object) -> 
             tracemalloc.stop()
 
     assert run_virtual(main) < MANY, "else they were copied"
+
+
+def test_a_route_of_far_too_many_hops_is_none() -> None:
+    news = pb.RouteNews(hops=[pb.RouteHop(peer=pb.Address(peer_id="p"), start=n, end=n + 1) for n in range(1000)])
+    with pytest.raises(BadRequest, match="limit is"):
+        route_from_wire(news)
+
+
+def test_nobody_looks_at_what_a_hop_says_after_the_end_of_a_text() -> None:
+    transcript = Transcript(GenerationRequest((1,), 1, SamplingParams(), frozenset()), 2, 64)
+    transcript.commit(pb.Output(token_ids=[3]))
+    assert transcript.finish_reason == "length"
+
+    def millions() -> Iterator[int]:
+        yield 3
+        yield 4
+        raise AssertionError("somebody looks at all of them")
+
+    transcript.commit(cast(pb.Output, SimpleNamespace(start=0, hops=[], logprobs=[], token_ids=millions())))
+    assert transcript.tokens == [1, 3]
 
 
 @pytest.mark.parametrize("length", [0, 129])
