@@ -152,9 +152,10 @@ class DelegationHandler:
             await _tell(stream, pb.DelegateReply(token=token))
 
     async def _beat(self, stream: Stream) -> None:
+        heartbeat_s = self._settings.timeouts.heartbeat_s
         while True:
-            await asyncio.sleep(self._settings.timeouts.heartbeat_s)
-            await _tell(stream, pb.DelegateReply(heartbeat=True))
+            await _tell(stream, pb.DelegateReply(heartbeat_s=heartbeat_s))
+            await asyncio.sleep(heartbeat_s)
 
 
 async def _tell(stream: Stream, reply: pb.DelegateReply) -> None:

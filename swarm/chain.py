@@ -301,7 +301,7 @@ class Chain:
         accused, accuser = loss.control, loss.accuser
         if accuser is None:
             return accused
-        heard = accused.is_heard(self.settings.timeouts)
+        heard = accused.is_heard()
         believed = self._accusations.believed(accuser.hop.peer.peer_id, accused.hop.peer.peer_id, heard=heard)
         return accused if believed else accuser
 

@@ -17,7 +17,16 @@ from swarm.types import Hop
 Event = pb.Output | pb.Status | pb.Error | SwarmError
 """What a hop says; an exception is the last thing that it says."""
 
+MOST_HEARTBEAT_S = 10.0
+"""A peer that beats more rarely counts as silent meanwhile, whatever it said."""
+
 Listener = Callable[["HopControl", Event], None]
+
+
+def expected_heartbeat_s(told_s: float, timeouts: TimeoutSettings) -> float:
+    """Of a peer that says that it beats so often: its settings need not be ours. What we expect of ours, if that is
+    longer."""
+    return max(timeouts.heartbeat_s, min(told_s, MOST_HEARTBEAT_S))
 
 
 class HopLost(Exception):
@@ -53,6 +62,7 @@ class HopControl:
         """Of what went to the listener and was not looked at yet, see ``swarm.events``."""
         self._stream = stream
         self._settings = settings
+        self._heartbeat_s = settings.timeouts.heartbeat_s
         self._listener = listener
         self._opened: asyncio.Future[pb.Opened] | None = None
         self._fetched: asyncio.Future[pb.Fetched] | None = None
@@ -89,6 +99,7 @@ class HopControl:
         if opened.epoch != request.epoch or opened.have > request.keep:
             raise ProtocolError(f"opened epoch {opened.epoch} with {opened.have} positions, not as asked")
         self.have, self.log_start = opened.have, opened.log_start
+        self._heartbeat_s = expected_heartbeat_s(opened.heartbeat_s, self._settings.timeouts)
         if self.came_with is None:
             self.came_with = opened.have
         self.targets = []
@@ -104,11 +115,11 @@ class HopControl:
         while misses < timeouts.heartbeat_misses:
             self._hear_arriving()
             heard_at = self.last_heard
-            if (await asyncio.wait((opened,), timeout=timeouts.heartbeat_s))[0]:
+            if (await asyncio.wait((opened,), timeout=self._heartbeat_s))[0]:
                 return opened.result()
             self._check_answer(began, "open", step_s if self.computing else timeouts.open_s)
             misses = misses + 1 if self.last_heard == heard_at else 0
-        raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * timeouts.heartbeat_s:.1f} s")
+        raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * self._heartbeat_s:.1f} s")
 
     def _check_answer(self, began: float, question: str, allowed_s: float) -> None:
         """Raises ``DeadlineExceeded`` for one that is late and not on its way, nor behind what is; or that comes in
@@ -169,17 +180,17 @@ class HopControl:
         self.last_heard = max(self.last_heard, self._stream.arrived_at)
         self.moved_at = max(self.moved_at, self._stream.arrived_at)
 
-    def is_heard(self, timeouts: TimeoutSettings) -> bool:
+    def is_heard(self) -> bool:
         """Its stream lasts, and not two heartbeats in a row are missing."""
         self._hear_arriving()
         silent_s = _now() - self.last_heard
-        return self.lost is None and silent_s < 2 * timeouts.heartbeat_s
+        return self.lost is None and silent_s < 2 * self._heartbeat_s
 
-    def check_heard(self, timeouts: TimeoutSettings) -> None:
+    def check_heard(self) -> None:
         """Raises ``DeadlineExceeded`` after ``heartbeat_misses`` heartbeats of silence."""
         self._hear_arriving()
         silent_s = _now() - self.last_heard
-        if silent_s > timeouts.heartbeat_s * timeouts.heartbeat_misses:
+        if silent_s > self._heartbeat_s * self._settings.timeouts.heartbeat_misses:
             raise DeadlineExceeded(f"no heartbeat for {silent_s:.1f} s")
 
     @contextlib.contextmanager

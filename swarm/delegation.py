@@ -15,6 +15,7 @@ from typing import Self
 from swarm import kv
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
+from swarm.control import expected_heartbeat_s
 from swarm.errors import BadRequest, DeadlineExceeded, NoRoute, StreamLost, SwarmError, TooLong, Unreachable
 from swarm.models import ModelProfile
 from swarm.protocol import (
@@ -150,7 +151,7 @@ class DelegatedSession:
 
     async def _through(self, peer: PeerAddress) -> AsyncGenerator[RouteChanged | Generated, None]:
         self._stream = stream = await self._transport.open(peer, DELEGATE)
-        transcript, request = self.transcript, self.transcript.request
+        transcript, request, timeouts = self.transcript, self.transcript.request, self._settings.timeouts
         message = pb.Delegate(
             model=self._profile.model_id,
             prompt=request.prompt,
@@ -165,9 +166,10 @@ class DelegatedSession:
             kv=transcript.kv,
         )
         await stream.send(message.SerializeToString())
+        heartbeat_s = timeouts.heartbeat_s
         try:
             while transcript.finish_reason is None:
-                reply = await self._reply(stream)
+                reply = await self._reply(stream, heartbeat_s * timeouts.heartbeat_misses)
                 kind = reply.WhichOneof("kind")
                 if kind == "route":
                     changed = route_from_wire(reply.route)
@@ -184,12 +186,12 @@ class DelegatedSession:
                     return
                 elif kind == "error":
                     raise error_from_wire(reply.error)
+                elif kind == "heartbeat_s":
+                    heartbeat_s = expected_heartbeat_s(reply.heartbeat_s, timeouts)
         finally:
             await stream.close()
 
-    async def _reply(self, stream: Stream) -> pb.DelegateReply:
-        timeouts = self._settings.timeouts
-        silence_s = timeouts.heartbeat_s * timeouts.heartbeat_misses
+    async def _reply(self, stream: Stream, silence_s: float) -> pb.DelegateReply:
         try:
             async with asyncio.timeout(silence_s):
                 frame = await stream.receive()

@@ -87,8 +87,8 @@ class Handover:
 
     async def _catch_up(self) -> None:
         """Until the last of them lacks hardly more than the newest position."""
-        timeouts, transcript = self._chain.settings.timeouts, self._chain.transcript
-        tokens, last = transcript.tokens, self.fresh[-1]
+        transcript, last = self._chain.transcript, self.fresh[-1]
+        tokens = transcript.tokens
         proven = last.have + 1  # then it has computed something, and whoever sends to it has reached it
         while last.have < min(len(tokens) - 1, max(proven, len(tokens) - 1 - LAG)):
             if self._fed is not None and self._fed < len(tokens):
@@ -97,7 +97,7 @@ class Handover:
             await asyncio.sleep(self._poll_s)
             for control in self.fresh:
                 with self._refusing(control.hop):
-                    control.check_heard(timeouts)
+                    control.check_heard()
                     await control.ping()
 
     @contextlib.contextmanager

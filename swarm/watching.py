@@ -124,7 +124,7 @@ class Watch:
         for control in self._chain.controls:
             with control.blamed():
                 try:
-                    control.check_heard(self._settings.timeouts)
+                    control.check_heard()
                 except DeadlineExceeded as error:
                     self._lose_with(control, error)
                     raise
@@ -135,7 +135,7 @@ class Watch:
         Unless nobody is heard: then it may be our own network, and they may be there in a moment.
         """
         controls = self._chain.controls
-        silent = [control for control in controls if not control.is_heard(self._settings.timeouts)]
+        silent = [control for control in controls if not control.is_heard()]
         if len(silent) < len(controls):
             for control in silent:
                 if control is not lost:

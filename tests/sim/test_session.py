@@ -729,6 +729,30 @@ def test_a_survivor_in_a_pass_as_long_as_it_announced_is_not_lost_with_another_h
     run_virtual(main)
 
 
+@pytest.mark.parametrize("delegates", [False, True])
+def test_peers_that_beat_more_rarely_than_their_owner_expects_are_not_taken_for_lost(delegates: bool) -> None:
+    """Everybody has settings of their own."""
+
+    async def main() -> None:
+        world = World(54, settings=replace(SETTINGS, timeouts=replace(SETTINGS.timeouts, heartbeat_s=4.0)))
+        for layers in THIRDS:
+            peer = await world.add_peer(layers)
+            peer.executor.layer_s = 0.5  # the prompt takes longer than the silence that loses a peer
+        request = GenerationRequest(tuple(PROMPT), 3, SamplingParams(seed=54), frozenset())
+        transport, via = SimTransport(world.owner), [peer.node.address for peer in world.peers]
+        owner: Session | DelegatedSession
+        if delegates:
+            owner = DelegatedSession(transport, via, PROFILE, request, SETTINGS)
+        else:
+            owner = Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
+        async with owner as session:
+            events = [event async for event in session.events()]
+        assert [type(event) for event in events] == [RouteChanged, *[Generated] * 3]
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_committed_tokens() -> None:
     async def main() -> None:
         world = World(31)

@@ -128,6 +128,25 @@ def test_a_heartbeat_of_an_older_epoch_does_not_bring_back_what_the_open_took() 
     assert opened(ANSWER, heartbeat(2, 7))[0].have == 7
 
 
+@pytest.mark.parametrize(
+    ("told_s", "silence_s"), [(0.0, 3.0), (0.2, 3.0), (4.0, 12.0), (1e9, 30.0), (float("nan"), 3.0), (-1.0, 3.0)]
+)
+def test_a_peer_is_heard_as_often_as_it_said_that_it_beats(told_s: float, silence_s: float) -> None:
+    """Its settings need not be the owner's: one that beats more rarely was lost again and again."""
+    control, _ = opened(pb.ControlReply(opened=pb.Opened(epoch=2, have=5, heartbeat_s=told_s)))
+
+    async def silent_for() -> float:
+        control.last_heard = began = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(0.1)
+            try:
+                control.check_heard()
+            except DeadlineExceeded:
+                return asyncio.get_running_loop().time() - began
+
+    assert run_virtual(silent_for) == pytest.approx(silence_s, abs=0.2)
+
+
 def test_only_a_heartbeat_that_tells_of_a_leave_is_an_event() -> None:
     """Nobody listens to the others, and a session whose reader is slow kept them all."""
 
