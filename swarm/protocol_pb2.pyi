@@ -557,15 +557,15 @@ class RouteHop(_message.Message):
     def __init__(self, peer: _Optional[_Union[Address, _Mapping]] = ..., start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class DelegateReply(_message.Message):
-    __slots__ = ("route", "token", "finished", "error", "heartbeat")
+    __slots__ = ("route", "token", "finished", "error", "heartbeat_s")
     ROUTE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
-    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
     route: RouteNews
     token: Output
     finished: str
     error: Error
-    heartbeat: bool
-    def __init__(self, route: _Optional[_Union[RouteNews, _Mapping]] = ..., token: _Optional[_Union[Output, _Mapping]] = ..., finished: _Optional[str] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., heartbeat: _Optional[bool] = ...) -> None: ...
+    heartbeat_s: float
+    def __init__(self, route: _Optional[_Union[RouteNews, _Mapping]] = ..., token: _Optional[_Union[Output, _Mapping]] = ..., finished: _Optional[str] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., heartbeat_s: _Optional[float] = ...) -> None: ...
