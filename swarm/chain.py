@@ -42,6 +42,9 @@ from swarm.types import Hop, LayerRange, PeerId, Route, SessionId
 
 logger = logging.getLogger(__name__)
 
+CROWD_S = 1.0
+"""Of sessions that come at once each may be refused by some peer, for the room that others take which are refused by
+another: so long a new one asks again, and holds nothing meanwhile."""
 SETTLE_S = 0.02
 """After a stream is lost: time for others that were lost by the same accident to show it too."""
 
@@ -132,7 +135,7 @@ class Chain:
         """Bring the session onto a complete route, however many attempts that takes within ``recovery.wait_s``."""
         first, wire = reason == "opened", self.transcript.wire
         survivors, pause = set(self.controls), RETRY_FIRST_S
-        deadline = _now() + self.settings.recovery.wait_s
+        deadline, crowd_until = _now() + self.settings.recovery.wait_s, _now() + CROWD_S
         while True:
             self.epoch = self.next_epoch()
             keep = self.transcript.kept
@@ -147,9 +150,9 @@ class Chain:
             except HopLost as loss:
                 await self.bury(loss)
             except NoRoute as error:
-                if first:
-                    await self.planner.explain(error, self._refused)
                 full = next((refusal for refusal in self._refused.values() if isinstance(refusal, Busy)), None)
+                if first and (full is None or _now() > crowd_until):
+                    await self.planner.explain(error, self._refused)
                 if _now() > deadline:
                     wait_s = self.settings.recovery.wait_s
                     if full is not None:

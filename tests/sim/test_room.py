@@ -199,6 +199,23 @@ def test_newcomers_wait_for_those_that_gave_way() -> None:
     run_virtual(main)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_sessions_that_come_at_once_are_not_all_refused_where_there_is_room_for_some(seed: int) -> None:
+    """Each was refused by one of the peers, for the sake of another that was refused by the next."""
+
+    async def main() -> None:
+        swarm = World(seed, settings=replace(SETTINGS, peer=replace(SETTINGS.peer, max_cached_sessions=2)))
+        for start in range(0, NUM_LAYERS, 2):
+            await swarm.add_peer(LayerRange(start, start + 2))
+        outcomes = await asyncio.gather(*(swarm.generate([number], 12) for number in range(6)))
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        assert all(isinstance(error, Busy) and "max_cached_sessions" in error.message for error in errors)
+        assert len(errors) <= 4
+        await swarm.settle()
+
+    run_virtual(main)
+
+
 def test_memory_is_taken_as_tokens_come_and_promised_to_a_bound() -> None:
     async def main() -> None:
         swarm = await pair(7, 128)
