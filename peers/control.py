@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from peers.frame_router import FrameRouter
@@ -38,6 +39,14 @@ MAX_PREVIOUS = 8
 Tell = Callable[[pb.ControlReply], Awaitable[None]]
 
 
+@dataclass(slots=True)
+class _Pulse:
+    """The heartbeats of one control stream. Whatever the owner says meanwhile, it puts none of them off."""
+
+    tell: Tell
+    beaten_at: float
+
+
 class ControlHandler:
     """``handle`` runs once for each control stream; ``state`` says whether newcomers are taken."""
 
@@ -54,6 +63,7 @@ class ControlHandler:
         async def tell(reply: pb.ControlReply) -> None:
             await stream.send(reply.SerializeToString())
 
+        pulse = _Pulse(tell, _now())
         try:
             async with asyncio.timeout(self._timeouts.open_s):
                 first = await stream.receive()
@@ -67,7 +77,7 @@ class ControlHandler:
                 if kind == "open":
                     if key not in (None, (message.open.session, message.open.start)):
                         raise ProtocolError("a control stream is for one stage")
-                    key = await self._open(stream.remote, message.open, tell)
+                    key = await self._open(stream.remote, message.open, pulse)
                     # The stage is this stream's by now, so that it is let go of if the owner can't hear this.
                     await tell(pb.ControlReply(opened=self._opened(self._table.runners[key])))
                 elif key is None or key not in self._table.runners:
@@ -82,7 +92,7 @@ class ControlHandler:
                     prefix = message.finish.prefix
                 else:  # a ping
                     await tell(pb.ControlReply(status=self._status(self._table.runners[key])))
-                frame = await self._next(stream, key, tell)
+                frame = await self._next(stream, key, pulse)
                 if frame is None:
                     clean = True
                     return
@@ -95,23 +105,28 @@ class ControlHandler:
         finally:
             self._detach(key, tell, clean=clean, prefix=prefix)
 
-    async def _next(self, stream: Stream, key: StageKey, tell: Tell) -> bytes | None:
+    async def _next(self, stream: Stream, key: StageKey, pulse: _Pulse) -> bytes | None:
         """The owner's next frame; meanwhile it hears heartbeats."""
 
         def beating() -> StageRunner:
             runner = self._table.runners.get(key)
-            if runner is None or runner.owner.stream is not tell:
+            if runner is None or runner.owner.stream is not pulse.tell:
                 raise Evicted("this stage gave its memory to another session, or was opened again elsewhere")
             return runner
 
-        return await self._beat(stream.receive(), beating, tell)
+        return await self._beat(stream.receive(), beating, pulse)
 
-    async def _beat(self, waiting: Coroutine[None, None, T], beating: Callable[[], StageRunner], tell: Tell) -> T:
+    async def _beat(self, waiting: Coroutine[None, None, T], beating: Callable[[], StageRunner], pulse: _Pulse) -> T:
         """What is waited for; meanwhile the owner hears a heartbeat of the stage every ``heartbeat_s``."""
         task = asyncio.ensure_future(waiting)
         try:
-            while not (await asyncio.wait((task,), timeout=self._timeouts.heartbeat_s))[0]:
-                await tell(pb.ControlReply(status=self._status(beating())))
+            while not task.done():
+                due_s = pulse.beaten_at + self._timeouts.heartbeat_s - _now()
+                if due_s > 0:
+                    await asyncio.wait((task,), timeout=due_s)
+                else:
+                    pulse.beaten_at = _now()
+                    await pulse.tell(pb.ControlReply(status=self._status(beating())))
             return task.result()
         finally:
             task.cancel()
@@ -133,7 +148,7 @@ class ControlHandler:
         else:
             self._table.linger(key)
 
-    async def _open(self, owner: PeerId, message: pb.Open, tell: Tell) -> StageKey:
+    async def _open(self, owner: PeerId, message: pb.Open, pulse: _Pulse) -> StageKey:
         request = self._checked(message)
         key = (request.session, request.layers.start)
         runner = self._table.runners.get(key)
@@ -156,14 +171,14 @@ class ControlHandler:
                 return reopened
 
             try:
-                await self._beat(runner.reopen(request), beating, tell)  # it may have a long step to end
+                await self._beat(runner.reopen(request), beating, pulse)  # it may have a long step to end
             finally:
                 if runner.owner.stream is None and self._table.runners.get(key) is runner:
                     self._table.linger(key)
             if self._table.runners.get(key) is not runner:
                 raise Evicted("this stage is gone")
         self._table.attach(key)
-        runner.owner.stream = tell
+        runner.owner.stream = pulse.tell
         return key
 
     def _opened(self, runner: StageRunner) -> pb.Opened:
@@ -240,3 +255,7 @@ def _target_of(stage: Stage, message: pb.Target) -> Target:
     if peer is not None and message.layer != following:
         raise WrongRange(f"layer {following} follows layers {stage.layers}, not layer {message.layer}")
     return Target(peer=peer, layer=message.layer, epoch=message.epoch, cursor=message.forward_from)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
