@@ -25,7 +25,7 @@ from swarm.accusations import Accusations
 from swarm.config import Settings
 from swarm.control import HopControl, HopLost
 from swarm.coverage import coverage_of
-from swarm.errors import Busy, NoRoute, StreamLost, SwarmError, Unreachable
+from swarm.errors import Busy, Evicted, NoRoute, StreamLost, SwarmError, Unreachable
 from swarm.events import Events
 from swarm.handover import Handover
 from swarm.health import Health
@@ -150,7 +150,8 @@ class Chain:
             except HopLost as loss:
                 await self.bury(loss)
             except NoRoute as error:
-                full = next((refusal for refusal in self._refused.values() if isinstance(refusal, Busy)), None)
+                no_room = (Busy, Evicted) if first else Busy  # one that runs may find its stage's room again
+                full = next((refusal for refusal in self._refused.values() if isinstance(refusal, no_room)), None)
                 if first and (full is None or _now() > crowd_until):
                     await self.planner.explain(error, self._refused)
                 if _now() > deadline:

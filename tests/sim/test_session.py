@@ -202,7 +202,7 @@ def test_without_a_replacement_the_session_waits_and_then_names_the_missing_laye
         wait_s = world.settings.recovery.wait_s
         assert wait_s <= waited < wait_s + 10
         assert len(outcome.tokens) == 5, "what was generated stays"
-        assert "a peer started with --weights int4 --layers 2:4, or with" in caplog.text
+        assert "--weights int4 --layers 2:4, or with" in caplog.text
         await world.settle()
 
     run_virtual(main)

@@ -80,7 +80,14 @@ async def test_every_metric_of_the_dashboard_exists() -> None:
     }
     assert len(asked) > 15
     profile = SimpleNamespace(
-        num_layers=4, layer_bytes=1, embedding_bytes=1, head_bytes=1, tied=False, dtype="float32", weights="auto"
+        name="toy",
+        num_layers=4,
+        layer_bytes=1,
+        embedding_bytes=1,
+        head_bytes=1,
+        tied=False,
+        dtype="float32",
+        weights="auto",
     )
     view = SimpleNamespace(announcements=list, age=lambda: 0.0, check=lambda announcement: None)
     client: Any = SimpleNamespace(profile=profile, view=view)
