@@ -202,6 +202,7 @@ class ControlHandler:
         if not 0 < message.max_positions <= limit:
             raise TooLong(f"{message.max_positions} tokens asked for; this peer's limit for a session is {limit}")
         check_end_ids(message.end_ids)
+        check_count(message.token_ids, message.max_positions, "tokens")
         return OpenRequest(
             session=SessionId(message.session),
             epoch=message.epoch,
@@ -212,7 +213,7 @@ class ControlHandler:
             step_mode=message.step_mode,
             no_kv_cache=message.no_kv_cache,
             sampling=SamplingParams.from_wire(message.sampling),
-            token_ids=self._tokens(message.token_ids, message.max_positions),
+            token_ids=self._tokens(message.token_ids),
             end_ids=frozenset(message.end_ids),
             stop_at=message.stop_at,
             prompt_length=message.prompt_length,
@@ -223,8 +224,8 @@ class ControlHandler:
             output_wire=(message.output_wire or MODEL) if layers.end < profile.num_layers else MODEL,
         )
 
-    def _tokens(self, token_ids: Sequence[int], most: int) -> tuple[int, ...]:
-        check_count(token_ids, most, "tokens")
+    def _tokens(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        """Of a message whose number of tokens was looked at."""
         size = self._table.executor.profile.vocab_size
         if max(token_ids, default=0) >= size:
             raise BadRequest(f"a token id is not in the vocabulary of {size}")
@@ -238,7 +239,9 @@ class ControlHandler:
     def _input(self, runner: StageRunner, message: pb.Input) -> None:
         if not runner.stage.first or not message.token_ids:
             raise ProtocolError("input is token ids for the first stage")
-        ids = self._tokens(message.token_ids, runner.stage.max_positions)
+        if len(message.token_ids) > (most := runner.stage.max_positions):
+            raise TooLong(f"{len(message.token_ids)} tokens are more than the {most} positions that were reserved")
+        ids = self._tokens(message.token_ids)
         step = step_from_wire(message.step)
         runner.accept(Work(epoch=message.epoch, start=message.start, rows=len(ids), token_ids=ids, step=step))
 
