@@ -194,9 +194,8 @@ def coerce_text(raw: object, kind: Any) -> Any:
             raise ValueError
         return _SWITCHES[text.lower()]
     if kind is int:
-        if (
-            re.fullmatch(rf"[-+]?[0-9]{{1,{MAX_DIGITS}}}", text) is None
-        ):  # int() would take 1_000 and digits of other scripts
+        # int() would take 1_000 and digits of other scripts
+        if re.fullmatch(rf"[-+]?[0-9]{{1,{MAX_DIGITS}}}", text) is None:
             raise ValueError
         return int(text)
     if kind is float:

@@ -16,8 +16,7 @@ from swarm.commands.shared import (
     check_length,
     ending_on_sigterm,
     failing_well,
-    load,
-    log_to_stderr,
+    prepare,
     print_json,
     run_async,
     say,
@@ -69,8 +68,7 @@ def bench(
 ) -> None:
     """Measure one peer, three peers and transformers, one thread each, or a swarm that is running."""
     flags: dict[str, object] = {"initial_peers": initial_peers, "model": model, "dtype": dtype, "weights": weights}
-    settings = load(config, flags, as_json=as_json).settings
-    log_to_stderr(verbose, settings.log.format)
+    settings = prepare(config, flags, as_json=as_json, verbose=verbose)
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
         taking_part = chosen(contenders.split(","), CONTENDERS, "contender")

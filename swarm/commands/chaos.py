@@ -14,8 +14,7 @@ from swarm.commands.shared import (
     check_length,
     ending_on_sigterm,
     failing_well,
-    load,
-    log_to_stderr,
+    prepare,
     print_json,
     run_async,
     say,
@@ -55,8 +54,7 @@ def chaos(
 ) -> None:
     """Break a local swarm with spares while it generates. Exit code 1 if a single token differs."""
     flags: dict[str, object] = {"model": model, "weights": weights, "speculation": "auto" if drafts else "off"}
-    settings = load(config, flags, as_json=as_json).settings
-    log_to_stderr(verbose, settings.log.format)
+    settings = prepare(config, flags, as_json=as_json, verbose=verbose)
     with failing_well(as_json), ending_on_sigterm():
         chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
         trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one)

@@ -25,7 +25,7 @@ from swarm.commands.options import (
     Verbose,
     Wire,
 )
-from swarm.commands.shared import failing_well, load, log_to_stderr, say
+from swarm.commands.shared import failing_well, prepare, say
 from swarm.errors import SwarmError, TooLong
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def chat(
 ) -> None:
     """Talk to the model, one line a message. Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
     flags: dict[str, object] = {"initial_peers": initial_peers, "speculation": speculation, "wire": wire, "kv": kv}
-    settings = load(config, flags, as_json=False).settings
-    log_to_stderr(verbose, settings.log.format)
+    settings = prepare(config, flags, as_json=False, verbose=verbose)
     options: dict[str, Any] = {
         "max_tokens": ANSWER_TOKENS if max_tokens is None else max_tokens,
         "temperature": temperature,

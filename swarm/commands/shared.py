@@ -53,6 +53,15 @@ def load(config: Path | None, flags: dict[str, object], *, as_json: bool) -> Loa
         return load_settings(config, os.environ, flags)
 
 
+def prepare(
+    config: Path | None, flags: dict[str, object], *, as_json: bool, verbose: bool, stamped: bool = False
+) -> Settings:
+    """The settings in force; from now on the log goes to stderr in the format that they say."""
+    settings = load(config, flags, as_json=as_json).settings
+    log_to_stderr(verbose, settings.log.format, stamped=stamped)
+    return settings
+
+
 def run(
     work: Work,
     initial_peers: list[str] | None,
@@ -67,8 +76,8 @@ def run(
 
     ``flags``: of settings that are the command's own, as :func:`swarm.config_loader.load_settings` takes them.
     """
-    settings = load(config, {"initial_peers": initial_peers, **(flags or {})}, as_json=as_json).settings
-    log_to_stderr(verbose, settings.log.format, stamped=stamped)
+    all_flags = {"initial_peers": initial_peers, **(flags or {})}
+    settings = prepare(config, all_flags, as_json=as_json, verbose=verbose, stamped=stamped)
     with failing_well(as_json):
         run_async(work(settings))
 

@@ -60,7 +60,8 @@ def why(
                 hops = [asdict(share) | {"layers": [share.layers.start, share.layers.end]} for share in found.hops]
                 others = [asdict(option) for option in options]
                 print_json({"event": "why", **asdict(found), "hops": hops, "alternatives": others})
-        print("".join(f"{sentence(option)}\n" for option in options if not as_json), end="")
+            else:
+                print("".join(f"{sentence(option)}\n" for option in options), end="")
 
     run(work, initial_peers, config, as_json=as_json, verbose=verbose)
 

@@ -299,6 +299,15 @@ def test_a_stage_that_was_lost_makes_way_for_one_with_other_layers(epoch: int, c
     run_virtual(main)
 
 
+async def asked_to_open(world: World, epoch: int, end: int = 6) -> Stream:
+    """A control stream to the world's first peer, whose stage this is to be; half a second later."""
+    stream = await SimTransport(world.owner).open(world.peers[0].node.address, CONTROL)
+    opening = pb.Open(session="s", epoch=epoch, model=PROFILE.model_id, end=end, max_positions=8, token_ids=[1])
+    await stream.send(pb.ControlRequest(open=opening).SerializeToString())
+    await asyncio.sleep(0.5)
+    return stream
+
+
 def test_an_open_that_comes_too_late_does_not_set_a_term_for_the_stage_in_its_place() -> None:
     """It waited for a long step of the old stage; the new one belongs to who opened it meanwhile."""
 
@@ -307,14 +316,7 @@ def test_an_open_that_comes_too_late_does_not_set_a_term_for_the_stage_in_its_pl
         peer = await world.add_peer(LayerRange(0, 6))
         table, step = peer.service.table, asyncio.Event()
 
-        async def opened(epoch: int, end: int) -> Stream:
-            stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
-            opening = pb.Open(session="s", epoch=epoch, model=PROFILE.model_id, end=end, max_positions=8, token_ids=[1])
-            await stream.send(pb.ControlRequest(open=opening).SerializeToString())
-            await asyncio.sleep(0.5)
-            return stream
-
-        first = await opened(1, 6)
+        first = await asked_to_open(world, 1)
         first.abort()
         await asyncio.sleep(0.5)
         old = next(iter(table.runners.values()))
@@ -323,8 +325,8 @@ def test_an_open_that_comes_too_late_does_not_set_a_term_for_the_stage_in_its_pl
             await step.wait()
 
         old.reopen = ends_its_step  # type: ignore[method-assign]
-        late = await opened(2, 6)
-        newest = await opened(3, 4)
+        late = await asked_to_open(world, 2)
+        newest = await asked_to_open(world, 3, end=4)
         step.set()
         await asyncio.sleep(2 * world.settings.timeouts.owner_grace_s)
         assert [runner.stage.epoch for runner in table.runners.values()] == [3]
@@ -343,21 +345,14 @@ def test_an_older_stream_that_ends_sets_no_term_for_a_stage_whose_owner_waits_on
         peer = await world.add_peer(LayerRange(0, 6))
         table, step = peer.service.table, asyncio.Event()
 
-        async def opened(epoch: int) -> Stream:
-            stream = await SimTransport(world.owner).open(peer.node.address, CONTROL)
-            opening = pb.Open(session="s", epoch=epoch, model=PROFILE.model_id, end=6, max_positions=8, token_ids=[1])
-            await stream.send(pb.ControlRequest(open=opening).SerializeToString())
-            await asyncio.sleep(0.5)
-            return stream
-
-        older = await opened(1)
+        older = await asked_to_open(world, 1)
         [runner] = table.runners.values()
 
         async def ends_its_step(request: object) -> None:
             await step.wait()
 
         runner.reopen = ends_its_step  # type: ignore[method-assign]
-        newer = await opened(2)
+        newer = await asked_to_open(world, 2)
         older.abort()
         await asyncio.sleep(2 * world.settings.timeouts.owner_grace_s)
         assert list(table.runners.values()) == [runner]
