@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from peers.frame_router import FrameRouter
 from peers.runner import StageRunner
-from peers.stage import OpenRequest, Stage, Target, Work
+from peers.stage import Stage, Target
+from peers.stage_input import OpenRequest, Work
 from peers.stage_table import StageKey, StageTable
 from peers.step_answers import step_from_wire
 from swarm import kv

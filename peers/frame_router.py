@@ -7,7 +7,8 @@ import logging
 
 from peers.link_prober import LinkProber
 from peers.links import Links
-from peers.stage import MAX_SESSION_CHARS, NO_STEP, Stage, Work
+from peers.stage import Stage
+from peers.stage_input import MAX_SESSION_CHARS, NO_STEP, Work
 from peers.stage_table import StageTable
 from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb

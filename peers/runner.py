@@ -16,7 +16,8 @@ from peers.following import Followers
 from peers.outside import Outside
 from peers.owner_line import OwnerLine
 from peers.row_codec import DTYPES, decoded, encoded
-from peers.stage import OpenRequest, Stage, Target, Work
+from peers.stage import Stage, Target
+from peers.stage_input import OpenRequest, Work
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, BadTensor, Internal, SwarmError

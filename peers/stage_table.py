@@ -22,7 +22,8 @@ from peers.kv_budget import KVBudget
 from peers.outside import Outside
 from peers.prefix_cache import PrefixCache
 from peers.runner import StageRunner
-from peers.stage import OpenRequest, Stage
+from peers.stage import Stage
+from peers.stage_input import OpenRequest
 from swarm.config import Settings
 from swarm.errors import Busy, Evicted, SwarmError
 from swarm.prefix import cut

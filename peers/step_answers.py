@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from peers.executor import StepReply
-from peers.stage import StepMark
+from peers.stage_input import StepMark
 from swarm import protocol_pb2 as pb
 from swarm.errors import ProtocolError
 from swarm.models import ModelProfile

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from peers.stage import OpenRequest, Stage, Work
+from peers.stage import Stage
+from peers.stage_input import OpenRequest, Work
 from swarm import protocol_pb2 as pb
 from swarm.transcript import Transcript
 from tests.sim.schedules import run_seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peers.stage import Work
+from peers.stage_input import Work
 from tests.unit.test_stage_drafts import BEFORE, KNOWN, stage
 
 HAVE = KNOWN - 1

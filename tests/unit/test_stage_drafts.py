@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from peers.checkpoints import CheckpointLog
-from peers.stage import OpenRequest, Stage, Target, Work
+from peers.stage import Stage, Target
+from peers.stage_input import OpenRequest, Work
 from swarm.errors import BadRequest
 from swarm.sampling import SamplingParams
 from swarm.types import LayerRange, PeerAddress, PeerId, SessionId

@@ -14,7 +14,7 @@ import pytest
 from peers.executor import Cache
 from peers.outside import Outside
 from peers.runner import StageRunner
-from peers.stage import OpenRequest, Work
+from peers.stage_input import OpenRequest, Work
 from peers.stage_table import OWED_S, StageTable
 from swarm.errors import Busy
 from swarm.sampling import SamplingParams
