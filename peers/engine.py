@@ -222,12 +222,13 @@ class Engine:
             waits_s = [max(0.0, started - waiting.since) for waiting in batch]
             replies = self._run_batch(batch, waits_s, started)
             now = time.perf_counter()
-            self._batching.took(now - started)
             answers = [waiting.take(reply, now) for waiting, reply in zip(batch, replies, strict=True)]
-            self.pace.note(batch, waits_s, now - started, now)
-            self.passes += 1
             self._loop.call_soon_threadsafe(_resolve, batch, answers)
             self._running = ()
+            # The next hop waits for the answers; what is noted here can be while they are on their way.
+            self.passes += 1
+            self._batching.took(now - started)
+            self.pace.note(batch, waits_s, now - started, now)
             self._batching.add(*[waiting for waiting, answer in zip(batch, answers, strict=True) if answer is None])
             if self._failures >= MOST_FAILURES:
                 raise RuntimeError("the device is lost")

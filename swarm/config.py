@@ -84,6 +84,9 @@ class NetworkSettings:
     initial_peers: tuple[str, ...] = ()
     host_maddrs: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce_maddrs: tuple[str, ...] = ()
+    unix_sockets: bool = True
+    """Sessions' streams between processes of one user on one machine go past p2pd, but not those of a peer that
+    has ``announce_maddrs``: it wants to be reached at those."""
     identity: str = ""
     """Key file, and ``FILE.peers`` for whom it met; empty: a fresh identity for this process."""
     nat_port_map: bool = False

@@ -15,16 +15,19 @@ from collections import Counter
 from types import TracebackType
 from typing import Any, Self
 
+from swarm import unix_sockets
 from swarm.config import Settings
 from swarm.daemon import Daemon, RestartCallback, cancel
 from swarm.errors import Busy, Cancelled, SwarmError, Unreachable
 from swarm.identity import Identity, is_peer_id
 from swarm.streams import FramedStream, PartialFrames
-from swarm.transport import Handler, Stream
+from swarm.transport import CONTROL, LINK, Handler, Stream
 from swarm.types import PeerAddress, PeerId
 
 log = logging.getLogger(__name__)
 
+_OF_SESSIONS = (CONTROL, LINK)
+"""Within a machine they take the short way. Questions go as they would come from elsewhere: some are about that way."""
 _FAREWELL_S = 0.05
 """Between the last end frame and the daemon's end, so that p2pd delivers it."""
 
@@ -39,6 +42,9 @@ class Libp2pTransport:
     def __init__(self, identity: Identity, settings: Settings, listen: bool = True) -> None:
         self.identity = identity
         self._settings = settings
+        self._listen = listen
+        self._near = settings.network.unix_sockets and not settings.network.announce_maddrs
+        """Go past the daemon within this machine."""
         self._daemon = Daemon(identity, settings, listen=listen, accept=self._accept, on_death=self._drop_streams)
         self._closing = False
         self._exit = contextlib.AsyncExitStack()
@@ -57,6 +63,9 @@ class Libp2pTransport:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._daemon)
             stack.push_async_callback(self._close_streams)
+            if self._listen and self._near:
+                peer_id, open_s = self.identity.peer_id, self._settings.timeouts.open_s
+                await stack.enter_async_context(unix_sockets.listening(peer_id, self._accept_near, open_s))
             self._exit = stack.pop_all()
         return self
 
@@ -89,7 +98,10 @@ class Libp2pTransport:
             raise Busy(f"limits.max_streams ({self._settings.limits.max_streams}) streams are open")
         if peer.peer_id == self.identity.peer_id:
             return await self._open_to_self(protocol)
-        reader, writer = await self._daemon.dial(peer, protocol)
+        streams = None
+        if self._near and protocol in _OF_SESSIONS:
+            streams = await unix_sockets.connect(peer.peer_id, self.identity.peer_id, protocol)
+        reader, writer = streams or await self._daemon.dial(peer, protocol)
         return self._stream(peer.peer_id, reader, writer)
 
     async def serve(self, protocol: str, handler: Handler) -> None:
@@ -140,6 +152,11 @@ class Libp2pTransport:
         other_reader, other_writer = await asyncio.open_unix_connection(sock=theirs)
         await self._accept(self.identity.peer_id, "", protocol, other_reader, other_writer)
         return self._stream(self.identity.peer_id, reader, writer)
+
+    async def _accept_near(
+        self, remote: PeerId, protocol: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self._accept(remote, "", protocol if protocol in _OF_SESSIONS else "", reader, writer)
 
     def _stream(
         self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, remote_address: str = ""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +203,5 @@ def local_swarm(model: str, ranges: Sequence[LayerRange], log_dir: Path, **optio
 
 SETTINGS = Settings()
 """Not those of the shell or the working directory."""
+FROM_ELSEWHERE = replace(SETTINGS, network=replace(SETTINGS.network, unix_sockets=False))
+"""Through the p2p daemons, as between machines."""

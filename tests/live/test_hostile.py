@@ -28,7 +28,7 @@ from swarm.protocol import address_to_wire
 from swarm.session import Generated, Session
 from swarm.transport import CONTROL, INFO, LINK, Stream
 from swarm.types import PeerAddress
-from tests.live.helpers import SETTINGS, Reference, daemon_of, released, until
+from tests.live.helpers import FROM_ELSEWHERE, SETTINGS, Reference, daemon_of, released, until
 from tests.processes import is_gone
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(60, func_only=True)]
@@ -70,7 +70,7 @@ async def scene(peers: LocalSwarm, reference: Reference) -> AsyncIterator[Scene]
     """Afterwards: same tokens, no rebuild, every peer up, nothing reserved."""
     async with (
         connect_async(peers.initial_peers, settings=SETTINGS) as client,
-        Libp2pTransport(Identity.ephemeral(), SETTINGS, listen=False) as attacker,
+        Libp2pTransport(Identity.ephemeral(), FROM_ELSEWHERE, listen=False) as attacker,
     ):
         request = client.request(PROMPT, max_tokens=VICTIM_TOKENS, temperature=0)
         session = Session(client.transport, client.view, client.profile, request, SETTINGS, client.health)

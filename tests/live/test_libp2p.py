@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from swarm.errors import Busy, Cancelled, ConfigError, PortInUse, ProtocolError,
 from swarm.identity import Identity
 from swarm.libp2p import Libp2pTransport
 from swarm.multiaddrs import peer_address
-from swarm.transport import Stream
+from swarm.transport import CONTROL, INFO, LINK, Stream
 from swarm.types import PeerAddress, PeerId
 from tests.processes import is_gone
 
@@ -74,6 +74,11 @@ async def eventually(condition: Callable[[], bool], limit_s: float = 10.0) -> No
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110  # the condition is somebody else's state
             await asyncio.sleep(0)
+
+
+async def echo(stream: Stream) -> None:
+    while (frame := await stream.receive()) is not None:
+        await stream.send(frame)
 
 
 def client(settings: Settings = SETTINGS) -> Libp2pTransport:
@@ -131,10 +136,6 @@ def test_a_process_opens_streams_to_itself() -> None:
     """A peer that owns a session may be a hop of its route."""
 
     async def main() -> None:
-        async def echo(stream: Stream) -> None:
-            while (frame := await stream.receive()) is not None:
-                await stream.send(frame)
-
         async with client() as transport:
             await transport.serve("echo", echo)
             stream = await transport.open(transport.local, "echo")
@@ -227,6 +228,84 @@ def test_latency_and_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_way_s < 0.01, "a decode step's hop"
 
 
+# --- within a machine ------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def frozen(*transports: Libp2pTransport) -> AsyncIterator[None]:
+    """Their daemons."""
+    for transport in transports:
+        os.kill(transport.daemon_pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for transport in transports:
+            os.kill(transport.daemon_pid, signal.SIGCONT)
+
+
+OFF = replace(SETTINGS, network=NetworkSettings(unix_sockets=False))
+ELSEWHERE = replace(SETTINGS, network=NetworkSettings(announce_maddrs=("/ip4/127.0.0.1/tcp/4001",)))
+
+
+@pytest.mark.parametrize(
+    ("one_has", "two_has", "protocol", "past"),
+    [
+        (SETTINGS, SETTINGS, LINK, True),
+        (SETTINGS, SETTINGS, CONTROL, True),
+        (SETTINGS, SETTINGS, INFO, False),  # some questions are about the network
+        (OFF, SETTINGS, LINK, False),
+        (SETTINGS, OFF, LINK, False),
+        (SETTINGS, ELSEWHERE, LINK, False),  # its side of a link is to be as slow as the other one
+    ],
+)
+def test_streams_of_sessions_go_past_the_daemons(
+    one_has: Settings, two_has: Settings, protocol: str, past: bool
+) -> None:
+    async def main() -> None:
+        async with server(one_has) as one, server(two_has) as two:
+            await one.serve(protocol, echo)
+            if not past:
+                await two.connect(one.local)  # so that it could be opened past frozen daemons, too
+            async with frozen(one, two):
+                if past:
+                    stream = await two.open(one.local, protocol)
+                    for size in (0, 2300, 5 * 1024 * 1024):
+                        await stream.send(bytes(size))
+                        assert await asyncio.wait_for(stream.receive(), 5) == bytes(size)
+                    assert stream.remote == one.local.peer_id
+                else:
+                    with pytest.raises((Unreachable, TimeoutError)):
+                        await asyncio.wait_for((await two.open(one.local, protocol)).receive(), 1)
+
+    uvloop.run(main())
+
+
+def test_a_peer_that_announces_another_address_is_reached_there() -> None:
+    async def main() -> None:
+        async with server(ELSEWHERE) as one, server() as two:
+            await one.serve(LINK, echo)
+            with pytest.raises(Unreachable):
+                await two.open(one.local, LINK)
+
+    uvloop.run(main())
+
+
+def test_streams_past_the_daemon_end_with_it_like_all_others() -> None:
+    async def main() -> None:
+        async with server() as one, client() as two:
+            await one.serve(LINK, echo)
+            stream = await two.open(one.local, LINK)
+            await stream.send(b"x")
+            assert await stream.receive() == b"x"
+            os.kill(one.daemon_pid, signal.SIGKILL)
+            with pytest.raises(StreamLost):
+                await asyncio.wait_for(stream.receive(), 5)
+            assert await one.ready() == 1
+            assert (one.streams, two.streams) == (0, 0)
+
+    uvloop.run(main())
+
+
 # --- death and silence -----------------------------------------------------------------------------------------------
 
 
@@ -280,10 +359,6 @@ def test_the_own_daemon_is_replaced_on_the_same_address(how: signal.Signals) -> 
     quick = replace(SETTINGS, discovery=replace(DiscoverySettings(), ping_period_s=0.2))
 
     async def main() -> None:
-        async def echo(stream: Stream) -> None:
-            while (frame := await stream.receive()) is not None:
-                await stream.send(frame)
-
         restarted = asyncio.Event()
 
         async def on_restart() -> None:

@@ -20,8 +20,8 @@ from swarm.multiaddrs import peer_address
 from swarm.sampling import SamplingParams
 from swarm.types import Hop, LayerRange, PeerId
 from tests.live.helpers import (
+    FROM_ELSEWHERE,
     MODEL,
-    SETTINGS,
     STORY,
     THIRDS,
     Reference,
@@ -46,7 +46,8 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed":
 
 @pytest.fixture(scope="module")
 def swarm_of_six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    with local_swarm(MODEL, [*THIRDS, *THIRDS], tmp_path_factory.mktemp("spares")) as swarm:
+    apart = {"SWARM_NETWORK_UNIX_SOCKETS": "false"}  # `swarm chaos` and the commands' tests break swarms of one machine
+    with local_swarm(MODEL, [*THIRDS, *THIRDS], tmp_path_factory.mktemp("spares"), env=apart) as swarm:
         yield swarm
 
 
@@ -122,7 +123,7 @@ async def test_a_frozen_peer_is_replaced_and_its_late_frames_do_no_harm(
             spares.resume(frozen[0])
 
     try:
-        async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+        async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
             prompt = story(client)
             seen = await watch(client, prompt, strike, max_tokens=TOKENS, **SAMPLED)
             assert seen.token_ids == undisturbed.tokens(prompt, SAMPLED)
@@ -135,7 +136,7 @@ async def test_a_frozen_peer_is_replaced_and_its_late_frames_do_no_harm(
 
 
 async def test_the_own_daemon_killed(spares: LocalSwarm, undisturbed: Undisturbed) -> None:
-    async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
 
         def strike(index: int, seen: Watched) -> None:
             if index in (3, 12):
@@ -149,7 +150,7 @@ async def test_the_own_daemon_killed(spares: LocalSwarm, undisturbed: Undisturbe
 
 
 async def test_the_daemon_of_a_peer_killed(spares: LocalSwarm, undisturbed: Undisturbed) -> None:
-    async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
         hit: list[PeerId] = []
 
         def strike(index: int, seen: Watched) -> None:
@@ -163,7 +164,7 @@ async def test_the_daemon_of_a_peer_killed(spares: LocalSwarm, undisturbed: Undi
         await released(client, spares)
         peer = spares.peers[index_of(spares, hit[0])]
         assert peer.alive
-        description = await describe(client.transport, peer_address(peer.addresses[0]), SETTINGS)
+        description = await describe(client.transport, peer_address(peer.addresses[0]), FROM_ELSEWHERE)
         assert description.layers == peer.layers, "it is back under its old address"
 
 
@@ -186,7 +187,7 @@ async def test_every_position_killed_at_the_first_a_middle_and_the_last_but_one_
             struck.append(next(hop for hop in seen.route.hops if hop.layers.start <= layer < hop.layers.end))
             daemons.append(kill_process(spares, struck[-1].peer.peer_id))
 
-    async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
         prompt = story(client)
         # one token a round: with drafts, the last ones may come together and leave no work for a third route
         seen = await watch(client, prompt, strike, max_tokens=TOKENS, speculation="off", **options)
@@ -210,7 +211,7 @@ async def test_every_position_killed_during_a_long_prefill(spares: LocalSwarm, u
             await asyncio.sleep(0.3)
             daemons.append(kill_process(spares, seen.hops[len(daemons)]))
 
-    async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
         prompt = story(client, 1000)
         seen = await watch(client, prompt, strike, max_tokens=6, **GREEDY)
         assert seen.token_ids == undisturbed.tokens(prompt, GREEDY, 6)
@@ -243,7 +244,7 @@ async def test_peers_that_are_told_to_leave_hand_over(spares: LocalSwarm, undist
             daemons.append(daemon_of(spares.peers[victim].pid))
             leaving.append(asyncio.create_task(asyncio.to_thread(tell, victim)))
 
-    async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
         prompt = story(client)
         seen = await watch(client, prompt, strike, max_tokens=count, speculation="off", **GREEDY)
         assert seen.token_ids == undisturbed.tokens(prompt, GREEDY, count)
@@ -263,7 +264,7 @@ async def test_two_neighbours_killed_at_once(spares: LocalSwarm, undisturbed: Un
         if index == 5:
             daemons.extend(kill_process(spares, seen.hops[position]) for position in (0, 1))
 
-    async with connect_async(spares.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(spares.initial_peers, settings=FROM_ELSEWHERE) as client:
         prompt = story(client)
         seen = await watch(client, prompt, strike, max_tokens=TOKENS, **SAMPLED)
         assert seen.token_ids == undisturbed.tokens(prompt, SAMPLED)
@@ -289,7 +290,7 @@ async def test_a_session_waits_for_layers_that_nobody_has_and_says_so_in_the_end
             take_all(middle)
             joining.append(asyncio.create_task(asyncio.to_thread(peers.add, middle)))
 
-    async with connect_async(peers.initial_peers, settings=SETTINGS) as client:
+    async with connect_async(peers.initial_peers, settings=FROM_ELSEWHERE) as client:
         prompt = story(client)
         seen = await watch(client, prompt, strike, max_tokens=TOKENS, **GREEDY)
         assert seen.token_ids == undisturbed.tokens(prompt, GREEDY)
