@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,13 +165,18 @@ def check_together(settings: Settings, origins: Mapping[str, str]) -> None:
             )
 
 
+def listed(items: Iterable[str]) -> tuple[str, ...]:
+    """What may be given several times may be given once, with commas."""
+    return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+
+
 def coerce(raw: object, kind: Any) -> Any:
     """A value of YAML or Python as ``kind``; nothing is guessed. Raises ValueError."""
     if kind == tuple[str, ...]:
         items = [raw] if isinstance(raw, str) else raw
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
             raise ValueError
-        return tuple(part.strip() for item in items for part in item.split(",") if part.strip())
+        return listed(items)
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
         return _finite(float(raw) if abs(raw) < 2**1000 else math.inf)  # float() of more digits overflows
     if type(raw) is not kind:  # exact: a bool is an int by inheritance only

@@ -29,7 +29,8 @@ class Stream(Protocol):
 
     @property
     def remote_address(self) -> str:
-        """Multiaddr from which the remote has opened it, as this end sees it; empty for one that this end opened."""
+        """Multiaddr from which the remote has opened it, as this end sees it; empty for one that this end
+        opened, or that came from a process of this machine past the network."""
 
     @property
     def arrived_at(self) -> float:

@@ -23,6 +23,7 @@ from swarm.commands.shared import (
 )
 from swarm.commands.tables import table
 from swarm.config import Settings
+from swarm.config_rules import listed
 from swarm.errors import BadRequest
 from swarm.trace_file import check_place
 
@@ -44,8 +45,10 @@ def bench(
     initial_peers: Annotated[
         list[str] | None, typer.Option(help="Measure this swarm, and start none; repeatable.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help=f"A section: {', '.join(SECTIONS)}; repeatable.")] = None,
-    contenders: Annotated[str, typer.Option(help="Who takes part, separated by commas.")] = ",".join(CONTENDERS),
+    only: Annotated[list[str] | None, typer.Option(help=f"Sections: {', '.join(SECTIONS)}; repeatable.")] = None,
+    contenders: Annotated[
+        list[str] | None, typer.Option(help=f"Who takes part: {','.join(CONTENDERS)}; repeatable.")
+    ] = None,
     model: ModelReference = None,
     dtype: Dtype = None,
     weights: Weights = None,
@@ -71,7 +74,7 @@ def bench(
     settings = prepare(config, flags, as_json=as_json, verbose=verbose)
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
-        taking_part = chosen(contenders.split(","), CONTENDERS, "contender")
+        taking_part = chosen(contenders or CONTENDERS, CONTENDERS, "contender")
         if not settings.network.initial_peers and not {"one", "three"} & set(taking_part):
             raise BadRequest("no swarm takes part; --contenders names one, three or both, too")
         if initial_peers:
@@ -100,7 +103,7 @@ def bench(
 
 def chosen(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
     """``names`` in the order of ``known``; raises :class:`BadRequest`."""
-    wanted = [name.strip() for name in names if name.strip()]
+    wanted = listed(names)
     for name in wanted:
         if name not in known:
             raise BadRequest(f"{name!r} is no {what}; there are: {', '.join(known)}")
@@ -173,7 +176,11 @@ def _measure(
                     weights=settings.model.weights,
                     threads=1,
                     # Each run computes its whole prompt, as those that it is compared with do.
-                    env={"SWARM_PEER_PREFILL_THREADS": "1", "SWARM_PEER_PREFIX_CACHE": "false"},
+                    env={
+                        "SWARM_PEER_PREFILL_THREADS": "1",
+                        "SWARM_PEER_PREFIX_CACHE": "false",
+                        "SWARM_NETWORK_UNIX_SOCKETS": str(settings.network.unix_sockets),
+                    },
                     args_of=args,
                     report=say,
                 )

@@ -21,6 +21,7 @@ from swarm.commands.shared import (
 )
 from swarm.commands.tables import Cell, colours_wanted, table
 from swarm.config import Settings
+from swarm.config_rules import listed
 from swarm.faults import KINDS, Observation, Trial, medians, plan_trials
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def chaos(
     faults: Annotated[
         int | None, typer.Option(min=1, max=MOST_FAULTS, help="How many; without it, each kind once.")
     ] = None,
-    kinds: Annotated[str, typer.Option(help="Which, separated by commas: see below.")] = ",".join(KINDS),
+    kinds: Annotated[list[str] | None, typer.Option(help="Which, see below; repeatable.")] = None,
     tokens: Annotated[int, typer.Option(min=8, help="To generate in each trial.")] = 48,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 200,
     parts: Annotated[int, typer.Option(min=1, help="Layer ranges; each has two peers.")] = 3,
@@ -56,7 +57,7 @@ def chaos(
     flags: dict[str, object] = {"model": model, "weights": weights, "speculation": "auto" if drafts else "off"}
     settings = prepare(config, flags, as_json=as_json, verbose=verbose)
     with failing_well(as_json), ending_on_sigterm():
-        chosen = [kind.strip() for kind in kinds.split(",") if kind.strip()]
+        chosen = listed(kinds or KINDS)
         trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one)
         check_length(context, tokens, settings)
         # Later: that a schedule makes no sense is known at once, and this takes a second to import.
@@ -73,7 +74,10 @@ def chaos(
             dtype=settings.model.dtype,
             weights=settings.model.weights,
             extra_args=extra,
-            env={"SWARM_PEER_PREFIX_CACHE": "false"},  # every trial has the same prompt, and is to be replayed whole
+            env={
+                "SWARM_PEER_PREFIX_CACHE": "false",  # every trial has the same prompt, and is to be replayed whole
+                "SWARM_NETWORK_UNIX_SOCKETS": str(settings.network.unix_sockets),
+            },
             log_dir=log_dir,
             keep_nursery=True,
             report=say,

@@ -286,6 +286,7 @@ def test_a_lone_contender_takes_part_in_the_sections_of_the_largest_swarm(monkey
 
 def test_names_are_chosen_in_their_own_order() -> None:
     assert chosen([" c", "a", ""], ("a", "b", "c"), "letter") == ["a", "c"]
+    assert chosen(["c,a"], ("a", "b", "c"), "letter") == ["a", "c"]
     with pytest.raises(BadRequest, match="'d' is no letter; there are: a, b, c"):
         chosen(["d"], ("a", "b", "c"), "letter")
 
