@@ -6,18 +6,14 @@
    (Q4_1), then for each input PANEL codes. Of 4 bits, byte n holds the codes of outputs n and n + PANEL / 2. A last panel
    may have outputs that the matrix doesn't.
 
-   Every result is summed in the order of the inputs, so a row of activations gives the same bits whichever other rows
-   share the call, and however many. */
+   Every result is summed in the order of the inputs, with codes block by block: codes and inputs of a block first, and
+   that sum is scaled. So a row of activations gives the same bits whichever other rows share the call, and however many. */
 
 #include "vectors.h"
 
 enum { Q4_0, Q4_1, Q8_0, BFLOAT16, FLOAT32 };
 enum { BLOCK = 32, PANEL = 64, PANEL_VECTORS = PANEL / LANES };
-enum { AHEAD_BLOCKS = 2 };
-
-/* More rows than these find a panel expanded; a register's width decides how much that costs, and half as much is written
-   of bfloat16. */
-INLINE int few_rows(int how) { return how != DOTTED && !FEW_REGISTERS ? 10 : WIDE_ROWS; }
+enum { AHEAD_BYTES = 4096 };
 
 /* As Python fills it: numbers of 64 bits. */
 typedef struct {
@@ -32,9 +28,11 @@ INLINE int block_bytes(int kind) { return factor_bytes(kind) + BLOCK * code_byte
 
 /* ---- weights as floats; compilers do not find these instructions by themselves ---- */
 
-/* `halves`: LANES numbers of 16 bits. `codes`: vector `v` of one input's codes. */
+/* `halves`: LANES numbers of 16 bits. `codes`: vector `v` of one input's codes; SIGNED: those of Q4_0 less 8. */
 
 #ifdef __AVX512F__
+
+enum { SIGNED = 1 };
 
 INLINE floats halves(const uint8_t *at) { return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
 
@@ -42,13 +40,18 @@ INLINE floats codes(int kind, const uint8_t *at, int v) {
     if (kind < Q8_0) {
         /* The numbers that a code may stand for; four bits of each lane choose one, the others do not count. */
         const floats count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const floats numbers = kind == Q4_0 ? count - 8.0f : count;
         __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * (v & 1))));
-        return (floats)_mm512_permutexvar_ps(v < 2 ? pairs : _mm512_srli_epi32(pairs, 4), (__m512)count);
+        return (floats)_mm512_permutexvar_ps(v < 2 ? pairs : _mm512_srli_epi32(pairs, 4), (__m512)numbers);
     }
     return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at + 16 * v))));
 }
 
-#elif defined(__AVX2__)
+#else
+
+enum { SIGNED = 0 };
+
+#ifdef __AVX2__
 
 INLINE floats halves(const uint8_t *at) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)); }
 
@@ -84,22 +87,24 @@ INLINE floats codes(int kind, const uint8_t *at, int v) {
 }
 
 #endif
+#endif
 
+/* A weight is a code times `scale`, plus `shift` if its kind is `shifted`. */
 typedef struct {
     floats scale, shift;
 } factor;
 
+INLINE int shifted(int kind) { return kind == Q4_1 || (kind == Q4_0 && !SIGNED); }
+
 /* Of vector `v` of a block. */
 INLINE factor factors(int kind, const uint8_t *block, int v) {
     floats scale = halves(block + 2 * LANES * v);
-    return (factor){scale, kind == Q4_1   ? halves(block + 2 * PANEL + 2 * LANES * v)
-                           : kind == Q4_0 ? scale * -8.0f
-                                          : all(0)};
+    return (factor){scale, kind == Q4_1 ? halves(block + 2 * PANEL + 2 * LANES * v) : scale * -8.0f};
 }
 
 INLINE floats weights(int kind, const uint8_t *at, int v, factor by) {
     floats found = codes(kind, at, v);
-    return kind == Q8_0 ? found * by.scale : fused(found, by.scale, by.shift);
+    return shifted(kind) ? fused(found, by.scale, by.shift) : found * by.scale;
 }
 
 /* Cases of a switch: `call` with the kind of a matrix in blocks as a number that the compiler knows. */
@@ -148,41 +153,84 @@ INLINE void round_panel(int kind, const uint8_t *panel, int64_t blocks, int64_t 
 
 /* ---- products ---- */
 
-/* A tile: out[count, tile] = rows[count, inner] @ a panel's outputs from vector `from` on. SINGLE or DOTTED. */
-INLINE void packed_tile(int kind, int how, int count, int from, const uint8_t *panel, int64_t blocks, const float *rows,
-                        int64_t apart, float *out, int64_t stride) {
-    floats sums[TILE_ROWS][TILE_VECTORS] = {0};
-    const int vectors = tile_vectors(count), each = how == DOTTED ? 2 : 1;
-    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK / each) {
-        factor by[TILE_VECTORS];
-        for (int at = 0; at < block_bytes(kind); at += LINE) fetch(panel + AHEAD_BLOCKS * block_bytes(kind) + at);
-        for (int v = 0; v < vectors; v++) by[v] = factors(kind, panel, from + v);
+/* out[count, blocks]: the sums of a row's inputs block by block, with which a shift of all weights is multiplied. */
+INLINE void sum_blocks(const float *rows, int64_t count, int64_t blocks, float *out) {
+    for (int64_t b = 0; b < count * blocks; b++, rows += BLOCK) {
+        floats sum = load(rows);
+        for (int i = LANES; i < BLOCK; i += LANES) sum += load(rows + i);
+        out[b] = total(sum);
+    }
+}
+
+/* The codes of 4 bits of a panel as `codes` finds those of 8. */
+INLINE void unpack_panel(int kind, const uint8_t *panel, int64_t blocks, int8_t *out) {
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
         const uint8_t *at = panel + factor_bytes(kind);
-        for (int k = 0; k < BLOCK / each; k++, at += each * code_bytes(kind)) {
-            floats column[TILE_VECTORS];
-            for (int v = 0; v < vectors; v++) {
-                column[v] = weights(kind, at, from + v, by[v]);
-                if (how == DOTTED)
-                    column[v] = (floats)pairs(column[v], weights(kind, at + code_bytes(kind), from + v, by[v]));
+        for (int k = 0; k < BLOCK; k++, at += PANEL / 2, out += PANEL) {
+            if (k % (2 * LINE / PANEL) == 0) fetch(at + AHEAD_BYTES);
+            for (int n = 0; n < PANEL / 2; n++) {
+                out[n] = (int8_t)((at[n] & 15) - (SIGNED && kind == Q4_0 ? 8 : 0));
+                out[n + PANEL / 2] = (int8_t)((at[n] >> 4) - (SIGNED && kind == Q4_0 ? 8 : 0));
             }
+        }
+    }
+}
+
+/* A tile: out[count, tile] = rows[count, blocks * BLOCK] @ a panel's outputs from vector `from` on. Codes of all blocks are
+   `unpacked`, or in the panel. Registers are for the sums of one block; those of all are in `out`. */
+INLINE void block_tile(int kind, int unpacked, int count, int from, const uint8_t *panel, const uint8_t *all_codes,
+                       int64_t blocks, const float *rows, const float *shares, float *out, int64_t stride) {
+    const int vectors = tile_vectors(count), read_as = unpacked ? Q8_0 : kind;
+    const int64_t apart = blocks * BLOCK;
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK) {
+        floats sums[TILE_ROWS][TILE_VECTORS] = {0};
+        const uint8_t *at = unpacked ? all_codes + b * BLOCK * PANEL : panel + factor_bytes(kind);
+        for (int k = 0; k < BLOCK; k++, at += code_bytes(read_as)) {
+            if (!unpacked && k % (LINE / code_bytes(kind)) == 0) fetch(at + AHEAD_BYTES);
+            if (FEW_REGISTERS && count <= WIDE_ROWS) { /* one column at a time: all at once don't fit beside the sums */
+                for (int v = 0; v < vectors; v++) {
+                    floats column = codes(read_as, at, from + v);
+                    for (int m = 0; m < count; m++) sums[m][v] = fused(column, all(rows[m * apart + k]), sums[m][v]);
+                }
+                continue;
+            }
+            floats columns[TILE_VECTORS];
+            for (int v = 0; v < vectors; v++) columns[v] = codes(read_as, at, from + v);
             for (int m = 0; m < count; m++)
-                for (int v = 0; v < vectors; v++)
-                    sums[m][v] = plus_product(how, column[v], rows + m * apart + k, sums[m][v]);
+                for (int v = 0; v < vectors; v++) sums[m][v] = fused(columns[v], all(rows[m * apart + k]), sums[m][v]);
+        }
+        for (int v = 0; v < vectors; v++) {
+            factor by = factors(kind, panel, from + v);
+            for (int m = 0; m < count; m++) {
+                float *to = out + m * stride + v * LANES;
+                floats before = b ? load(to) : all(0);
+                if (shifted(kind)) before = fused(by.shift, all(shares[m * blocks + b]), before);
+                store(to, fused(by.scale, sums[m][v], before));
+            }
+        }
+    }
+}
+
+/* As `block_tile`, in the CPU's own products of bfloat16, of which a row has pairs. */
+INLINE void rounded_tile(int kind, int count, const uint8_t *panel, int64_t blocks, const float *rows, int64_t apart,
+                         float *out, int64_t stride) {
+    floats sums[TILE_ROWS][TILE_VECTORS] = {0};
+    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind), rows += BLOCK / 2) {
+        factor by[TILE_VECTORS];
+        for (int v = 0; v < TILE_VECTORS; v++) by[v] = factors(kind, panel, v);
+        const uint8_t *at = panel + factor_bytes(kind);
+        for (int k = 0; k < BLOCK / 2; k++, at += 2 * code_bytes(kind)) {
+            floats column[TILE_VECTORS];
+            if (k * 2 * code_bytes(kind) % LINE == 0) fetch(at + AHEAD_BYTES);
+            for (int v = 0; v < TILE_VECTORS; v++)
+                column[v] = (floats)pairs(weights(kind, at, v, by[v]), weights(kind, at + code_bytes(kind), v, by[v]));
+            for (int m = 0; m < count; m++)
+                for (int v = 0; v < TILE_VECTORS; v++)
+                    sums[m][v] = plus_product(DOTTED, column[v], rows + m * apart + k, sums[m][v]);
         }
     }
     for (int m = 0; m < count; m++)
-        for (int v = 0; v < vectors; v++) store(out + m * stride + v * LANES, sums[m][v]);
-}
-
-/* out[blocks * BLOCK, PANEL], the numbers that `packed_tile` multiplies with. */
-INLINE void expand_panel(int kind, const uint8_t *panel, int64_t blocks, float *out) {
-    for (int64_t b = 0; b < blocks; b++, panel += block_bytes(kind)) {
-        factor by[PANEL_VECTORS];
-        for (int v = 0; v < PANEL_VECTORS; v++) by[v] = factors(kind, panel, v);
-        const uint8_t *at = panel + factor_bytes(kind);
-        for (int k = 0; k < BLOCK; k++, at += code_bytes(kind))
-            for (int v = 0; v < PANEL_VECTORS; v++, out += LANES) store(out, weights(kind, at, v, by[v]));
-    }
+        for (int v = 0; v < TILE_VECTORS; v++) store(out + m * stride + v * LANES, sums[m][v]);
 }
 
 /* `multiply` as functions of their own: compilers would take a minute if all were inlined wherever they are called. */
@@ -248,28 +296,41 @@ INLINE void float_columns(int how, const float *columns, int64_t width, int64_t 
     }
 }
 
-/* `rows` are `inputs` numbers apart, or as many pairs. */
-INLINE void block_panel(int kind, int how, const uint8_t *panel, int64_t blocks, const float *rows, int64_t inputs,
+/* out[count, PANEL] = rows[count, blocks * BLOCK] @ a panel in blocks; many rows find its codes unpacked. */
+INLINE void block_panel(int kind, const uint8_t *panel, int64_t blocks, const float *rows, const float *shares,
                         int64_t count, float *scratch, float *out, int64_t stride) {
-    if (count > few_rows(how)) {
-        const float *next = (const float *)(panel + blocks * block_bytes(kind));
-        int64_t size = blocks * block_bytes(kind) / (int64_t)sizeof *next;
-        if (how == DOTTED) round_panel(kind, panel, blocks, PANEL, (uint8_t *)scratch);
-        else expand_panel(kind, panel, blocks, scratch);
-        float_columns(how, scratch, PANEL, inputs, rows, inputs, count, next, next + size,
-                      larger(LINE_FLOATS, size / inputs), out, stride);
-        return;
-    }
+    const int unpacked = kind < Q8_0 && count > TILE_ROWS;
+    if (unpacked) unpack_panel(kind, panel, blocks, (int8_t *)scratch);
     for (int64_t done = 0; done < count;) {
         int many = rows_of_tile(count - done);
+        const float *own = rows + done * blocks * BLOCK, *own_shares = shares + done * blocks;
         for (int v = 0; v < PANEL_VECTORS; v += tile_vectors(many)) {
-#define PACKED(known) \
-    if (known <= few_rows(how)) \
-    packed_tile(kind, how, known, v, panel, blocks, rows + done * inputs, inputs, out + done * stride + v * LANES, stride)
-            FOR_ROWS(many, PACKED)
+            float *to = out + done * stride + v * LANES;
+#define AS(is_unpacked, known) \
+    block_tile(kind, is_unpacked, known, v, panel, (const uint8_t *)scratch, blocks, own, own_shares, to, stride)
+#define BLOCK_TILE(known) \
+    if (unpacked) AS(1, known); \
+    else AS(0, known)
+            FOR_ROWS(many, BLOCK_TILE)
         }
         done += many;
     }
+}
+
+/* The same in bfloat16: `rows` are pairs, half as many. */
+INLINE void rounded_panel(int kind, const uint8_t *panel, int64_t blocks, const float *rows, int64_t count, float *scratch,
+                          float *out, int64_t stride) {
+    const int64_t inputs = blocks * BLOCK / 2;
+    if (count <= TILE_ROWS) {
+#define ROUNDED(known) rounded_tile(kind, known, panel, blocks, rows, inputs, out, stride)
+        FOR_ROWS(count, ROUNDED)
+        return;
+    }
+    const float *next = (const float *)(panel + blocks * block_bytes(kind));
+    int64_t size = blocks * block_bytes(kind) / (int64_t)sizeof *next;
+    round_panel(kind, panel, blocks, PANEL, (uint8_t *)scratch);
+    float_columns(DOTTED, scratch, PANEL, inputs, rows, inputs, count, next, next + size, larger(LINE_FLOATS, size / inputs),
+                  out, stride);
 }
 
 /* What is fetched is ahead by the steps that are multiplied together: the rest of the panel, then the next one, if it is not
@@ -287,13 +348,23 @@ INLINE int64_t panel_bytes(const matrix *of) {
     return of->inputs / BLOCK * block_bytes((int)of->kind);
 }
 
+/* Floats of a panel that was expanded ... */
 INLINE int64_t expanded_floats(int how, const matrix *of, int64_t count) {
-    return of->kind < BFLOAT16 && count > few_rows(how) ? PANEL * of->inputs : 0;
+    if (count <= TILE_ROWS || of->kind >= BFLOAT16) return 0;
+    return how == DOTTED ? PANEL * of->inputs : of->kind < Q8_0 ? PANEL * of->inputs / 4 : 0;
+}
+
+INLINE int has_shares(int how, const matrix *of) { return how == SINGLE && shifted((int)of->kind); }
+
+/* ... of sums of the rows' blocks, in whole lines. */
+INLINE int64_t share_floats(int how, const matrix *of, int64_t count) {
+    return has_shares(how, of) ? (count * of->inputs / BLOCK + LINE_FLOATS - 1) / LINE_FLOATS * LINE_FLOATS : 0;
 }
 
 /* Floats that `multiply_as` needs at `scratch`, which begins with a line. */
 INLINE int64_t scratch_floats(int how, const matrix *of, int64_t count) {
-    return expanded_floats(how, of, count) + (of->outputs % of->packed ? of->packed * count : 0);
+    return expanded_floats(how, of, count) + share_floats(how, of, count) +
+           (of->outputs % of->packed ? of->packed * count : 0);
 }
 
 /* out[count, outputs] = rows[count, inputs] @ matrix.T, outputs first .. stop - 1 of it, from a panel's first one to a
@@ -302,14 +373,17 @@ INLINE int64_t scratch_floats(int how, const matrix *of, int64_t count) {
 INLINE void multiply_as(int how, const matrix *of, int64_t first, int64_t stop, const float *rows, int64_t count,
                         float *scratch, float *out, int64_t stride) {
     const uint8_t *panel = (const uint8_t *)(intptr_t)of->address + first / of->packed * panel_bytes(of);
-    float *edge = scratch + expanded_floats(how, of, count);
+    float *shares = scratch + expanded_floats(how, of, count), *edge = shares + share_floats(how, of, count);
     int64_t inputs = how == DOTTED ? of->inputs / 2 : of->inputs, blocks = of->inputs / BLOCK;
+    if (has_shares(how, of)) sum_blocks(rows, count, blocks, shares);
     for (int64_t n = first; n < stop; n += of->packed, panel += panel_bytes(of)) {
         int64_t used = smaller(stop - n, of->packed), whole = used == of->packed, apart = whole ? stride : of->packed;
         int last = n + of->packed >= stop;
         float *to = whole ? out + n : edge;
         switch (of->kind) {
-#define IN_BLOCKS(known) block_panel(known, how, panel, blocks, rows, inputs, count, scratch, to, apart)
+#define IN_BLOCKS(known) \
+    if (how == DOTTED) rounded_panel(known, panel, blocks, rows, count, scratch, to, apart); \
+    else block_panel(known, panel, blocks, rows, shares, count, scratch, to, apart)
             BLOCK_KINDS(IN_BLOCKS);
 #define IN_FLOATS(lying) float_panel(lying, (const float *)panel, of->packed, inputs, last, rows, count, to, apart)
             case BFLOAT16:
