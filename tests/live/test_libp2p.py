@@ -93,6 +93,15 @@ def runtime_folders() -> set[Path]:
     return set(Path(tempfile.gettempdir()).glob("swarm-p2p-*"))
 
 
+@pytest.fixture
+def _own_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In which nobody else starts daemons, or sweeps."""
+    with tempfile.TemporaryDirectory(prefix="swarm-test-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield
+
+
 def folder_of(transport: Libp2pTransport) -> Path:
     return Path(transport.p2p.daemon_listen_maddr["unix"]).parent
 
@@ -551,6 +560,7 @@ def test_what_is_no_peer_id_is_refused_each_time_it_is_dialled() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("_own_temporary_folder")
 def test_a_taken_port_is_named_and_an_own_one_kept() -> None:
     async def main() -> None:
         async with server() as one:
@@ -566,9 +576,8 @@ def test_a_taken_port_is_named_and_an_own_one_kept() -> None:
                 async with server(replace(SETTINGS, network=NetworkSettings(host_maddrs=(bad,)))):
                     pass
 
-    before = runtime_folders()
     asyncio.run(main())
-    assert runtime_folders() <= before
+    assert runtime_folders() == set()
 
 
 @pytest.mark.parametrize("end", ["", "/", "/p2p/{}"])
@@ -666,17 +675,17 @@ def test_a_start_that_is_cancelled_leaves_nothing(after_s: float, caplog: pytest
     assert caplog.records == []
 
 
+@pytest.mark.usefixtures("_own_temporary_folder")
 def test_a_killed_process_leaves_no_daemon_and_its_folder_is_swept() -> None:
-    before = runtime_folders()
     with remote_peer() as remote:
         remote.process.kill()
         remote.process.wait()
         wait_gone(remote.daemon_pid, 2.0)
-        left = runtime_folders() - before
+        (left,) = runtime_folders()
 
     async def main() -> None:
         async with client():
-            assert not [folder for folder in left if folder.exists()]
+            assert left not in runtime_folders()
 
     asyncio.run(main())
 
