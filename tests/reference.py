@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import gguf
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, initialization
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -78,20 +79,27 @@ def built_in_path() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def load_gguf(path: Path) -> dict[str, Any]:
+    """``config`` and ``tensors`` of a GGUF file as transformers' own loader has them.
+
+    Parsing a file takes seconds, so it is done once: for the names it needs a model, and ours will do; the
+    configuration that counts is the one that transformers finds.
+    """
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_dict(resolve(str(path)))))
+    name_map = functools.cache(gguf.get_tensor_name_map)  # else it is made anew for each module, of which there are 400
+    in_memory = patch.object(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))  # is sliced 250,000 times
+    with in_memory, patch.object(gguf, "get_tensor_name_map", name_map):
+        found: dict[str, Any] = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=bare)
+    return found
+
+
 def built_in_model() -> Any:
     """The built-in model as transformers itself reads it, in float32.
 
     This is what ``from_pretrained(gguf_file=...)`` does, minus ``accelerate``, which that asks for and does not need.
     """
-    path = str(built_in_path())
-    # Parsing the file takes seconds, so it is done once: for the names it needs a model, and ours will do; the
-    # configuration that counts is the one that transformers finds.
-    names = config_dict(resolve("smollm2-135m", "float32"))
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(AutoConfig.for_model(**names))
-    name_map = functools.cache(gguf.get_tensor_name_map)  # else it is made anew for each of 400 modules
-    with patch.object(gguf, "get_tensor_name_map", name_map):
-        found = load_gguf_checkpoint(path, return_tensors=True, model_to_load=bare)
+    found = load_gguf(built_in_path())
     with torch.device("cpu"), initialization.no_init_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**found["config"]), dtype=torch.float32)
     model.tie_weights()

@@ -1,4 +1,4 @@
-"""How many seeds: ``--sim-seeds 10000`` or ``--sim-seeds 5000:6000``; a few thousand by default."""
+"""How many seeds: ``--sim-seeds 10000`` or ``--sim-seeds 5000:6000``; a thousand by default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thousands of seeded fault schedules against every invariant, and proof that breaking a rule is noticed."""
+"""A thousand seeded fault schedules against every invariant, and proof that breaking a rule is noticed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ GUESS_SEEDS = 500
 LIMIT_S = 1800
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S)
 def test_no_seed_loses_doubles_or_changes_a_token(sim_seeds: range) -> None:
     """In processes of their own: both cores, and none of pytest's heap for the collector to walk."""

@@ -94,6 +94,7 @@ def caught_within(seeds: int) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_sessions_that_grow_together_all_finish_with_the_tokens_of_a_quiet_run() -> None:
     causes: Counter[str] = Counter()
     for seed in range(SEEDS):

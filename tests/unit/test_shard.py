@@ -365,7 +365,7 @@ def test_the_packed_kernel_agrees_with_linear(packed: bool) -> None:
             torch.testing.assert_close(OneDnnLinear(weight, bias, packed)(rows), wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow  # transformers takes 15 s to read the file
+@pytest.mark.slow  # transformers takes seconds to read the file
 def test_greedy_tokens_of_the_built_in_model_are_those_of_generate() -> None:
     reference = resolve("smollm2-135m")
     profile, config = load_profile(reference), config_dict(reference)

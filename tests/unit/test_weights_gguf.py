@@ -15,24 +15,17 @@ import torch
 from peers.weights import open_source
 from swarm import gguf_file
 from swarm.errors import ModelError, UnsupportedModel, WrongRange
-from swarm.models import ModelReference, config_dict, load_profile, resolve
+from swarm.models import ModelReference, load_profile, resolve
 from swarm.types import LayerRange
 from tests.checkpoints import make_gguf
+from tests.reference import load_gguf
 
 
 def their_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The parameters as transformers' own GGUF loader has them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config_dict(resolve(str(path)))))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tensors: dict[str, torch.Tensor] = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)[
-            "tensors"
-        ]
+        tensors: dict[str, torch.Tensor] = load_gguf(path)["tensors"]
     return tensors
 
 
