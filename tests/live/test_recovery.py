@@ -193,8 +193,11 @@ async def test_every_position_killed_at_the_first_a_middle_and_the_last_but_one_
         seen = await watch(client, prompt, strike, max_tokens=TOKENS, speculation="off", **options)
         assert seen.token_ids == undisturbed.tokens(prompt, options)
         assert seen.result is not None
-        assert len(seen.result.rebuilds) == 3
-        for rebuild, hop in zip(seen.result.rebuilds, struck, strict=True):
+        rebuilds = seen.result.rebuilds
+        # The ring does not wait for its owner: when the last but one is heard of, the last may be past who dies then.
+        past = struck[-1].peer.peer_id in {hop.peer_id for hop in seen.result.trace.last_hops}
+        assert len(rebuilds) == 3 or (past and len(rebuilds) == 2)
+        for rebuild, hop in zip(rebuilds, struck, strict=False):
             assert hop in rebuild.lost
             lost = [hop.layers for hop in rebuild.lost]
             replayed = [layers for layers, _ in rebuild.replayed]
