@@ -105,7 +105,7 @@ INLINE floats exponential(floats x) {
 
 /* Where vectors are short there are half as many registers, and tiles of more than WIDE_ROWS rows are narrow. One that
    fetches its own columns is AHEAD_ROWS rows of them ahead. */
-enum { FEW_REGISTERS = LANES == 8, WIDE_ROWS = FEW_REGISTERS ? 3 : TILE_ROWS, AHEAD_ROWS = 6 };
+enum { FEW_REGISTERS = LANES == 8, WIDE_ROWS = FEW_REGISTERS ? 2 : TILE_ROWS, AHEAD_ROWS = 6 };
 
 /* Vectors of a tile of so many rows: as many sums as there are registers for. A single row has a whole panel side by side,
    so that memory is read in the order in which it lies. */
