@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import reprlib
 import secrets
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from swarm.libp2p import Libp2pTransport
 
 __all__ = ["AsyncClient", "AsyncStream", "Generation", "Message", "connect_async"]
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -282,17 +285,25 @@ class AsyncClient:
 def named_model(found: Sequence[Description], name: str | None) -> Description:
     """The one whose model ``name`` names, as its peers do or by a reference; without a name the first.
 
+    A name may stand for several models, such as a checkpoint in other weights: then the log says which was taken.
     Raises :class:`UnknownModel`.
     """
     wanted = name
     if name is not None:
         with contextlib.suppress(UnknownModel):  # a name need not be a reference on this machine
             wanted = resolve(name).name
-    for description in found:
-        if name in (None, description.profile.model_id) or description.profile.name in (name, wanted):
-            return description
-    served = ", ".join(sorted({description.profile.name for description in found}))
-    raise UnknownModel(f"the initial peers serve {served}, not {name}")
+    meant = [d for d in found if name in (None, d.profile.model_id) or d.profile.name in (name, wanted)]
+    if not meant:
+        raise UnknownModel(f"the initial peers serve {_identities(found)}, not {name}")
+    if any(other.profile.model_id != meant[0].profile.model_id for other in meant):
+        logger.warning("the initial peers serve %s: taking the first; --model names one of them", _identities(meant))
+    return meant[0]
+
+
+def _identities(found: Sequence[Description]) -> str:
+    """Each model once, with what tells it from others of its name."""
+    profiles = {description.profile.model_id: description.profile for description in found}
+    return ", ".join(f"{model_id} ({profile.precision})" for model_id, profile in profiles.items())
 
 
 def connect_async(

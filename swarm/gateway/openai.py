@@ -39,7 +39,8 @@ def router(state: GatewayState) -> APIRouter:
     """All routes check the key and the name by which they are called."""
     routes = APIRouter(prefix=PREFIX)
     profile, started = state.client.profile, int(time.time())
-    model = {"id": profile.name, "object": "model", "created": started, "owned_by": "swarm"}
+    told = {"identity": profile.model_id, "precision": profile.precision}  # a name may stand for several models
+    model = {"id": profile.name, "object": "model", "created": started, "owned_by": "swarm", **told}
 
     @routes.get("/models")
     async def models(request: Request) -> dict[str, Any]:

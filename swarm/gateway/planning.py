@@ -98,8 +98,10 @@ async def plan_chat(body: ChatBody, client: AsyncClient, settings: Settings) -> 
 
 def check_model(name: str, client: AsyncClient) -> None:
     """Raises :class:`UnknownModel`."""
-    if name not in (client.profile.name, client.profile.model_id):
-        raise UnknownModel(f"The model {name[:200]!r} does not exist; this swarm serves '{client.profile.name}'.")
+    profile = client.profile
+    if name not in (profile.name, profile.model_id):
+        served = f"'{profile.name}' ({profile.model_id}, {profile.precision})"
+        raise UnknownModel(f"The model {name[:200]!r} does not exist; this gateway serves {served}.")
 
 
 def _check_chat_fields(body: ChatBody) -> None:

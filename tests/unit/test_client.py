@@ -27,7 +27,7 @@ from swarm.info import Description
 from swarm.models import load_profile, resolve, tokenizer_files
 from swarm.testing import Directory
 from swarm.tokenizer import TextTokenizer
-from swarm.types import LayerRange, PeerAddress, PeerId, Token
+from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Token
 from tests.checkpoints import make_checkpoint
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
@@ -426,7 +426,9 @@ def test_what_are_no_messages_is_a_bad_request(asking: AsyncClient, messages: An
 def test_a_model_is_named_as_its_peers_do_or_by_a_reference(asking: AsyncClient, tmp_path: Path) -> None:
     built_in, toy = (
         Description(
-            PeerAddress(PeerId(name)), replace(asking.profile, name=name), LayerRange(0, 1), "", "", {}, 0, 0, 0
+            PeerAddress(PeerId(name)),
+            replace(asking.profile, name=name, model_id=ModelId(f"{name}@1")),
+            *(LayerRange(0, 1), "", "", {}, 0, 0, 0),
         )
         for name in ("smollm2-135m", "toy")
     )
@@ -434,8 +436,33 @@ def test_a_model_is_named_as_its_peers_do_or_by_a_reference(asking: AsyncClient,
     for name, meant in ((None, built_in), ("smollm2-135m", built_in), ("toy", toy), (str(folder), toy)):
         assert named_model([built_in, toy], name) is meant
     for unknown in ("tinylama", "", "/none/such.gguf", "org/tinyllama"):
-        with pytest.raises(UnknownModel, match=f"the initial peers serve smollm2-135m, toy, not {unknown}"):
+        served = "toy@1 (float32), smollm2-135m@1 (float32)"
+        with pytest.raises(UnknownModel, match=re.escape(f"the initial peers serve {served}, not {unknown}")):
             named_model([toy, built_in], unknown)
+
+
+def test_models_that_share_their_name_are_told_apart_by_their_identities(
+    asking: AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    exact, coarse, again = (
+        Description(PeerAddress(PeerId(peer)), profile, LayerRange(0, 1), "", "", {}, 0, 0, 0)
+        for peer, profile in (
+            ("a", asking.profile),
+            ("b", replace(asking.profile, model_id=ModelId("smollm2-135m@4"), weights="int4")),
+            ("c", asking.profile),
+        )
+    )
+    assert named_model([coarse, exact], asking.profile.model_id) is exact
+    assert named_model([exact, again], "smollm2-135m") is exact
+    assert not caplog.messages, "nothing is in doubt"
+    for name in (None, "smollm2-135m"):
+        caplog.clear()
+        assert named_model([coarse, exact, again], name) is coarse
+        both = f"smollm2-135m@4 (float32, int4 weights), {asking.profile.model_id} (float32)"
+        assert caplog.messages == [f"the initial peers serve {both}: taking the first; --model names one of them"]
+    alike = f"{asking.profile.model_id} (float32), smollm2-135m@4 (float32, int4 weights)"
+    with pytest.raises(UnknownModel, match=re.escape(f"the initial peers serve {alike}, not smollm2-135m@5")):
+        named_model([exact, coarse, again], "smollm2-135m@5")
 
 
 async def test_a_client_that_nobody_entered_says_so() -> None:

@@ -277,6 +277,13 @@ async def test_models(gateway: Gateway) -> None:
     assert missing.json()["error"]["code"] == "model_not_found"
 
 
+async def test_which_of_the_models_of_a_name_is_served_is_told(gateway: Gateway) -> None:
+    (model,) = (await gateway.http.get("/v1/models")).json()["data"]
+    assert (model["identity"], model["precision"]) == (PROFILE.model_id, PROFILE.precision)
+    other = await gateway.http.get(f"/v1/models/{MODEL}@1234567890abcdef")
+    assert f"'{MODEL}' ({PROFILE.model_id}, {PROFILE.precision})" in other.json()["error"]["message"]
+
+
 # ---- completions --------------------------------------------------------------------------------------------
 
 
