@@ -94,7 +94,8 @@ class StageRunner:
     def accept(self, work: Work) -> None:
         """Queue a frame; raises what :meth:`Stage.accept` raises."""
         work.received_at = self._used_at = self._now()
-        if self.stage.accept(work, self.settings.limits.max_waiting_frames):
+        settings = self.settings
+        if self.stage.accept(work, settings.limits.max_waiting_frames, settings.engine.prefill_chunk_tokens):
             self._take_next()
         else:
             self._acknowledge(work)

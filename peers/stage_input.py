@@ -84,6 +84,14 @@ class Work:
     """Rows at this position and later are guesses, of the draft that the last stage numbered ``draft``; 0: none are."""
     step: StepMark = NO_STEP
 
+    def join(self, later: Work) -> None:
+        """Take over the rows of the frame that came after this one."""
+        if self.hidden is not None and later.hidden is not None:
+            self.hidden += later.hidden
+        self.token_ids, self.rows = self.token_ids + later.token_ids, self.rows + later.rows
+        self.hops, self.sequence = later.hops, later.sequence
+        self.draft, self.draft_start = later.draft, later.draft_start
+
     def cut(self, end: int) -> None:
         """Leave only the rows before ``end``."""
         rows = min(self.rows, end - self.start)
