@@ -12,6 +12,9 @@ SPECULATIONS = ("auto", "off")
 MAX_THREADS = 1024
 """torch ends the process for want of memory when it is to start many more."""
 MAX_MEMORY_MB = 1 << 24
+MOST_WINDOW_FRAMES = 32
+"""Nobody sends more ahead, so whoever lets twice as many wait refuses none that come as they should: everybody has
+settings of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ class LimitSettings:
     """... and over all streams."""
     window_frames: int = 8
     """Prefill frames on their way to one stage that has not yet computed them."""
-    max_waiting_frames: int = 64
+    max_waiting_frames: int = 2 * MOST_WINDOW_FRAMES
     """Frames of one session that wait at one stage."""
     max_delegated: int = 8
     """Generations that a peer owns for thin clients at once."""

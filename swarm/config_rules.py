@@ -14,6 +14,7 @@ from swarm.config import (
     MAX_TEMPERATURE,
     MAX_THREADS,
     MIN_REPETITION_PENALTY,
+    MOST_WINDOW_FRAMES,
     SPECULATIONS,
     Settings,
 )
@@ -107,6 +108,10 @@ _SPECIAL: Mapping[str, Rule] = {
     "timeouts.drain_s": _PATIENCE,
     "limits.max_frame_bytes": _whole(1024),
     "limits.max_info_bytes": _whole(1024),
+    "limits.window_frames": Rule(
+        f"a whole number from 1 to {MOST_WINDOW_FRAMES}", lambda value: 1 <= value <= MOST_WINDOW_FRAMES
+    ),
+    "limits.max_waiting_frames": _whole(2 * MOST_WINDOW_FRAMES),
     "recovery.wait_s": _PATIENCE,
     "recovery.max_rebuilds": _whole(0),
     "recovery.max_penalty_s": _PATIENCE,

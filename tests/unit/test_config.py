@@ -198,6 +198,8 @@ def test_lists_and_comma_separated_text_are_the_same(tmp_path: Path) -> None:
             "expected a list of origins such as https://chat.example.org",
         ),
         ("discovery: {announce_ttl_s: 300}", "announce_ttl_s: expected a number of seconds above 0, at most 110"),
+        ("limits: {window_frames: 33}", "limits.window_frames: expected a whole number from 1 to 32, got 33"),
+        ("limits: {max_waiting_frames: 63}", "limits.max_waiting_frames: expected a whole number of at least 64"),
         ("discovery: {announce_period_s: 60}", "discovery.announce_period_s (60.0, file:"),
     ],
 )
