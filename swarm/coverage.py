@@ -34,7 +34,11 @@ def missing_layers(served: Iterable[LayerRange], wanted: LayerRange) -> list[Lay
 
 def nobody_serves(gaps: Sequence[LayerRange]) -> str:
     """The sentence of every report and refusal: ``nobody serves layers 4:8, 20:30``."""
-    return f"nobody serves layers {', '.join(str(gap) for gap in gaps)}"
+    return f"nobody serves layers {listed(gaps)}"
+
+
+def listed(gaps: Sequence[LayerRange]) -> str:
+    return ", ".join(map(str, gaps))
 
 
 def weights_bytes(profile: ModelProfile, layers: LayerRange) -> int:

@@ -13,6 +13,7 @@
     │   └── TooLong            too_long         prompt and max_tokens exceed a limit (which is named)
     ├── Busy                   busy             a limit of the peer is reached; another may have room
     ├── NoRoute                no_route         some layers are served by nobody
+    │   └── NoRoom             no_room          all are served, but not with KV room for so many tokens
     ├── Unreachable            unreachable      a peer, or all of them, can't be dialled
     ├── PeerLost               peer_lost        a peer that was in use is gone or silent
     │   ├── StreamLost         stream_lost      a stream ended without its end frame
@@ -94,6 +95,10 @@ class Busy(SwarmError):
 
 class NoRoute(SwarmError):
     code, retryable, http_status, exit_code = "no_route", True, 503, 3
+
+
+class NoRoom(NoRoute):
+    code, exit_code = "no_room", 5
 
 
 class Unreachable(SwarmError):

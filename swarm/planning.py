@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swarm.coverage import missing_layers, nobody_serves
+from swarm.coverage import listed, missing_layers, nobody_serves
+from swarm.errors import NoRoom, NoRoute
 from swarm.paces import as_measured
 from swarm.plans import Demand, Knowledge, Plan, PlannedHop
 from swarm.shortest_path import Candidates, Floats, Ints, Leg, Network, choose, search, through
@@ -46,6 +47,8 @@ class Field:
         self._given = announcements
         self._scores: Floats = np.zeros(0)
         self._kept: Candidates | None = None
+        self._full: list[Announcement] = []
+        """Those without KV room for a single layer."""
         self._rooms: Ints = np.zeros(0, dtype=np.int64)
         """Layers for which each usable peer has KV room."""
         self._admit(excluded)
@@ -69,7 +72,8 @@ class Field:
                 self.usable.append(a)
         free = np.array([a.kv_tokens_free for a in self.usable], dtype=np.int64)
         rooms = usable_layers(np.array([len(a.layers) for a in self.usable], dtype=np.int64), free, self.demand)
-        for a in [self.usable[index] for index in np.flatnonzero(rooms < 1)]:
+        self._full = [self.usable[index] for index in np.flatnonzero(rooms < 1)]
+        for a in self._full:
             self.refused[a.peer.peer_id] = (
                 f"no KV room: {a.kv_tokens_free} tokens are free, {self.demand.tokens} are needed"
             )
@@ -266,19 +270,22 @@ class Field:
         counted = ", with a share of the prompt" if self.demand.prompt_tokens else ""
         return f"slower: at best {at_best_s * 1e3:.1f} ms a token through it, {best.cost_s * 1e3:.1f} without{counted}"
 
-    def refusal(self) -> str:
-        held = [a.layers for a in self.usable]
+    def refusal(self) -> NoRoute:
+        held, needed = [a.layers for a in self.usable], f"room for {self.demand.tokens} tokens"
         gaps = missing_layers(held, self.wanted)
         if not gaps:
-            return f"no peers with room for {self.demand.tokens} tokens form a route over layers {self.wanted}"
-        text = nobody_serves(gaps)
+            return NoRoom(f"no peers with {needed} form a route over layers {self.wanted}")
+        short_of_room = not missing_layers([*held, *(a.layers for a in self._full)], self.wanted)
+        text = f"nobody has {needed} in layers {listed(gaps)}" if short_of_room else nobody_serves(gaps)
         reasons = {
             f"{a.peer.peer_id[-6:]} [{a.layers}]: {self.refused[a.peer.peer_id]}"
             for a in self._given
             if a.peer.peer_id in self.refused
             and any(a.layers.start < gap.end and gap.start < a.layers.end for gap in gaps)
         }
-        return f"{text}, except {'; '.join(sorted(reasons)[:4])}" if reasons else text
+        if short_of_room:
+            return NoRoom(f"{text}: {'; '.join(sorted(reasons)[:4])}")
+        return NoRoute(f"{text}, except {'; '.join(sorted(reasons)[:4])}" if reasons else text)
 
 
 def usable_layers(held: Ints | int, free: Ints | int, demand: Demand) -> Ints:

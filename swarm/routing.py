@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from swarm.coverage import missing_layers
-from swarm.errors import NoRoute
 from swarm.planning import Field
 from swarm.plans import Demand, Knowledge, Plan, PlannedHop
 from swarm.types import Announcement, Hop, LayerRange, PeerId, PeerState, Route
@@ -44,7 +43,8 @@ def plan(
     excluded: frozenset[PeerId] = frozenset(),
     runners_up: int = 0,
 ) -> Plan:
-    """The best hops over ``wanted``; raises :class:`NoRoute`, which names the layers that nobody serves.
+    """The best hops over ``wanted``; raises :class:`NoRoute`, which names the layers that nobody serves, or
+    :class:`NoRoom`.
 
     ``ring``: the last hop sends to the first, as on a whole route; without it, the hops lie between
     ``knowledge.before`` and ``knowledge.after``. Exact for small swarms, within a few percent for large ones.
@@ -52,7 +52,7 @@ def plan(
     question = Field(announcements, wanted, demand or Demand(), knowledge or Knowledge(), ring, excluded)
     best = question.solve()
     if best is None:
-        raise NoRoute(question.refusal())
+        raise question.refusal()
     others: list[Plan] = []
     if runners_up:
         for planned in best.hops:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.errors import NoRoute
+from swarm.errors import NoRoom, NoRoute
 from swarm.link_times import HALF_LIFE_S, Links, LinkTime, links_of
 from swarm.planning import usable_layers
 from swarm.routing import Demand, Knowledge, Plan, missing_layers, plan, plan_route, price
@@ -267,6 +267,20 @@ def test_kv_room_counts_the_layers_that_are_used() -> None:
     found = plan(announcements, WHOLE, Demand(tokens=500))
     assert names(found) == "large[0:6]"
     assert dict(found.left_out) == {"small": "no KV room: 100 tokens are free, 500 are needed"}
+
+
+def test_peers_that_serve_all_layers_and_have_no_room_are_told_from_layers_that_nobody_serves() -> None:
+    announcements = [peer("first", 0, 4, 0.001, kv_tokens_free=100), peer("last", 4, 6, 0.001, kv_tokens_free=9000)]
+    reason = r"first \[0:4\]: no KV room: 100 tokens are free, 5000 are needed$"
+    with pytest.raises(NoRoom, match=f"^nobody has room for 5000 tokens in layers 0:4: {reason}"):
+        plan(announcements, WHOLE, Demand(tokens=5000))
+    with pytest.raises(NoRoom, match=r"^no peers with room for 300 tokens form a route over layers 0:6$"):
+        plan(announcements, WHOLE, Demand(tokens=300))
+    with pytest.raises(NoRoute, match=f"^nobody serves layers 0:4, 5:6, except {reason}") as found:
+        plan([announcements[0], peer("last", 4, 5, kv_tokens_free=9000)], WHOLE, Demand(tokens=5000))
+    with pytest.raises(NoRoute) as excluded:
+        plan(announcements, WHOLE, Demand(tokens=5000), excluded=frozenset({PeerId("last")}))
+    assert not any(isinstance(error.value, NoRoom) for error in (found, excluded))
 
 
 @pytest.mark.parametrize(("peers", "free"), [(4, 30), (5, 26), (12, 20), (30, 26), (200, 45)])
