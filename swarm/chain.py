@@ -22,6 +22,7 @@ import random
 
 from swarm import protocol_pb2 as pb
 from swarm.accusations import Accusations
+from swarm.awake import Standstills
 from swarm.config import Settings
 from swarm.control import HopControl, HopLost
 from swarm.coverage import coverage_of
@@ -133,6 +134,10 @@ class Chain:
 
     async def establish(self, reason: str) -> None:
         """Bring the session onto a complete route, however many attempts that takes within ``recovery.wait_s``."""
+        with Standstills() as standstills:
+            await self._establish(reason, standstills)
+
+    async def _establish(self, reason: str, standstills: Standstills) -> None:
         first, wire = reason == "opened", self.transcript.wire
         survivors, pause = set(self.controls), RETRY_FIRST_S
         deadline, crowd_until = _now() + self.settings.recovery.wait_s, _now() + CROWD_S
@@ -150,9 +155,11 @@ class Chain:
             except HopLost as loss:
                 await self.bury(loss)
             except NoRoute as error:
+                stood_s = standstills.take()  # then peers may have given us up, and are not to blame
+                deadline, crowd_until = deadline + stood_s, crowd_until + stood_s
                 no_room = (Busy, Evicted) if first else Busy  # one that runs may find its stage's room again
                 full = next((refusal for refusal in self._refused.values() if isinstance(refusal, no_room)), None)
-                if first and (full is None or _now() > crowd_until):
+                if first and not stood_s and (full is None or _now() > crowd_until):
                     await self.planner.explain(error, self._refused)
                 if _now() > deadline:
                     wait_s = self.settings.recovery.wait_s

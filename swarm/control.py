@@ -108,15 +108,18 @@ class HopControl:
         """A peer that has a step to end first beats meanwhile, and has the time for that which it has at any other
         time. One that froze is lost as soon, too.
 
-        Counted in waits that brought nothing, and not on the clock: while this process stood still nobody was silent.
+        Counted in waits that brought nothing, and not on the clock: while this process stood still nobody was silent,
+        nor late.
         """
         timeouts, misses, began = self._settings.timeouts, 0, _now()
         step_s = max(timeouts.open_s, timeouts.step_slow_factor * pass_s)
         while misses < timeouts.heartbeat_misses:
             self._hear_arriving()
             heard_at = self.last_heard
+            asked_at = _now()
             if (await asyncio.wait((opened,), timeout=self._heartbeat_s))[0]:
                 return opened.result()
+            began += _now() - asked_at - self._heartbeat_s
             self._check_answer(began, "open", step_s if self.computing else timeouts.open_s)
             misses = misses + 1 if self.last_heard == heard_at else 0
         raise DeadlineExceeded(f"no answer to open, and no heartbeat for {misses * self._heartbeat_s:.1f} s")
@@ -146,8 +149,10 @@ class HopControl:
         self._fetched = fetched
         try:
             await self._send(pb.ControlRequest(fetch=pb.Fetch(number=self._fetches, start=start, end=end)))
-            began = _now()
+            began = asked_at = _now()
             while not (await asyncio.wait((fetched,), timeout=self._settings.timeouts.heartbeat_s))[0]:
+                began += _now() - asked_at - self._settings.timeouts.heartbeat_s  # while this process stood still
+                asked_at = _now()
                 self._check_answer(began, "fetch", self._settings.timeouts.open_s)
             return fetched.result()
         finally:

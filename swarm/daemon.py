@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from swarm import _hivemind, multiaddrs
+from swarm.awake import timeout_awake
 from swarm.config import Settings
 from swarm.daemon_requests import dial, is_connected, own_addresses, translate
 from swarm.errors import ConfigError, Internal, ProtocolError, Unreachable
@@ -129,7 +130,7 @@ class Daemon:
         ``timeouts.connect_s``."""
         connect_s = self._settings.timeouts.connect_s
         try:
-            async with asyncio.timeout(connect_s):
+            async with timeout_awake(connect_s):
                 if peer.peer_id in self._missed:
                     await self._look_for(peer)
                 if not self.alive:

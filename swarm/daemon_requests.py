@@ -10,6 +10,7 @@ from typing import Any
 from multiaddr import Multiaddr
 
 from swarm import _hivemind, multiaddrs
+from swarm.awake import timeout_awake
 from swarm.errors import SwarmError, Unreachable
 from swarm.identity import is_peer_id
 from swarm.types import PeerAddress
@@ -39,7 +40,7 @@ async def dial(
     raw_id = _p2p.PeerID.from_base58(peer.peer_id).to_bytes()
     writer: asyncio.StreamWriter | None = None
     try:
-        async with asyncio.timeout(timeout_s):
+        async with timeout_awake(timeout_s):
             reader, writer = await asyncio.open_unix_connection(socket)
             if addresses or protocol is None:
                 connect = _pb.ConnectRequest(peer=raw_id, addrs=[address.to_bytes() for address in addresses])

@@ -14,6 +14,7 @@ from typing import Self
 
 from swarm import kv
 from swarm import protocol_pb2 as pb
+from swarm.awake import timeout_awake
 from swarm.config import Settings
 from swarm.control import expected_heartbeat_s
 from swarm.errors import BadRequest, DeadlineExceeded, NoRoute, StreamLost, SwarmError, TooLong, Unreachable
@@ -193,7 +194,7 @@ class DelegatedSession:
 
     async def _reply(self, stream: Stream, silence_s: float) -> pb.DelegateReply:
         try:
-            async with asyncio.timeout(silence_s):
+            async with timeout_awake(silence_s):
                 frame = await stream.receive()
         except TimeoutError:
             raise DeadlineExceeded(f"the session's owner was silent for {silence_s:g} s") from None

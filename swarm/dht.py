@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from swarm import _hivemind, multiaddrs
 from swarm.atomic_file import write_atomically
+from swarm.awake import timeout_awake
 from swarm.config import Settings
 from swarm.dht_node import MAX_TTL_S, MAX_VALUE_BYTES, RecordCheck, RecordValidator, create_node, node_id_of
 from swarm.dht_time import dht_time
@@ -78,22 +79,25 @@ class Dht:
         for peer in _read_book(self._book_file):
             self.remember(peer)
         async with contextlib.AsyncExitStack() as stack:
-            async with asyncio.timeout(timeouts.dht_s):
-                self._dht = await create_node(
-                    p2p=self._transport.p2p,
-                    node_id=node_id_of(self._transport.p2p.peer_id.to_bytes()),
-                    wait_timeout=timeouts.connect_s,
-                    cache_locally=False,
-                    cache_nearest=0,
-                    cache_on_store=False,
-                    cache_refresh_before_expiry=0,
-                    reuse_get_requests=False,
-                    blacklist_time=_BAN_S,
-                    backoff_rate=1.0,
-                    client_mode=self._client,
-                    record_validator=self._validator,
-                    strict=False,
-                )
+            try:
+                async with timeout_awake(timeouts.dht_s):
+                    self._dht = await create_node(
+                        p2p=self._transport.p2p,
+                        node_id=node_id_of(self._transport.p2p.peer_id.to_bytes()),
+                        wait_timeout=timeouts.connect_s,
+                        cache_locally=False,
+                        cache_nearest=0,
+                        cache_on_store=False,
+                        cache_refresh_before_expiry=0,
+                        reuse_get_requests=False,
+                        blacklist_time=_BAN_S,
+                        backoff_rate=1.0,
+                        client_mode=self._client,
+                        record_validator=self._validator,
+                        strict=False,
+                    )
+            except TimeoutError:
+                raise Unreachable("the own DHT node did not start within timeouts.dht_s") from None
             stack.push_async_callback(self._stop)
             self._transport.on_restart(self._after_restart)
             healing = asyncio.create_task(self._heal(), name="heal the DHT")
@@ -132,7 +136,7 @@ class Dht:
         if self._dht is None or not self._transport.alive:
             raise Unreachable("the DHT can't be read: this process is not connected")
         try:
-            async with asyncio.timeout(self._settings.timeouts.dht_s):
+            async with timeout_awake(self._settings.timeouts.dht_s):
                 results = await self._dht.get_many(keys, sufficient_expiration_time=math.inf)
         except TimeoutError:
             raise Unreachable("the DHT can't be read: it took longer than timeouts.dht_s") from None
@@ -201,7 +205,7 @@ class Dht:
             try:
                 await self._transport.connect(peer)
                 raw = _PeerID.from_base58(peer.peer_id)
-                async with asyncio.timeout(self._settings.timeouts.dht_s):
+                async with timeout_awake(self._settings.timeouts.dht_s):
                     protocol = self._dht.protocol
                     node_id, ahead_s = await asyncio.gather(protocol.call_ping(raw), protocol.ahead_s(raw))
                     if node_id is not None:

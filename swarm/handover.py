@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from swarm.awake import Standstills
 from swarm.control import HopControl
 from swarm.errors import NoRoute, PeerLost, SwarmError
 from swarm.types import Hop, PeerId
@@ -49,9 +50,10 @@ class Handover:
         chain, leaver = self._chain, self.leaving.hop.peer.peer_id
         while True:
             try:
-                async with asyncio.timeout(chain.settings.timeouts.drain_s):
-                    await self._open()
-                    await self._catch_up()
+                with Standstills(self._excuse):
+                    async with asyncio.timeout(chain.settings.timeouts.drain_s):
+                        await self._open()
+                        await self._catch_up()
                 chain.events.put(self.leaving, self)
                 return
             except NoRoute as error:
@@ -84,6 +86,11 @@ class Handover:
         if index > 0:
             present = [target for target in before.targets if target.epoch == chain.epoch]
             await before.start(chain.epoch, [*present, chain.opener.target(first, first.have, epoch)])
+
+    def _excuse(self, stood_s: float) -> None:
+        """This process stood still for so long: nobody was silent meanwhile."""
+        for control in self.fresh:
+            control.last_heard += stood_s
 
     async def _catch_up(self) -> None:
         """Until the last of them lacks hardly more than the newest position."""

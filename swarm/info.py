@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from swarm import protocol_pb2 as pb
+from swarm.awake import timeout_awake
 from swarm.config import Settings, TimeoutSettings
 from swarm.errors import DeadlineExceeded, ModelError, ProtocolError, StreamLost, WrongRange
 from swarm.models import ModelProfile
@@ -53,7 +54,7 @@ async def _ask(
     transport: Transport, peer: PeerAddress, request: pb.InfoRequest, deadline_s: float
 ) -> AsyncIterator[Stream]:
     try:
-        async with asyncio.timeout(deadline_s):
+        async with timeout_awake(deadline_s):
             stream = await transport.open(peer, INFO)
             try:
                 await stream.send(request.SerializeToString())

@@ -49,6 +49,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jump.now
 
+    def stand_still(self, seconds: float) -> None:
+        """As a process that is stopped, or a laptop that is suspended: time goes on, and nothing is done meanwhile."""
+        self._jump.now += seconds
+
 
 def run_virtual(main: Callable[[], Awaitable[T]]) -> T:
     """``asyncio.run`` on a :class:`VirtualLoop`."""

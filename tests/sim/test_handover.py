@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from peers.runner import StageRunner
 from swarm.chain import Chain
+from swarm.config import EngineSettings
 from swarm.control import HopControl, HopLost
 from swarm.errors import NoRoute
 from swarm.rebuilds import Patience
 from swarm.session import Session
-from swarm.testing import Faults, run_virtual
+from swarm.testing import Faults, VirtualLoop, run_virtual
 from swarm.types import LayerRange
-from tests.sim.world import Outcome, SimPeer, World
+from tests.sim.world import SETTINGS, Outcome, SimPeer, World
 
 FIRST, SECOND = LayerRange(0, 3), LayerRange(3, 6)
 TOKENS = 150
@@ -52,6 +54,65 @@ def test_a_successor_that_fails_is_no_fault_of_the_hop_before_it(how: str) -> No
         assert all(route.route.hops[0].peer.peer_id == first_id for route in outcome.routes)
         assert first_id not in world.health._records
         assert successor_id in world.health._records
+
+    run_virtual(scenario)
+
+
+def test_a_successor_that_is_slower_than_the_old_route_catches_up() -> None:
+    """It got more frames of single tokens than may wait there, was given up and blamed, again and again."""
+
+    async def scenario() -> None:
+        world = World(3, settings=replace(SETTINGS, engine=EngineSettings()))
+        for layers in (FIRST, SECOND):
+            (await world.add_peer(layers)).executor.layer_s = 0.001
+        successor = await world.add_peer(SECOND)
+        del world.directory.known[successor.node.address.peer_id]
+        successor.executor.layer_s = 0.02  # a token takes longer than the route does, many at once don't
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                world.announce(successor)
+                world.drain(world.peers[1])
+            if index >= 20 and len(session.route.hops) == 2:
+                assert successor.node.address.peer_id not in world.health._records
+
+        outcome = await world.generate([1, 2, 3], 400, schedule)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], 400, 3, frozenset())
+        assert [change.cause for change in outcome.routes] == ["opened", "leaving"]
+
+    run_virtual(scenario)
+
+
+def test_who_stands_still_while_a_successor_warms_up_does_not_blame_it() -> None:
+    async def scenario() -> None:
+        world = World(3)
+        for layers in (FIRST, SECOND):
+            await world.add_peer(layers)
+        successor = await world.add_peer(SECOND)
+        del world.directory.known[successor.node.address.peer_id]
+        successor.executor.layer_s = 0.02
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        stopped = asyncio.Event()
+
+        def schedule(session: Session, index: int) -> None:
+            if index == 20:
+                world.announce(successor)
+                world.drain(world.peers[1])
+            assert successor.node.address.peer_id not in world.health._records
+            if successor.service.table.runners and not stopped.is_set():
+                stopped.set()
+                successor.node.freeze()  # what it says comes after that
+                loop.call_later(0.2, loop.stand_still, 8.0)
+                loop.call_later(8.5, successor.node.resume)
+
+        outcome = await world.generate([1, 2, 3], TOKENS, schedule)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate([1, 2, 3], TOKENS, 3, frozenset())
+        assert stopped.is_set()
+        assert [change.cause for change in outcome.routes] == ["opened", "leaving"]
+        assert not world.health._records
 
     run_virtual(scenario)
 

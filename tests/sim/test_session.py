@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,11 @@ import pytest
 from peers.frame_router import FrameRouter
 from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession, route_from_wire
-from swarm.errors import BadRequest, Busy, Cancelled, NoRoute, Unreachable
+from swarm.errors import BadRequest, Busy, Cancelled, NoRoom, NoRoute, Unreachable
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.session import RouteChanged, Session
-from swarm.testing import SimNode, SimTransport
+from swarm.testing import SimNode, SimTransport, VirtualLoop
 from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
 from swarm.transport import DELEGATE, INFO, Stream
 from swarm.types import Hop, PeerAddress, PeerId, Route, SessionId
@@ -587,6 +588,21 @@ def test_refused_by_everybody_says_the_limit() -> None:
     run_virtual(main)
 
 
+def test_a_session_that_is_too_long_for_everybody_says_so_and_not_that_layers_are_missing() -> None:
+    async def main() -> None:
+        world = World(24)
+        for layers in THIRDS:
+            peer = (await world.add_peer(layers)).node.address.peer_id
+            world.directory.known[peer] = replace(world.directory.known[peer], kv_tokens_free=12)
+        outcome = await world.generate(PROMPT, 400)
+        assert isinstance(outcome.error, NoRoom)
+        assert outcome.error.exit_code == Busy.exit_code
+        assert "12 tokens are free, 411 are needed" in outcome.error.message
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_new_session_whose_stage_gives_way_before_it_has_a_route_is_told_of_the_limit() -> None:
     """The peer said why, and then that the stage is gone: that was taken for the reason."""
 
@@ -775,6 +791,76 @@ def test_a_thin_client_whose_owner_dies_goes_on_through_another_after_its_commit
         await world.settle()
 
     run_virtual(main)
+
+
+@pytest.mark.parametrize("delegates", [False, True])
+@pytest.mark.parametrize("stops", [4, 40])
+def test_who_stands_still_for_a_while_blames_nobody(delegates: bool, stops: int) -> None:
+    """A process that is stopped, a laptop that is suspended: what was said meanwhile waits to be heard."""
+
+    async def main() -> None:
+        world = World(35)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        request = GenerationRequest(tuple(PROMPT), 60, SamplingParams(seed=35), frozenset())
+        transport, via = SimTransport(world.owner), [peer.node.address for peer in world.peers]
+        owner: Session | DelegatedSession
+        if delegates:
+            owner = DelegatedSession(transport, via, PROFILE, request, SETTINGS)
+        else:
+            owner = Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
+        tokens: list[int] = []
+        routes: list[RouteChanged] = []
+
+        async def stop() -> None:
+            for _ in range(stops):
+                await asyncio.sleep(0.02)
+                loop = asyncio.get_running_loop()
+                assert isinstance(loop, VirtualLoop)
+                loop.stand_still(8.0)
+
+        async with owner as session:
+            async for event in session.events():
+                if isinstance(event, Generated):
+                    tokens.append(event.token_id)
+                    if len(tokens) == 7:
+                        world.later(0.0, stop())
+                else:
+                    routes.append(event)
+        assert tokens == world.decoder.generate(PROMPT, 60, 35, frozenset())
+        assert [change.reason for change in routes] == ["opened"]
+        assert not world.health._records
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("delegates", [False, True])
+def test_who_stands_still_while_a_route_is_opened_has_one_then(delegates: bool) -> None:
+    """Peers give up who dials and then says nothing for long, and who stood still would have given them up. A new
+    session was told that nobody serves these layers."""
+
+    async def main(stops_after_s: float) -> None:
+        world = World(36)
+        for layers in THIRDS:
+            await world.add_peer(layers)
+        request = GenerationRequest(tuple(PROMPT), 4, SamplingParams(seed=36), frozenset())
+        transport, via = SimTransport(world.owner), [peer.node.address for peer in world.peers]
+        owner: Session | DelegatedSession
+        if delegates:
+            owner = DelegatedSession(transport, via, PROFILE, request, SETTINGS)
+        else:
+            owner = Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.call_later(stops_after_s, loop.stand_still, 12.0)
+        async with owner as session:
+            tokens = [event.token_id async for event in session.events() if isinstance(event, Generated)]
+        assert tokens == world.decoder.generate(PROMPT, 4, 36, frozenset())
+        await world.settle()
+
+    for step in range(40):
+        run_virtual(functools.partial(main, step / 2000))
 
 
 def test_a_thin_client_is_told_what_each_rebuild_cost() -> None:

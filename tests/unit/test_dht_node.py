@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from swarm import _hivemind, dht_node
+from swarm import _hivemind, dht, dht_node
+from swarm.config import Settings
 from swarm.dht_node import MAX_KEYS, MAX_KEYS_PER_PEER, _LocalStorage
+from swarm.errors import Unreachable
+from swarm.types import PeerAddress, PeerId
 
 NOW = 1.8e9
 
@@ -65,3 +73,18 @@ def test_one_peer_does_not_fill_a_node_with_its_records(clock: Clock) -> None:
     assert not storage.store_subkey(b"key 99", "hoarder", b"junk", clock.now + 60)
     clock.now += 61
     assert storage.store_subkey(b"key 99", "hoarder", b"moved", clock.now + 60), "others of its records have ended"
+
+
+async def test_a_node_that_does_not_start_in_time_is_an_error_with_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a ``TimeoutError``: a command ended with a traceback, and with ``--json`` without a last line."""
+
+    async def never(**_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(dht, "create_node", never)
+    p2p = SimpleNamespace(peer_id=SimpleNamespace(to_bytes=lambda: b"peer"))
+    transport: Any = SimpleNamespace(local=PeerAddress(PeerId("peer")), p2p=p2p)
+    settings = replace(Settings(), timeouts=replace(Settings().timeouts, dht_s=0.01))
+    with pytest.raises(Unreachable, match=r"timeouts\.dht_s"):
+        async with dht.Dht(transport, settings, lambda *_: True):
+            pass
