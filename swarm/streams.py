@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable
 
+from swarm.awake import timeout_awake
 from swarm.errors import ProtocolError, StreamLost
 from swarm.types import PeerId
 
@@ -237,14 +238,14 @@ class FramedStream:
         if need <= _PIECE_BYTES and not self._pieces:
             # no deadline when the bytes are here already, which is nearly always so for a small frame
             if need and len(reader._buffer) < need:  # type: ignore[attr-defined]  # one timer less a frame
-                async with asyncio.timeout(self._send_s):
+                async with timeout_awake(self._send_s):
                     frame = await reader.readexactly(need)
             else:
                 frame = await reader.readexactly(need)
             self._need = None
             return frame
         while need:
-            async with asyncio.timeout(self._send_s):
+            async with timeout_awake(self._send_s):
                 piece = await reader.read(min(need, _PIECE_BYTES))
             if piece and self._failure is None:
                 self._arrived_at = asyncio.get_running_loop().time()
@@ -268,7 +269,7 @@ class FramedStream:
         while True:
             taken_bytes = self._written_bytes - self._unsent_bytes
             try:
-                async with asyncio.timeout(self._send_s):
+                async with timeout_awake(self._send_s):
                     await self._writer.drain()
                 return
             except TimeoutError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
-from swarm import streams
+from swarm import awake, streams
 from swarm.errors import ProtocolError, StreamLost
 from swarm.streams import END, HEADER, FramedStream, PartialFrames
 from swarm.types import PeerId
@@ -125,6 +126,23 @@ async def test_a_stall_in_the_middle_of_a_frame_has_a_deadline(size: int) -> Non
         writer.write(HEADER.pack(size) + b"abc")
         with pytest.raises(StreamLost, match="middle of a frame"):
             await near.receive()
+
+
+@pytest.mark.parametrize("size", [100, 1 << 20])
+async def test_the_time_in_which_this_process_stood_still_is_no_stall(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awake, "TICK_S", 0.05)
+    async with pair(send_s=0.3) as (stream, _, far):
+        frame = b"x" * size
+        far.write(HEADER.pack(size) + frame[:10])
+
+        def stand_still() -> None:
+            far.write(frame[10:])
+            time.sleep(0.6)
+
+        asyncio.get_running_loop().call_later(0.1, stand_still)
+        assert await stream.receive() == frame
 
 
 async def test_a_frame_that_arrives_slowly_is_waited_for() -> None:
