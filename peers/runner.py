@@ -17,7 +17,7 @@ from peers.outside import Outside
 from peers.owner_line import OwnerLine
 from peers.row_codec import DTYPES, decoded, encoded
 from peers.stage import Stage, Target
-from peers.stage_input import OpenRequest, Work
+from peers.stage_input import MOST_JOINED, OpenRequest, Work
 from swarm import protocol_pb2 as pb
 from swarm.config import Settings
 from swarm.errors import BadRequest, BadTensor, Internal, SwarmError
@@ -94,8 +94,7 @@ class StageRunner:
     def accept(self, work: Work) -> None:
         """Queue a frame; raises what :meth:`Stage.accept` raises."""
         work.received_at = self._used_at = self._now()
-        settings = self.settings
-        if self.stage.accept(work, settings.limits.max_waiting_frames, settings.engine.prefill_chunk_tokens):
+        if self.stage.accept(work, self.settings.limits.max_waiting_frames, MOST_JOINED):
             self._take_next()
         else:
             self._acknowledge(work)

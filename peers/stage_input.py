@@ -12,6 +12,8 @@ from swarm.types import LayerRange, PeerId, SessionId
 from swarm.wire import MODEL, WIRES
 
 MAX_SESSION_CHARS = 64
+MOST_JOINED = 32
+"""Rows of single tokens that wait for one pass; each that joins is one copy of those before it."""
 
 
 @dataclass(frozen=True, slots=True)
