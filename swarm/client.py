@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import reprlib
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from swarm.admission import check_announcement
 from swarm.announcement_record import check_record
+from swarm.awake import Standstills
 from swarm.config import SPECULATIONS, Settings
 from swarm.config_loader import load_settings
 from swarm.coverage import explained
@@ -88,6 +90,20 @@ class AsyncClient:
         if not self._initial_peers:
             raise Unreachable("no peer of a swarm is known")
         # Imported here: hivemind takes seconds to import, and who only builds requests needs none of it.
+        importlib.import_module("swarm.dht")
+        with Standstills() as standstills:
+            try:
+                await self._join()
+                if self.view.announcements() or not standstills.take():
+                    return self
+                await self._leave()
+            except SwarmError:
+                if not standstills.take():
+                    raise
+        await self._join()  # once more: while this process stood still, those that it asked gave it up
+        return self
+
+    async def _join(self) -> None:
         from swarm.dht import Dht
         from swarm.identity import Identity
         from swarm.libp2p import Libp2pTransport
@@ -113,7 +129,6 @@ class AsyncClient:
             self.view = await stack.enter_async_context(view)
             self.health = Health(self.settings.recovery.max_penalty_s)
             self._exit = stack.pop_all()
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -121,9 +136,12 @@ class AsyncClient:
         try:
             await asyncio.gather(*(session.close() for session in list(self._stepping)))
         finally:
-            for name in AsyncClient.__annotations__:  # a view of the past would answer, and a session wait for peers
-                vars(self).pop(name, None)
-            await self._exit.aclose()
+            await self._leave()
+
+    async def _leave(self) -> None:
+        for name in AsyncClient.__annotations__:  # a view of the past would answer, and a session wait for peers
+            vars(self).pop(name, None)
+        await self._exit.aclose()
 
     async def _find_model(self) -> Description:
         """The model that the initial peers serve; with a name, the one among them that has it."""

@@ -21,11 +21,11 @@ import pytest
 from swarm.blocking_client import Client
 from swarm.client import AsyncClient, connect_async, named_model
 from swarm.config import InferenceSettings, Settings
-from swarm.errors import BadRequest, Cancelled, UnknownModel, Unreachable
+from swarm.errors import BadRequest, Cancelled, StreamLost, UnknownModel, Unreachable
 from swarm.health import Health
 from swarm.info import Description
 from swarm.models import load_profile, resolve, tokenizer_files
-from swarm.testing import Directory
+from swarm.testing import Directory, VirtualLoop, run_virtual
 from swarm.tokenizer import TextTokenizer
 from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Token
 from tests.checkpoints import make_checkpoint
@@ -463,6 +463,39 @@ def test_models_that_share_their_name_are_told_apart_by_their_identities(
     alike = f"{asking.profile.model_id} (float32), smollm2-135m@4 (float32, int4 weights)"
     with pytest.raises(UnknownModel, match=re.escape(f"the initial peers serve {alike}, not smollm2-135m@5")):
         named_model([exact, coarse, again], "smollm2-135m@5")
+
+
+@pytest.mark.parametrize("stands_still", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_who_stood_still_while_it_joined_joins_once_more(
+    stands_still: bool, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers give up who dials and then says nothing for long, and nobody answers whom it asked of the swarm before."""
+    joins: list[int] = []
+
+    async def join(client: AsyncClient) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        joins.append(len(joins))
+        client.view = cast(Any, Directory())
+        if stands_still and len(joins) == 1:
+            loop.stand_still(12.0)
+            await asyncio.sleep(1.0)
+        if told and len(joins) == 1:
+            raise StreamLost("the stream ended without its end frame")
+
+    async def scenario() -> None:
+        client = connect_async(ADDRESS, settings=Settings())
+        if told and not stands_still:
+            with pytest.raises(StreamLost):
+                await client.__aenter__()
+        else:
+            async with client:
+                assert client.view is not None
+        assert len(joins) == 1 + stands_still
+
+    monkeypatch.setattr(AsyncClient, "_join", join)
+    run_virtual(scenario)
 
 
 async def test_a_client_that_nobody_entered_says_so() -> None:
