@@ -29,10 +29,11 @@ import uvloop
 from swarm.bench.delay_proxy import DelayProxy
 from swarm.client import AsyncClient, connect_async
 from swarm.config import DiscoverySettings, Settings
+from swarm.errors import NoRoute
 from swarm.link_times import Links
 from swarm.local import LocalSwarm, even_ranges
 from swarm.plans import Check
-from swarm.routing import NoRoute, Plan, plan, price
+from swarm.routing import Plan, plan, price
 from swarm.session import RouteChanged, Session
 from swarm.types import Announcement, Hop, LayerRange, PeerId, Route
 

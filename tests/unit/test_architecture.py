@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -194,3 +195,9 @@ def test_top_level_of_the_repository() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     top = {name.split("/")[0] for name in listed.split("\0") if name}
     assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("benchmark", sorted(path.stem for path in (ROOT / "tests").glob("bench_*.py")))
+def test_benchmarks_find_what_they_import(benchmark: str) -> None:
+    """They are run by hand, months apart."""
+    importlib.import_module(f"tests.{benchmark}")
