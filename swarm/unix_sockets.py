@@ -41,7 +41,6 @@ async def listening(peer_id: PeerId, accept: Accept, deadline_s: float) -> Async
 
     Where that can't be, streams come through the daemon, as from elsewhere.
     """
-
     arriving: set[asyncio.Task[None]] = set()
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -44,6 +44,14 @@ def run(seed: int, ranges: list[LayerRange], schedule: object = None, tokens: in
     return run_virtual(main)
 
 
+def owned(world: World, request: GenerationRequest, delegates: bool) -> Session | DelegatedSession:
+    """A session that the client owns, or one of the world's peers for it; not with the world's settings."""
+    transport = SimTransport(world.owner)
+    if delegates:
+        return DelegatedSession(transport, [peer.node.address for peer in world.peers], PROFILE, request, SETTINGS)
+    return Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
+
+
 def test_one_peer() -> None:
     run(1, [LayerRange(0, 6)])
 
@@ -755,13 +763,7 @@ def test_peers_that_beat_more_rarely_than_their_owner_expects_are_not_taken_for_
             peer = await world.add_peer(layers)
             peer.executor.layer_s = 0.5  # the prompt takes longer than the silence that loses a peer
         request = GenerationRequest(tuple(PROMPT), 3, SamplingParams(seed=54), frozenset())
-        transport, via = SimTransport(world.owner), [peer.node.address for peer in world.peers]
-        owner: Session | DelegatedSession
-        if delegates:
-            owner = DelegatedSession(transport, via, PROFILE, request, SETTINGS)
-        else:
-            owner = Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
-        async with owner as session:
+        async with owned(world, request, delegates) as session:
             events = [event async for event in session.events()]
         assert [type(event) for event in events] == [RouteChanged, *[Generated] * 3]
         await world.settle()
@@ -803,12 +805,6 @@ def test_who_stands_still_for_a_while_blames_nobody(delegates: bool, stops: int)
         for layers in [*THIRDS, *THIRDS]:
             await world.add_peer(layers)
         request = GenerationRequest(tuple(PROMPT), 60, SamplingParams(seed=35), frozenset())
-        transport, via = SimTransport(world.owner), [peer.node.address for peer in world.peers]
-        owner: Session | DelegatedSession
-        if delegates:
-            owner = DelegatedSession(transport, via, PROFILE, request, SETTINGS)
-        else:
-            owner = Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
         tokens: list[int] = []
         routes: list[RouteChanged] = []
 
@@ -819,7 +815,7 @@ def test_who_stands_still_for_a_while_blames_nobody(delegates: bool, stops: int)
                 assert isinstance(loop, VirtualLoop)
                 loop.stand_still(8.0)
 
-        async with owner as session:
+        async with owned(world, request, delegates) as session:
             async for event in session.events():
                 if isinstance(event, Generated):
                     tokens.append(event.token_id)
@@ -845,16 +841,10 @@ def test_who_stands_still_while_a_route_is_opened_has_one_then(delegates: bool) 
         for layers in THIRDS:
             await world.add_peer(layers)
         request = GenerationRequest(tuple(PROMPT), 4, SamplingParams(seed=36), frozenset())
-        transport, via = SimTransport(world.owner), [peer.node.address for peer in world.peers]
-        owner: Session | DelegatedSession
-        if delegates:
-            owner = DelegatedSession(transport, via, PROFILE, request, SETTINGS)
-        else:
-            owner = Session(transport, world.directory, PROFILE, request, SETTINGS, world.health)
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         loop.call_later(stops_after_s, loop.stand_still, 12.0)
-        async with owner as session:
+        async with owned(world, request, delegates) as session:
             tokens = [event.token_id async for event in session.events() if isinstance(event, Generated)]
         assert tokens == world.decoder.generate(PROMPT, 4, 36, frozenset())
         await world.settle()
