@@ -11,15 +11,13 @@ import contextlib
 import itertools
 import os
 import signal
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import psutil
 
 from swarm.client import AsyncClient, AsyncStream, Generation
 from swarm.errors import DeadlineExceeded, SwarmError
-from swarm.faults import AT_ONCE_S, Fault, Observation, Trial, judge, last_pass
+from swarm.faults import AT_ONCE_S, Fault, Observation, Trial, judge
 from swarm.info import describe
 from swarm.local import LocalPeer, LocalSwarm
 from swarm.multiaddrs import peer_addresses
@@ -42,7 +40,7 @@ class Chaos:
         self.swarm = swarm
         self._client = client
         self._requests = requests
-        self._expected: dict[bool, _Undisturbed] = {}
+        self._expected: dict[bool, Generation] = {}
         """For greedy and for sampled."""
         self._complement = [peer.layers for peer in swarm.peers]
 
@@ -50,16 +48,15 @@ class Chaos:
         """Run both requests; the first run also warms everything up. Returns the greedy one."""
         await self._generate(False)
         for sampled in (True, False):
-            generation, times = await self._generate(sampled)
-            self._expected[sampled] = _Undisturbed(generation.token_ids, generation.timings.ttft_s, last_pass(times))
+            self._expected[sampled] = generation = await self._generate(sampled)
         return generation
 
-    async def _generate(self, sampled: bool) -> tuple[Generation, list[float]]:
-        """With the times of its tokens."""
+    async def _generate(self, sampled: bool) -> Generation:
         stream = AsyncStream(self._client, self._requests[sampled], ())
-        times = [_now() async for event in stream if not isinstance(event, RouteChanged)]
+        async for _ in stream:
+            pass
         assert stream.result is not None  # it is set when the iteration ends without an error
-        return stream.result, times
+        return stream.result
 
     async def run(self, number: int, trial: Trial) -> list[Observation]:
         """One observation for each fault. Raises only when the swarm itself can't be mended afterwards."""
@@ -141,15 +138,6 @@ class Chaos:
         return self._client.transport.daemon_pid
 
 
-@dataclass(frozen=True, slots=True)
-class _Undisturbed:
-    """A run without faults."""
-
-    token_ids: list[int]
-    ttft_s: float
-    last_pass: int
-
-
 class _Ordeal:
     """One trial under way."""
 
@@ -159,9 +147,7 @@ class _Ordeal:
         self._number = number
         self._trial = trial
         self._expected = chaos._expected[trial.sampled]
-        # A draft's tokens come at once: after the last one of them nothing is on its way that could be struck.
-        last = self._expected.last_pass
-        self._pending = [replace(fault, token=min(fault.token, last)) for fault in trial.faults]
+        self._pending = list(trial.faults)
         self._route: Route | None = None
         self._times: list[float] = []
         self._tokens: list[int] = []
@@ -169,6 +155,7 @@ class _Ordeal:
         """Whose fault each rebuild was."""
         self._began = 0.0
         self._error = ""
+        self._over = False
         self._hunting: Observation | None = None
         self._wake: dict[int, int] = {}
         """Index of a frozen peer -> token at which it goes on."""
@@ -187,6 +174,7 @@ class _Ordeal:
                         self._on_token(event.index, tasks)
             except SwarmError as error:
                 self._error = f"{error.code}: {error.message}"
+            self._over = True
         if stream.result is not None:
             self._replayed = [list(rebuild.replayed) for rebuild in stream.result.rebuilds]
 
@@ -195,7 +183,7 @@ class _Ordeal:
         if before is None:
             for fault in [fault for fault in self._pending if fault.kind == "prefill"]:
                 self._pending.remove(fault)
-                delay = fault.share * self._expected.ttft_s
+                delay = fault.share * self._expected.timings.ttft_s
                 tasks.create_task(self._later(delay, fault, tasks))
             return
         if self.observations:
@@ -216,13 +204,16 @@ class _Ordeal:
                 self._chaos.swarm.resume(peer)
 
     def _pass_s(self) -> float:
-        """Median time of a pass through all hops, so far."""
+        """The shortest time of a pass through all hops, so far: the next one may be as short, and the last."""
         gaps_s = (after - before for before, after in itertools.pairwise(self._times))
-        return statistics.median([gap_s for gap_s in gaps_s if gap_s > AT_ONCE_S] or [0.0])
+        return min((gap_s for gap_s in gaps_s if gap_s > AT_ONCE_S), default=0.0)
 
     async def _later(self, delay_s: float, fault: Fault, tasks: asyncio.TaskGroup) -> None:
         await asyncio.sleep(delay_s)
-        self._strike(fault, tasks)
+        if self._over:
+            self._pending.append(fault)
+        else:
+            self._strike(fault, tasks)
 
     def _strike(self, fault: Fault, tasks: asyncio.TaskGroup) -> None:
         assert self._route is not None
@@ -270,13 +261,15 @@ class _Ordeal:
 
     def judge(self) -> None:
         error = self._error or (f"{self._pending[0].kind} did not happen" if self._pending else "")
+        for fault in self._pending:
+            self.observations.append(Observation(self._number, self._trial.sampled, fault.kind, len(self._tokens) - 1))
         judge(
             self.observations,
             self._tokens,
             self._times,
             self._expected.token_ids,
             began=self._began,
-            ttft_s=self._expected.ttft_s,
+            ttft_s=self._expected.timings.ttft_s,
             error=error,
         )
         for seen, replayed in zip(self._rebuilds, self._replayed, strict=False):

@@ -25,6 +25,10 @@ KINDS = {
 
 AT_ONCE_S = 0.002
 """Tokens of a draft come with hardly a gap."""
+FEWEST_BEFORE = 6
+"""Tokens before the last one that is struck at: there are early, middle and late faults."""
+MOST_AT_ONCE = 16
+"""Tokens that one pass brings, with a draft all of which was right, see ``peers/drafting.py``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,34 +69,32 @@ class Observation:
 
 
 def plan_trials(
-    seed: int, kinds: Sequence[str], faults: int, tokens: int, hops: int, *, in_one: bool = False
+    seed: int, kinds: Sequence[str], faults: int, tokens: int, hops: int, *, in_one: bool = False, drafts: bool = False
 ) -> list[Trial]:
-    """The same for the same arguments. Kinds, greedy and sampled, and early, middle and late tokens take turns."""
+    """The same for the same arguments. Kinds, greedy and sampled, and early, middle and late tokens take turns.
+
+    After the last token that is struck at, and what may come at once with it, one more is always on its way.
+    """
+    last = tokens - 1 - (MOST_AT_ONCE if drafts else 1)
     for kind in kinds:
         if kind not in KINDS:
             raise BadRequest(f"{kind!r} is no kind of fault; there are: {', '.join(KINDS)}")
-    if tokens < 8 or faults < 1 or not kinds:
-        raise BadRequest("chaos needs at least 8 tokens and one fault")
+    if last < FEWEST_BEFORE or faults < 1 or not kinds:
+        raise BadRequest(f"chaos needs at least {FEWEST_BEFORE + tokens - last} tokens and one fault")
     draw = random.Random(seed)
     chosen = list(itertools.islice(itertools.cycle(kinds), faults))
     if in_one:
-        at = sorted(draw.sample(range(tokens - 1), min(faults, tokens - 1)))
+        at = sorted(draw.sample(range(last + 1), min(faults, last + 1)))
         return [Trial(True, tuple(_fault(kind, token, hops, draw) for kind, token in zip(chosen, at, strict=False)))]
     trials = []
     for index, kind in enumerate(chosen):
-        token = (0, draw.randrange(1, tokens - 2), tokens - 2)[(index + seed) % 3]
+        token = (0, draw.randrange(1, last), last)[(index + seed) % 3]
         trials.append(Trial((index + index // len(kinds)) % 2 == 1, (_fault(kind, token, hops, draw),)))
     return trials
 
 
 def _fault(kind: str, token: int, hops: int, draw: random.Random) -> Fault:
     return Fault(kind, draw.randrange(hops), -1 if kind == "prefill" else token, draw.uniform(0.1, 0.9))
-
-
-def last_pass(times: Sequence[float]) -> int:
-    """The newest token after which others take another pass; ``times``: when they came."""
-    passes = (index for index, (a, b) in enumerate(itertools.pairwise(times)) if b - a > AT_ONCE_S)
-    return max(passes, default=0)
 
 
 def judge(

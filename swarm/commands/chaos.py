@@ -58,7 +58,7 @@ def chaos(
     settings = prepare(config, flags, as_json=as_json, verbose=verbose)
     with failing_well(as_json), ending_on_sigterm():
         chosen = listed(kinds or KINDS)
-        trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one)
+        trials = plan_trials(seed, chosen, faults or len(chosen), tokens, parts, in_one=in_one, drafts=drafts)
         check_length(context, tokens, settings)
         # Later: that a schedule makes no sense is known at once, and this takes a second to import.
         from swarm.local import LocalSwarm, even_ranges

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from peers.drafting import MAX_DRAFT
 from swarm.errors import BadRequest
-from swarm.faults import KINDS, Observation, judge, last_pass, medians, plan_trials
+from swarm.faults import KINDS, Observation, judge, medians, plan_trials
 
 
 def test_a_schedule_repeats_with_its_seed_and_changes_with_it() -> None:
@@ -32,6 +33,21 @@ def test_many_faults_in_one_generation_come_in_the_order_of_their_tokens() -> No
     tokens = [fault.token for fault in trial.faults]
     assert tokens == sorted(set(tokens))
     assert len(tokens) == 10
+
+
+@pytest.mark.parametrize("in_one", [True, False])
+@pytest.mark.parametrize(("drafts", "at_once"), [(True, MAX_DRAFT + 1), (False, 1)])
+def test_the_last_fault_strikes_while_tokens_are_still_on_their_way(in_one: bool, drafts: bool, at_once: int) -> None:
+    """Whatever comes at once with the token that it waits for: with it came the last ones, and nothing was struck."""
+    trials = plan_trials(1, ["kill"], 96, 96, 3, in_one=in_one, drafts=drafts)
+    assert max(fault.token for trial in trials for fault in trial.faults) + at_once == 96 - 1
+
+
+@pytest.mark.parametrize(("tokens", "drafts"), [(8, False), (23, True)])
+def test_so_few_tokens_are_enough(tokens: int, drafts: bool) -> None:
+    assert len(plan_trials(0, ["kill"], 3, tokens, 3, drafts=drafts)) == 3
+    with pytest.raises(BadRequest, match=f"at least {tokens} tokens"):
+        plan_trials(0, ["kill"], 3, tokens - 1, 3, drafts=drafts)
 
 
 @pytest.mark.parametrize(
@@ -76,16 +92,3 @@ def test_no_token_at_all_is_no_stall() -> None:
     judge(seen, [], [], [1, 2], began=0.0, ttft_s=0.2, error="unreachable: gone")
     assert seen[0].stall_s is None
     assert not medians(seen)
-
-
-@pytest.mark.parametrize(
-    ("times", "last"),
-    [
-        ([], 0),
-        ([1.0], 0),
-        ([1.0, 1.1, 1.2, 1.3], 2),
-        ([1.0, 1.1, 1.1001, 1.2, 1.2001, 1.2002], 2),  # a draft's tokens come at once
-    ],
-)
-def test_the_last_fault_strikes_while_tokens_are_still_on_their_way(times: list[float], last: int) -> None:
-    assert last_pass(times) == last
