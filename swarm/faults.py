@@ -88,8 +88,9 @@ def plan_trials(
         return [Trial(True, tuple(_fault(kind, token, hops, draw) for kind, token in zip(chosen, at, strict=False)))]
     trials = []
     for index, kind in enumerate(chosen):
-        token = (0, draw.randrange(1, last), last)[(index + seed) % 3]
-        trials.append(Trial((index + index // len(kinds)) % 2 == 1, (_fault(kind, token, hops, draw),)))
+        turn = sum(divmod(index, len(kinds)))  # so that they take turns for each kind, too
+        token = (0, draw.randrange(1, last), last)[(turn + seed) % 3]
+        trials.append(Trial(turn % 2 == 1, (_fault(kind, token, hops, draw),)))
     return trials
 
 

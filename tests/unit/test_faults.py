@@ -28,6 +28,18 @@ def test_kinds_positions_and_sampling_take_turns() -> None:
     }
 
 
+@pytest.mark.parametrize("kinds", range(1, len(KINDS) + 1))
+def test_each_kind_strikes_greedy_and_sampled_generations_early_and_late(kinds: int) -> None:
+    """One kind alone struck greedy ones only, and each of three always early, or always late."""
+    chosen = list(KINDS)[:kinds]
+    trials = plan_trials(2, chosen, 6 * kinds, 48, 3)
+    for kind in chosen:
+        cases = [(trial.sampled, trial.faults[0].token) for trial in trials if trial.faults[0].kind == kind]
+        assert {sampled for sampled, _ in cases} == {True, False}
+        if kind != "prefill":
+            assert {(True, 0), (False, 0), (True, 46), (False, 46)} < set(cases)
+
+
 def test_many_faults_in_one_generation_come_in_the_order_of_their_tokens() -> None:
     (trial,) = plan_trials(3, ["kill"], 10, 200, 3, in_one=True)
     tokens = [fault.token for fault in trial.faults]
