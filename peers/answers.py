@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from peers.dial_back import DialBack
 from peers.probe import Prober
 from swarm import protocol_pb2 as pb
+from swarm.awake import timeout_awake
 from swarm.config import TimeoutSettings
 from swarm.errors import BadRequest, SwarmError
 from swarm.info import file_s
@@ -41,7 +42,7 @@ class Answers:
 
     async def handle(self, stream: Stream) -> None:
         try:
-            async with asyncio.timeout(max(self._timeouts.info_s, self._timeouts.probe_s)) as deadline:
+            async with timeout_awake(max(self._timeouts.info_s, self._timeouts.probe_s)) as deadline:
                 frame = await stream.receive()
                 if frame is None:
                     return

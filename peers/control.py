@@ -16,6 +16,7 @@ from peers.stage_table import StageKey, StageTable
 from peers.step_answers import step_from_wire
 from swarm import kv
 from swarm import protocol_pb2 as pb
+from swarm.awake import timeout_awake
 from swarm.errors import BadRequest, Busy, Evicted, NotAllowed, ProtocolError, SwarmError, TooLong, WrongRange
 from swarm.protocol import (
     address_from_wire,
@@ -66,7 +67,7 @@ class ControlHandler:
 
         pulse = _Pulse(tell, _now())
         try:
-            async with asyncio.timeout(self._timeouts.open_s):
+            async with timeout_awake(self._timeouts.open_s):
                 first = await stream.receive()
             if first is None:
                 return

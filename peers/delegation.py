@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from google.protobuf.message import DecodeError
 
 from swarm import protocol_pb2 as pb
+from swarm.awake import timeout_awake
 from swarm.config import Settings
 from swarm.coverage import explained
 from swarm.delegation import request_from_wire, route_to_wire
@@ -79,7 +80,7 @@ class DelegationHandler:
     async def handle(self, stream: Stream) -> None:
         """One generation. A client that goes away frees every stage."""
         try:
-            async with asyncio.timeout(self._settings.timeouts.info_s):
+            async with timeout_awake(self._settings.timeouts.info_s):
                 frame = await stream.receive()
             if frame is None:
                 return

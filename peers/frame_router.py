@@ -12,6 +12,7 @@ from peers.stage_input import MAX_SESSION_CHARS, NO_STEP, Work
 from peers.stage_table import StageTable
 from peers.step_answers import step_from_wire
 from swarm import protocol_pb2 as pb
+from swarm.awake import timeout_awake
 from swarm.errors import Evicted, NotAllowed, ProtocolError, SwarmError
 from swarm.knowledge import View
 from swarm.protocol import cut_timings, decode, error_from_wire, error_to_wire, rows_from_wire
@@ -92,7 +93,7 @@ class FrameRouter:
             older.abort()
         self._incoming[stream.remote] = stream
         try:
-            async with asyncio.timeout(2 * timeouts.link_idle_s) as silence:
+            async with timeout_awake(2 * timeouts.link_idle_s) as silence:
                 heard_at = clock()
                 while (frame := await stream.receive()) is not None:
                     if clock() - heard_at > timeouts.heartbeat_s:  # a frame makes no timer of its own

@@ -24,6 +24,7 @@ from peers.prefix_cache import PrefixCache
 from peers.runner import StageRunner
 from peers.stage import Stage
 from peers.stage_input import OpenRequest
+from swarm.awake import Standstills
 from swarm.config import Settings
 from swarm.errors import Busy, Evicted, SwarmError
 from swarm.prefix import cut
@@ -298,14 +299,16 @@ class StageTable:
     async def sweep(self) -> None:
         """For ever: free stages that have not been used for ``timeouts.session_idle_s``."""
         idle_s = self.settings.timeouts.session_idle_s
-        while True:
-            await asyncio.sleep(idle_s / 10)
-            now = asyncio.get_running_loop().time()
-            self.prefixes.expire(now - idle_s)
-            # in a list: what a loop named last, it would hold until the next one
-            for key in [key for key, runner in self.runners.items() if now - runner.last_used > idle_s]:
-                logger.info("session %s was idle for %.0f s and is freed", key[0][:8], idle_s)
-                self.free(key)
+        with Standstills() as standstills:
+            while True:
+                await asyncio.sleep(idle_s / 10)
+                # While this process stood still nobody could use them: what was said meanwhile is still to be read.
+                unused_since = asyncio.get_running_loop().time() - idle_s - standstills.take()
+                self.prefixes.expire(unused_since)
+                # in a list: what a loop named last, it would hold until the next one
+                for key in [key for key, runner in self.runners.items() if runner.last_used < unused_since]:
+                    logger.info("session %s was idle for %.0f s and is freed", key[0][:8], idle_s)
+                    self.free(key)
 
 
 def _key_of(stage: Stage) -> StageKey:

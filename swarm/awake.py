@@ -54,7 +54,7 @@ class Standstills:
 
 
 @contextlib.asynccontextmanager
-async def timeout_awake(seconds: float) -> AsyncIterator[None]:
+async def timeout_awake(seconds: float) -> AsyncIterator[asyncio.Timeout]:
     """As :func:`asyncio.timeout`, but the time in which this process stood still does not count."""
     async with asyncio.timeout(seconds) as scope:
 
@@ -63,4 +63,4 @@ async def timeout_awake(seconds: float) -> AsyncIterator[None]:
                 scope.reschedule(deadline + late_s)
 
         with Standstills(noticed):
-            yield
+            yield scope

@@ -19,6 +19,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from swarm.awake import timeout_awake
 from swarm.daemon import cancel
 from swarm.types import PeerId
 
@@ -45,7 +46,7 @@ async def listening(peer_id: PeerId, accept: Accept, deadline_s: float) -> Async
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(deadline_s):
+            async with timeout_awake(deadline_s):
                 remote, protocol = await _introduction(reader, writer)
         except (OSError, ValueError, TimeoutError) as error:
             log.info("a process of this machine was not let in: %s", str(error) or type(error).__name__)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from google.protobuf.message import Message
 
 from peers.frame_router import FrameRouter
 from swarm import protocol_pb2 as pb
@@ -20,7 +21,7 @@ from swarm.sampling import SamplingParams
 from swarm.session import RouteChanged, Session
 from swarm.testing import SimNode, SimTransport, VirtualLoop
 from swarm.transcript import MAX_TOKENS, Generated, GenerationRequest
-from swarm.transport import DELEGATE, INFO, Stream
+from swarm.transport import CONTROL, DELEGATE, INFO, LINK, Stream
 from swarm.types import Hop, PeerAddress, PeerId, Route, SessionId
 from tests.sim import world as world_module
 from tests.sim.world import PROFILE, SETTINGS, VOCAB, LayerRange, Outcome, SimPeer, ToyExecutor, World, run_virtual
@@ -826,6 +827,57 @@ def test_who_stands_still_for_a_while_blames_nobody(delegates: bool, stops: int)
         assert tokens == world.decoder.generate(PROMPT, 60, 35, frozenset())
         assert [change.reason for change in routes] == ["opened"]
         assert not world.health._records
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "first_words"),
+    [
+        (CONTROL, pb.ControlRequest(open=pb.Open(session="s", model=PROFILE.model_id, end=6, max_positions=8))),
+        (INFO, pb.InfoRequest(describe=True)),
+        (DELEGATE, pb.Delegate(model=PROFILE.model_id, prompt=[1], max_tokens=1)),
+        (LINK, pb.LinkMessage(ping=1)),
+    ],
+)
+def test_first_words_that_waited_while_a_peer_stood_still_are_answered(protocol: str, first_words: Message) -> None:
+    """It took its own standstill for the caller's silence, and dropped whoever had called just before."""
+
+    async def main() -> None:
+        world = World(1)
+        peer = await world.add_peer(LayerRange(0, 6))
+        stream = await SimTransport(world.owner).open(peer.node.address, protocol)
+        await asyncio.sleep(0)  # the peer waits for what is on its way now
+        await stream.send(first_words.SerializeToString())
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.stand_still(2 * world.settings.timeouts.link_idle_s + 1)
+        assert await stream.receive() is not None
+        stream.abort()
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.003, 0.01])
+def test_a_session_within_a_machine_that_was_suspended_for_long_has_its_route_still(after_s: float) -> None:
+    """Its owner and its peers wake up together: their links had been silent for as long, their stages idle."""
+
+    async def main() -> None:
+        world = World(37)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+
+        def suspend(session: Session, index: int) -> None:
+            if index == 4:
+                loop.call_later(after_s, loop.stand_still, 3600.0)
+
+        outcome = await world.generate(PROMPT, 12, suspend)
+        assert outcome.tokens == world.decoder.generate(PROMPT, 12, 37, frozenset())
+        assert [change.reason for change in outcome.routes] == ["opened"]
         await world.settle()
 
     run_virtual(main)

@@ -7,12 +7,13 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
 
-from swarm import unix_sockets
+from swarm import awake, unix_sockets
 from swarm.identity import Identity
 from swarm.transport import LINK
 from swarm.types import PeerId
@@ -138,6 +139,19 @@ async def test_who_does_not_say_who_it_is_is_dropped(listener: Listener, said: b
     with contextlib.suppress(ConnectionResetError):  # it had more to say
         assert await asyncio.wait_for(reader.read(), 5) == b""
     assert listener.accepted == []
+    writer.close()
+
+
+async def test_who_spoke_while_this_process_stood_still_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(awake, "TICK_S", 0.05)
+    listener = Listener()
+    async with unix_sockets.listening(THERE, listener, 0.3):
+        reader, writer = await asyncio.open_unix_connection(sock=_connected())
+        await asyncio.sleep(0.1)
+        writer.write(f"{HERE} {LINK}\nframe".encode())
+        time.sleep(0.6)  # noqa: ASYNC251
+        assert await asyncio.wait_for(reader.read(), 5) == b"frame"
+    assert listener.accepted == [(HERE, LINK)]
     writer.close()
 
 
