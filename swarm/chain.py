@@ -290,6 +290,8 @@ class Chain:
         self._interrupt()
         if isinstance(loss.error, StreamLost) or loss.accuser is not None:
             await asyncio.sleep(SETTLE_S)
+        if loss.accuser is not None and isinstance(loss.error, Evicted):
+            await loss.control.hear_of_stage()  # it knows best; an accuser who is right is remembered for no accusation
         guilty = self._guilty(loss)
         dead = [c for c in self.controls if c is guilty or c.lost is not None]
         self.controls = [c for c in self.controls if c not in dead]

@@ -70,6 +70,8 @@ class HopControl:
         self._opening = 0
         """The epoch that was asked for last."""
         self._reader: asyncio.Task[None] | None = None
+        self._stage_told = asyncio.Event()
+        """Set when the peer says how its stage is, or that there is none."""
 
     @classmethod
     async def dial(
@@ -162,6 +164,15 @@ class HopControl:
         """Ask for a ``Status`` out of turn."""
         await self._send(pb.ControlRequest(ping=True))
 
+    async def hear_of_stage(self) -> None:
+        """Until the peer has said whether it still has the stage, for ``heartbeat_misses`` heartbeats at most;
+        :attr:`lost` tells."""
+        self._stage_told.clear()
+        with contextlib.suppress(SwarmError, TimeoutError):
+            async with asyncio.timeout(self._heartbeat_s * self._settings.timeouts.heartbeat_misses):
+                await self.ping()
+                await self._stage_told.wait()
+
     async def close(self, prefix: bytes = b"") -> None:
         """Free the stage, which may keep what ``prefix`` names. Never raises, never waits long."""
         if self.lost is None:
@@ -244,6 +255,7 @@ class HopControl:
             if reply.status.computed != self.computed:
                 self.computed, self.moved_at = reply.status.computed, self.last_heard
             self.computing, self.draining = reply.status.computing, reply.status.draining
+            self._stage_told.set()
             if self.draining:  # the rest is known here; a flood of it need not be kept
                 self._listener(self, reply.status)
         elif reply.error.epoch == 0:  # of no epoch: the peer's last words
@@ -257,6 +269,7 @@ class HopControl:
         if self.lost is not None:
             return
         self.lost = error
+        self._stage_told.set()
         if self._fetched is not None and not self._fetched.done():
             self._fetched.set_exception(error)
         if self._opened is not None and not self._opened.done():

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from peers.frame_router import FrameRouter
 from swarm import protocol_pb2 as pb
 from swarm.delegation import DelegatedSession, route_from_wire
-from swarm.errors import BadRequest, Busy, Cancelled, NoRoom, NoRoute, Unreachable
+from swarm.errors import BadRequest, Busy, Cancelled, Evicted, NoRoom, NoRoute, SwarmError, Unreachable
 from swarm.protocol import decode
 from swarm.sampling import SamplingParams
 from swarm.session import RouteChanged, Session
@@ -140,7 +140,8 @@ def test_a_healthy_replacement_is_not_blamed_for_the_death_that_it_repairs() -> 
     run_virtual(main)
 
 
-def test_who_names_one_healthy_neighbour_after_another_is_replaced() -> None:
+@pytest.mark.parametrize("told", [Unreachable("a lie"), Evicted("a lie")])
+def test_who_names_one_healthy_neighbour_after_another_is_replaced(told: SwarmError) -> None:
     async def main() -> None:
         world = World(22)
         for layers in [*THIRDS, *THIRDS]:
@@ -155,7 +156,7 @@ def test_who_names_one_healthy_neighbour_after_another_is_replaced() -> None:
                 liars.append(liar.node.address.peer_id)
             if liar.node.address.peer_id == liars[0]:
                 [runner] = liar.service.table.runners.values()
-                runner.owner.report(Unreachable("a lie"), session.route.hops[2].peer.peer_id)
+                runner.owner.report(told, session.route.hops[2].peer.peer_id)
 
         outcome = await world.generate(PROMPT, 24, lie)
         assert outcome.error is None
@@ -163,6 +164,44 @@ def test_who_names_one_healthy_neighbour_after_another_is_replaced() -> None:
         lost = [hop.peer.peer_id for rebuild in outcome.session.rebuilds for hop in rebuild.lost]
         assert len(lost) == 2
         assert lost[1] == liars[0] != lost[0]
+        await world.settle()
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("told_at_once", [True, False])
+def test_who_tells_of_one_eviction_after_another_is_believed(told_at_once: bool) -> None:
+    """What was evicted says so itself, only later: its line to the owner is slow, or it beats next in a second. The
+    hop before it, whose frames were refused, was replaced the second time."""
+
+    async def main() -> None:
+        world = World(24)
+        for layers in [*THIRDS, *THIRDS]:
+            await world.add_peer(layers)
+        owner = world.owner.address.peer_id
+        lost: list[LayerRange] = []
+
+        def evict(session: Session, index: int) -> None:
+            if index < 4 or len(lost) == 3 or len(session.rebuilds) < len(lost):
+                return
+            peer = world.peer_of(session, 1)
+            lost.append(peer.executor.layers)
+            table, peer_id = peer.service.table, peer.node.address.peer_id
+            [key] = table.runners
+            if told_at_once:
+                world.network.partition(owner, peer_id)
+                world.later(0.1, heal(peer_id))
+                table._give_way(key, Evicted("for another"))
+            else:
+                table.free(key)
+
+        async def heal(peer_id: PeerId) -> None:
+            world.network.heal(owner, peer_id)
+
+        outcome = await world.generate(PROMPT, 24, evict)
+        assert outcome.tokens == world.decoder.generate(PROMPT, 24, 24, frozenset())
+        assert [hop.layers for rebuild in outcome.session.rebuilds for hop in rebuild.lost] == [THIRDS[1]] * 3 == lost
+        assert not world.health._records
         await world.settle()
 
     run_virtual(main)
