@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MakeRoom = Callable[["StageRunner", int], bool]
 """Have memory for the stage's positions up to this one. ``False``: there is none; the stage gave way, and is closed."""
+BoundWaiting = Callable[[], None]
+"""Something has to wait: where all that waits takes too much memory, some stage ends, perhaps this one."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,7 @@ class StageRunner:
         settings: Settings,
         tasks: asyncio.TaskGroup,
         make_room: MakeRoom,
+        bound_waiting: BoundWaiting,
     ) -> None:
         self.stage = stage
         self.executor = executor
@@ -62,6 +65,7 @@ class StageRunner:
         self.owner = OwnerLine(stage, tasks)
         self._used_at = self._now()
         self._make_room = make_room
+        self._bound_waiting = bound_waiting
         self.room = 0
         """Positions, in whole blocks, for which memory is reserved here."""
         self._job: _Job | None = None
@@ -80,9 +84,9 @@ class StageRunner:
 
     @property
     def waiting_bytes(self) -> int:
-        """Of hidden states in frames that are not computed yet."""
+        """Of hidden states in frames that are not computed yet, and of answers that the owner has not taken."""
         works = self.stage.inbox if self._job is None else (self._job.work, *self.stage.inbox)
-        return sum(len(work.hidden) for work in works if work.hidden is not None)
+        return sum(len(work.hidden) for work in works if work.hidden is not None) + self._followers.answers.size_bytes
 
     @property
     def last_used(self) -> float:
@@ -257,6 +261,8 @@ class StageRunner:
             self._followers.answers.add(stage.step, end, step.logit_rows, reply)
         stage.remember_trace(end, hops)
         self._followers.send()
+        if self._followers.answers.size_bytes:
+            self._bound_waiting()
 
     def _note_round(self, step: StepRequest, reply: StepReply, hops: Sequence[bytes]) -> None:
         """The rows that went round the ring last are back; so many guesses among them were right."""

@@ -39,7 +39,8 @@ StageKey = tuple[SessionId, int]
 OVERCOMMIT: Final = 2
 """All open sessions at their full lengths take so many times the budget at most."""
 LEAST_WAITING_BYTES: Final = 256 * 1024 * 1024
-"""Frames that are not computed yet may take as much memory as the budget has, and so much where that is less."""
+"""Frames that are not computed yet and answers that are not read yet may take as much memory as the budget has, and so
+much where that is less."""
 OWED_S: Final = 3.0
 """So long after a session gave way, or asked to come back, newcomers have to wait for it. It asks more often."""
 
@@ -110,7 +111,8 @@ class StageTable:
         except BaseException:
             self.budget.release(_held_as(key))
             raise
-        runner = StageRunner(stage, self.executor, outside, self.settings, self._tasks, self.make_room)
+        settings, tasks = self.settings, self._tasks
+        runner = StageRunner(stage, self.executor, outside, settings, tasks, self.make_room, self.bound_waiting)
         runner.room = room
         self.runners[key] = runner
         self._emptied.clear()
@@ -210,12 +212,13 @@ class StageTable:
         self.free(key)
 
     def bound_waiting(self) -> None:
-        """A frame has to wait. Where all that wait take too much memory, the stage with most of it ends: one neighbour
-        can fill those of many sessions, which honest ones never do, since they send no more than a window ahead."""
+        """A frame or an answer has to wait. Where all that wait take too much memory, the stage with most of it ends:
+        one neighbour can fill those of many sessions, which honest ones never do, since they send no more than a window
+        ahead, and one owner can leave the answers of many unread."""
         waiting = {key: runner.waiting_bytes for key, runner in self.runners.items()}
         while sum(waiting.values()) > self.most_waiting_bytes:
             worst = max(waiting, key=waiting.__getitem__)
-            told = f"{waiting.pop(worst)} bytes of frames wait for this stage, and too many for all"
+            told = f"{waiting.pop(worst)} bytes of frames and answers wait at this stage, and too many at all"
             self.runners[worst].owner.report(Busy(told), None)
             self.free(worst)
 

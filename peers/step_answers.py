@@ -29,6 +29,10 @@ class _Answer:
     logits: bytes
     hidden: bytes
 
+    @property
+    def size_bytes(self) -> int:
+        return len(self.logits) + len(self.hidden)
+
 
 class StepAnswers:
     """Bounded: an owner waits for one step's answers before it asks for the next."""
@@ -37,6 +41,16 @@ class StepAnswers:
         self._profile = profile
         self._max_bytes = max_bytes
         self._waiting: deque[_Answer] = deque()
+        self._under_way_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of those that the owner has not taken."""
+        return self._under_way_bytes + self._waiting_bytes
+
+    @property
+    def _waiting_bytes(self) -> int:
+        return sum(answer.size_bytes for answer in self._waiting)
 
     def clear(self) -> None:
         self._waiting.clear()
@@ -50,16 +64,18 @@ class StepAnswers:
             self._waiting.popleft()
         width = row_bytes(self._profile.dtype, self._profile.hidden_size)
         hidden = reply.hidden[-rows * width :] if step.hidden else b""
-        size = len(reply.logits) + len(hidden) + sum(len(a.logits) + len(a.hidden) for a in self._waiting)
+        size = len(reply.logits) + len(hidden) + self._waiting_bytes
         if size > self._max_bytes and (rows > 1 or self._waiting):
             raise ProtocolError(f"{size} bytes of logits wait for the owner; the limit is {self._max_bytes}")
         self._waiting.append(_Answer(step.number, end - rows, reply.logits, hidden))
 
     def take(self, epoch: int) -> pb.Output | None:
-        """The next message for the owner."""
+        """The next message for the owner, who has taken the one before."""
         if not self._waiting:
+            self._under_way_bytes = 0
             return None
         answer, profile = self._waiting.popleft(), self._profile
+        self._under_way_bytes = answer.size_bytes
         output = pb.Output(epoch=epoch, start=answer.start, step=answer.step)
         output.tensor.CopyFrom(rows_to_wire(answer.logits, "float32", profile.vocab_size))
         if answer.hidden:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -14,14 +15,16 @@ import pytest
 from peers.executor import Cache
 from peers.outside import Outside
 from peers.runner import StageRunner
-from peers.stage_input import OpenRequest, Work
+from peers.stage import Target
+from peers.stage_input import OpenRequest, StepMark, Work
 from peers.stage_table import OWED_S, StageTable
+from swarm import protocol_pb2 as pb
 from swarm.errors import Busy
 from swarm.sampling import SamplingParams
 from swarm.testing import ToyCache
 from swarm.types import PeerId, SessionId
 from tests.sim import world
-from tests.sim.world import NUM_LAYERS, LayerRange, World, run_virtual
+from tests.sim.world import NUM_LAYERS, PROFILE, LayerRange, World, run_virtual
 
 LAYERS = LayerRange(0, NUM_LAYERS)
 WAIT_S = 30.0
@@ -252,6 +255,39 @@ def test_where_frames_that_wait_take_too_much_memory_the_stage_with_most_of_it_g
         table.bound_waiting()
         assert "".join(session for session, _ in table.runners) == left
         assert let_in(table, "newcomer", 8), "nobody is owed anything"
+
+    with_table(story)
+
+
+def test_answers_that_an_owner_does_not_read_take_no_more_memory_than_frames_may() -> None:
+    """Each stage had a limit of its own, and there may be many."""
+    rows = 8
+    answer_bytes = 4 * rows * PROFILE.vocab_size
+
+    async def story(table: StageTable) -> None:
+        table.most_waiting_bytes = 5 * answer_bytes
+        ends = asyncio.Event()
+
+        async def unread(reply: pb.ControlReply) -> None:
+            await ends.wait()
+
+        def step(runner: StageRunner, number: int) -> None:
+            ids = tuple(range(rows))
+            runner.accept(Work(epoch=1, start=0, rows=rows, token_ids=ids, step=StepMark(number, 0, False)))
+
+        runners = [admit(table, session, rows) for session in "abcdefgh"]
+        for number, runner in itertools.product((1, 2), runners):
+            if number == 1:
+                runner.owner.stream = unread
+                runner.start(1, [Target(peer=None, layer=0, epoch=1, cursor=0)])
+            if runner in table.runners.values():
+                step(runner, number)
+                await asyncio.sleep(1.0)
+            assert sum(each.waiting_bytes for each in table.runners.values()) <= table.most_waiting_bytes
+        assert 2 <= len(table.runners) <= 4, "one answer is under way to each owner, and one waits"
+        ends.set()
+        await asyncio.sleep(1.0)
+        assert not any(runner.waiting_bytes for runner in table.runners.values())
 
     with_table(story)
 
