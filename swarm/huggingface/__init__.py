@@ -5,8 +5,9 @@ and assisted decoding, logits processors, stopping criteria, streamers; and so d
 The KV cache stays with the peers: :class:`SwarmCache` holds a session for each sequence of the batch and knows all
 its tokens. A beam that takes over another one's text costs the tokens in which they differ.
 
-What a transformers model has and this one has not: weights, gradients, ``inputs_embeds``, attentions, and hidden
-states between the layers of one peer: those at the cuts of the route it has, see :class:`SwarmOutput`.
+What a transformers model has and this one has not: weights, gradients, ``inputs_embeds``, attentions, continuous
+batching, which is the peers' business, and hidden states between the layers of one peer: those at the cuts of the route
+it has, see :class:`SwarmOutput`.
 
 This package is the one that imports torch and transformers.
 """
@@ -251,6 +252,13 @@ class SwarmForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-unt
                 else:  # of a call within another one, as an assistant's, it ends with that
                     _caches.get([]).append(cache)
             made.clear()  # tasks of its sessions still refer to this context: the cache would never be forgotten
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate_batch`` and the like begin with: for a cache in pages on this machine."""
+        raise BadRequest(
+            "a model on the swarm has no continuous batching of its own: its KV cache is at the peers, who batch what "
+            "all sessions ask for. Call generate with several prompts, padded on the left"
+        )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -430,6 +430,8 @@ def test_what_can_not_be_is_refused_in_words(model: SwarmForCausalLM) -> None:
     for strange in (PROMPT.float(), PROMPT.bool()):
         with pytest.raises(BadRequest, match="whole numbers"):
             model(strange)
+    with pytest.raises(BadRequest, match="Call generate with several prompts"):
+        model.generate_batch([[1, 2], [3]])
     with pytest.raises(BadRequest, match="DynamicCache"):
         model(PROMPT, past_key_values=DynamicCache())
     with pytest.raises(BadRequest, match="pad on the left"):
