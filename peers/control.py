@@ -189,7 +189,6 @@ class ControlHandler:
             epoch=stage.epoch,
             have=stage.have,
             log_start=stage.log_start,
-            computed=stage.computed,
             heartbeat_s=self._timeouts.heartbeat_s,
         )
 

@@ -168,7 +168,7 @@ class FrameRouter:
 
     def _refuse(self, sender: PeerId, frame: pb.Frame, error: SwarmError) -> None:
         session = frame.session[:MAX_SESSION_CHARS]  # what a stranger calls one may be long
-        refusal = pb.Refusal(session=session, epoch=frame.epoch, layer=frame.layer, error=error_to_wire(error))
+        refusal = pb.Refusal(session=session, epoch=frame.epoch, error=error_to_wire(error))
         if sender == self.local_id:
             self._on_reply(sender, pb.LinkMessage(refusal=refusal))
         else:
