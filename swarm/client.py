@@ -22,7 +22,7 @@ from swarm.config import SPECULATIONS, Settings
 from swarm.config_loader import load_settings
 from swarm.coverage import explained
 from swarm.delegation import DelegatedSession
-from swarm.discovery import SwarmView
+from swarm.discovery import SwarmView, peers_by_name
 from swarm.errors import BadRequest, Cancelled, NoRoute, SwarmError, UnknownModel, Unreachable
 from swarm.generation import AsyncStream, Generation
 from swarm.health import Health
@@ -37,7 +37,7 @@ from swarm.session import GenerationRequest, Session
 from swarm.stepping import StepSession
 from swarm.tokenizer import TextTokenizer
 from swarm.transcript import token_ids
-from swarm.types import Announcement, Route, Token
+from swarm.types import Announcement, PeerAddress, Route, Token
 from swarm.wire import Wire, encoding_of, row_bytes
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ __all__ = ["AsyncClient", "AsyncStream", "Generation", "Message", "connect_async
 
 logger = logging.getLogger(__name__)
 
+MOST_MODELS, MOST_ASKED = 8, 3
+"""Of one name; and peers of each that are asked whether it is the one."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 Message = Mapping[str, str]
@@ -144,16 +146,30 @@ class AsyncClient:
         await self._exit.aclose()
 
     async def _find_model(self) -> Description:
-        """The model that the initial peers serve; with a name, the one among them that has it."""
-        asked = [describe(self.transport, peer, self.settings) for peer in peer_addresses(self._initial_peers)]
+        """What the initial peers serve; with a name, the one that has it, of theirs or else of all in the swarm."""
+        found, failures = await self._described(peer_addresses(self._initial_peers))
+        if not found:
+            raise failures[0]
+        try:
+            return named_model(found, self._model)
+        except UnknownModel as unknown:
+            if self._model is None or self._via:  # who sends no more than a prompt is served by whom it sends it to
+                raise
+            others = await peers_by_name(self.dht, names_of(self._model))
+            found, _ = await self._described([peer for peers in others[:MOST_MODELS] for peer in peers[:MOST_ASKED]])
+            with contextlib.suppress(UnknownModel):
+                return named_model(found, self._model)
+            raise UnknownModel(f"{unknown.message}, and nobody else in the swarm answers for it") from None
+
+    async def _described(self, peers: Iterable[PeerAddress]) -> tuple[list[Description], list[SwarmError]]:
+        """What they say, and why others say nothing."""
+        asked = [describe(self.transport, peer, self.settings) for peer in peers]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        found = [answer for answer in answers if isinstance(answer, Description)]
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, SwarmError):
                 raise answer
-        if not found:
-            raise next(answer for answer in answers if isinstance(answer, SwarmError))
-        return named_model(found, self._model)
+        found = [answer for answer in answers if isinstance(answer, Description)]
+        return found, [answer for answer in answers if isinstance(answer, SwarmError)]
 
     async def _tokenizer_files(self, description: Description) -> dict[str, bytes]:
         files = await fetch_files(self.transport, description, TOKENIZER_FILES, self.settings)
@@ -306,16 +322,23 @@ def named_model(found: Sequence[Description], name: str | None) -> Description:
     A name may stand for several models, such as a checkpoint in other weights: then the log says which was taken.
     Raises :class:`UnknownModel`.
     """
-    wanted = name
+    meant = list(found)
     if name is not None:
-        with contextlib.suppress(UnknownModel):  # a name need not be a reference on this machine
-            wanted = resolve(name).name
-    meant = [d for d in found if name in (None, d.profile.model_id) or d.profile.name in (name, wanted)]
+        by_reference = names_of(name)
+        meant = [d for d in found if d.profile.model_id == name or d.profile.name in by_reference]
     if not meant:
         raise UnknownModel(f"the initial peers serve {_identities(found)}, not {name}")
     if any(other.profile.model_id != meant[0].profile.model_id for other in meant):
-        logger.warning("the initial peers serve %s: taking the first; --model names one of them", _identities(meant))
+        logger.warning("there are %s: taking the first; --model names one of them", _identities(meant))
     return meant[0]
+
+
+def names_of(reference: str) -> set[str]:
+    """What the model that is meant may be called by its peers."""
+    names = {reference}
+    with contextlib.suppress(UnknownModel):  # a name need not be a reference on this machine
+        names.add(resolve(reference).name)
+    return names
 
 
 def _identities(found: Sequence[Description]) -> str:

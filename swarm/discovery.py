@@ -1,7 +1,9 @@
 """Announcements and the swarm view: who serves which layers, learned from signed records on the DHT.
 
 One record per peer, under the key ``swarm:MODEL:BUCKET`` of its first layer's bucket (``layers_per_bucket`` layers
-each); the subkey is the peer id. What stands in a record: ``swarm.announcement_record``.
+each); the subkey is the peer id. What stands in a record: ``swarm.announcement_record``. Peers with the first layer
+store theirs under the model's name as well, so that who knows only that finds them through any peer of the swarm (a
+key has room for 3,000, and a few will do).
 
 On paper, for 100,000 peers of one 80-layer model (10 buckets, TTL 45 s, renewed every 15 s):
 
@@ -66,6 +68,15 @@ def key_of(model: ModelId, bucket: int) -> str:
 def keys_of(model: ModelId, num_layers: int, layers_per_bucket: int) -> list[str]:
     """All keys of a model; a range starts before its last layer."""
     return [key_of(model, bucket) for bucket in range(math.ceil(num_layers / layers_per_bucket))]
+
+
+def key_of_name(name: str) -> str:
+    """The DHT key for peers with the first layer of a model of this name, whatever its weights."""
+    return f"swarm:named:{name}"
+
+
+def name_of(model: ModelId) -> str:
+    return model.rpartition("@")[0]
 
 
 # --- the announcer ---------------------------------------------------------------------------------------------------
@@ -150,7 +161,12 @@ class Announcer:
         signed = replace(announcement, sent_at=self._sent_at, lifetime_s=lifetime_s)
         record = encode_announcement(signed, self._identity)
         ttl_s = lifetime_s + self._sent_at - now
-        stored = await self._store.store(self._key(announcement), self._identity.peer_id, record, ttl_s)
+        keys = [self._key(announcement)]
+        if announcement.layers.start == 0:
+            keys.append(key_of_name(name_of(announcement.model)))
+        stored, *_ = await asyncio.gather(
+            *(self._store.store(key, self._identity.peer_id, record, ttl_s) for key in keys)
+        )
         if not stored:
             log.warning("the DHT did not take the announcement (is our clock right?); trying again later")
         return stored
@@ -158,6 +174,25 @@ class Announcer:
     def _key(self, announcement: Announcement) -> str:
         bucket = bucket_of(announcement.layers.start, self._settings.layers_per_bucket)
         return key_of(announcement.model, bucket)
+
+
+# --- models by name --------------------------------------------------------------------------------------------------
+
+
+async def peers_by_name(store: RecordStore, names: Collection[str]) -> list[list[PeerAddress]]:
+    """Of each model with one of these names or identities, whom to ask for it; the one of most peers comes first.
+
+    Anybody may call a model so; only an identity is sure. Raises a :class:`SwarmError` if nothing can be read now.
+    """
+    known_as = {*names, *(name_of(ModelId(name)) for name in names)} - {""}
+    found = await store.get_many([key_of_name(name) for name in sorted(known_as)])
+    models: dict[ModelId, dict[PeerId, PeerAddress]] = {}
+    for records in found.values():
+        for peer_id, (record, _) in records.items():
+            told = decode_announcement(peer_id, record)
+            if told is not None and told.state is PeerState.SERVING and {told.model, name_of(told.model)} & set(names):
+                models.setdefault(told.model, {})[told.peer.peer_id] = told.peer
+    return [list(peers.values()) for peers in sorted(models.values(), key=len, reverse=True)]
 
 
 # --- the view --------------------------------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
+import random
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,16 +20,22 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from peers.answers import Answers
+from swarm import protocol_pb2 as pb
+from swarm.announcement_record import encode_announcement
 from swarm.blocking_client import Client
 from swarm.client import AsyncClient, connect_async, named_model
-from swarm.config import InferenceSettings, Settings
+from swarm.config import InferenceSettings, Settings, TimeoutSettings
+from swarm.discovery import key_of_name
 from swarm.errors import BadRequest, Cancelled, StreamLost, UnknownModel, Unreachable
 from swarm.health import Health
+from swarm.identity import Identity
 from swarm.info import Description
 from swarm.models import load_profile, resolve, tokenizer_files
-from swarm.testing import Directory, VirtualLoop, run_virtual
+from swarm.testing import Directory, Faults, SimNetwork, SimTransport, VirtualLoop, run_virtual
 from swarm.tokenizer import TextTokenizer
-from swarm.types import LayerRange, ModelId, PeerAddress, PeerId, Token
+from swarm.transport import INFO
+from swarm.types import Announcement, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Token
 from tests.checkpoints import make_checkpoint
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
@@ -459,10 +467,54 @@ def test_models_that_share_their_name_are_told_apart_by_their_identities(
         caplog.clear()
         assert named_model([coarse, exact, again], name) is coarse
         both = f"smollm2-135m@4 (float32, int4 weights), {asking.profile.model_id} (float32)"
-        assert caplog.messages == [f"the initial peers serve {both}: taking the first; --model names one of them"]
+        assert caplog.messages == [f"there are {both}: taking the first; --model names one of them"]
     alike = f"{asking.profile.model_id} (float32), smollm2-135m@4 (float32, int4 weights)"
     with pytest.raises(UnknownModel, match=re.escape(f"the initial peers serve {alike}, not smollm2-135m@5")):
         named_model([exact, coarse, again], "smollm2-135m@5")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "via", "error"),
+    [
+        ("other", (), ""),
+        ("other@1", (), ""),
+        ("other@2", (), "not other@2, and nobody else in the swarm answers for it"),
+        ("none", (), "the initial peers serve smollm2-135m@1 (float32), not none, and nobody else"),
+        ("other", (OTHER,), "not other"),
+    ],
+)
+def test_a_model_is_found_through_any_peer_of_the_swarm(
+    asking: AsyncClient, wanted: str, via: tuple[str, ...], error: str
+) -> None:
+    """Only the initial peers were asked, and what others of the same DHT serve was said not to be there."""
+
+    async def main() -> None:
+        network = SimNetwork(random.Random(1), Faults())
+        identity = Identity.ephemeral()
+        gone = Identity.ephemeral()
+        for peer_id, name in ((ADDRESS.split("/")[-1], "smollm2-135m"), (identity.peer_id, "other")):
+            profile = replace(asking.profile, name=name, model_id=ModelId(f"{name}@1"))
+            told = pb.Description(model=profile.model_id, profile_json=profile.to_json(), start=0, end=30)
+            node = network.add(peer_id)
+            answers = Answers(lambda told=told: told, lambda _: pb.RouteNews(), {}, None, None, TimeoutSettings())  # type: ignore[misc]
+            await SimTransport(node).serve(INFO, answers.handle)
+        records = {}
+        for signer in (gone, identity):
+            peer = PeerAddress(signer.peer_id, (f"/ip4/127.0.0.1/tcp/4001/p2p/{signer.peer_id}",))
+            said = Announcement(peer, ModelId("other@1"), LayerRange(0, 30), PeerState.SERVING, "0", 1.0, 1.0, 9)
+            records[signer.peer_id] = (encode_announcement(replace(said, sent_at=1000.0), signer), 1045.0)
+
+        class Records:
+            async def get_many(self, keys: Collection[str]) -> dict[str, dict[PeerId, tuple[bytes, float]]]:
+                return {key: records if key == key_of_name("other") else {} for key in keys}
+
+        client = AsyncClient([ADDRESS], wanted, Settings(), via)
+        client.transport, client.dht = cast(Any, SimTransport(network.add("client"))), cast(Any, Records())
+        description = await client._find_model()
+        assert (description.peer.peer_id, description.profile.name) == (identity.peer_id, "other")
+
+    with pytest.raises(UnknownModel, match=re.escape(error)) if error else contextlib.nullcontext():
+        run_virtual(main)
 
 
 @pytest.mark.parametrize("stands_still", [False, True])

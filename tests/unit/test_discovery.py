@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from swarm.announcement_record import (
 )
 from swarm.config import DiscoverySettings, PlacementSettings, PlannerSettings
 from swarm.dht_time import DhtTime
-from swarm.discovery import Announcer, SwarmView, keys_of
+from swarm.discovery import Announcer, SwarmView, keys_of, name_of, peers_by_name
 from swarm.errors import Unreachable
 from swarm.identity import Identity
 from swarm.types import (
@@ -36,6 +37,7 @@ from swarm.types import (
     LinkReport,
     ModelId,
     PeerAddress,
+    PeerId,
     PeerState,
     Voucher,
 )
@@ -379,6 +381,37 @@ async def test_an_announcer_renews_and_leaves() -> None:
     stores = dht.stores
     await asyncio.sleep(0.06)
     assert dht.stores == stores
+
+
+async def test_who_knows_only_a_models_name_finds_its_peers() -> None:
+    """Those with the first layer, who serve; of several models that share it, that of most peers first."""
+    clock = Clock()
+    dht = MemoryDht(clock)
+    other = ModelId(f"{name_of(MODEL)}@{'f' * 16}")
+    facts: list[dict[str, Any]] = [
+        {"model": other},
+        {},
+        {},
+        {"layers": LayerRange(10, 20)},
+        {"state": PeerState.JOINING},
+        {"model": ModelId("another@" + "0" * 16)},
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        peers: list[PeerId] = []
+        for fact in facts:
+            identity = Identity.ephemeral()
+            announcer = await stack.enter_async_context(Announcer(dht, identity, DiscoverySettings(), clock))
+            assert await announcer.update(replace(announcement(identity), **fact))
+            peers.append(identity.peer_id)
+
+        async def found(*names: str) -> list[set[PeerId]]:
+            return [{peer.peer_id for peer in of_model} for of_model in await peers_by_name(dht, names)]
+
+        assert await found(name_of(MODEL)) == [{peers[1], peers[2]}, {peers[0]}]
+        assert await found(other) == [{peers[0]}]
+        assert await found("nobody's", "") == []
+        assert await found("another", other) in ([{peers[5]}, {peers[0]}], [{peers[0]}, {peers[5]}])
+    assert await peers_by_name(dht, [name_of(MODEL)]) == [], "they have left"
 
 
 async def test_renewing_at_once_after_a_restart() -> None:
