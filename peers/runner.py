@@ -259,10 +259,9 @@ class StageRunner:
             end = stage.output_end
         elif reply.logits and not stage.superseded:
             self._followers.answers.add(stage.step, end, step.logit_rows, reply)
+            self._bound_waiting()
         stage.remember_trace(end, hops)
         self._followers.send()
-        if self._followers.answers.size_bytes:
-            self._bound_waiting()
 
     def _note_round(self, step: StepRequest, reply: StepReply, hops: Sequence[bytes]) -> None:
         """The rows that went round the ring last are back; so many guesses among them were right."""
