@@ -22,6 +22,7 @@ POLL_S = 0.5
 READY_S = 300.0
 """For a peer to load its layers, which it may have to download."""
 MAX_ANSWER_BYTES = 4_000_000
+MAX_DETAIL = 160
 COLOURS = {"serving": "green", "starting": "cyan", "loading": "cyan", "draining": "yellow", "failed": "red"}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Peers on a gateway's machine: list, start, stop.")
@@ -42,6 +43,7 @@ class GatewayApi:
         if not _is_http(url):
             raise BadRequest(f"{url!r} is no address of a gateway; write http://HOST:PORT")
         self._url = url.rstrip("/")
+        self._key = key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class GatewayApi:
             with urllib.request.urlopen(request, timeout=REQUEST_S) as response:
                 answer = json.loads(response.read(MAX_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
-            raise _refusal(error) from None
+            raise self._refusal(error) from None
         except (OSError, ValueError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             why = reason.strerror if isinstance(reason, OSError) and reason.strerror else reason
@@ -69,6 +71,22 @@ class GatewayApi:
             raise NoGateway(f"what answers at {self._url} is no gateway")
         return answer
 
+    def _refusal(self, error: urllib.error.HTTPError) -> SwarmError:
+        try:
+            with error:
+                said = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
+            code, message = said["code"], str(said["message"])
+        except (ValueError, KeyError, TypeError, OSError, HTTPException):
+            code, message = error.code, ""
+        if code == "not_signed_in":
+            wrong = "has another API key than" if self._key else "asks for its API key:"
+            return BadRequest(f"the gateway {wrong} --api-key, or SWARM_API_KEY")
+        if code in (None, "forbidden"):  # None: there is no such path
+            return BadRequest(message)
+        if not isinstance(code, str):  # some other server
+            return NoGateway(f"what answers at {self._url} is no gateway: {error.code} {error.reason}")
+        return from_code(code, message)
+
 
 def _is_http(url: str) -> bool:
     try:
@@ -76,17 +94,6 @@ def _is_http(url: str) -> bool:
         return parts.scheme in ("http", "https") and parts.port != 0  # asked for, as it raises for what is no port
     except ValueError:
         return False
-
-
-def _refusal(error: urllib.error.HTTPError) -> SwarmError:
-    try:
-        said = json.loads(error.read(MAX_ANSWER_BYTES))["error"]
-        code, message = said["code"], str(said["message"])
-    except (ValueError, KeyError, TypeError, OSError):
-        return SwarmError(f"the gateway answered {error.code}")
-    if code in (None, "not_signed_in", "forbidden"):  # None: there is no such path
-        return BadRequest(message)
-    return from_code(str(code), message)
 
 
 @app.command("list")
@@ -130,7 +137,11 @@ def start(
         api = GatewayApi(gateway, api_key)
         peer = api.post("/api/peers", asked)
         if wait:
-            peer = _until(api, peer, ("serving",), as_json=as_json)
+            try:
+                peer = _until(api, peer, ("serving",), as_json=as_json)
+            except KeyboardInterrupt:
+                say(f"peer {peer['name']} goes on all the same; 'swarm peers stop {peer['name']}' ends it")
+                raise
         _tell(peer, as_json)
 
 
@@ -147,7 +158,7 @@ def stop(
     with failing_well(as_json):
         api = GatewayApi(gateway, api_key)
         peer = api.post(f"/api/peers/{urllib.parse.quote(name, safe='')}/{'kill' if kill else 'drain'}")
-        if wait:
+        if wait and peer["state"] != "failed":  # as it has before: then it is gone, as was asked for
             peer = _until(api, peer, ("left",), as_json=as_json)
         _tell(peer, as_json)
 
@@ -184,10 +195,14 @@ def _table(peers: list[dict[str, Any]]) -> list[str]:
             Cell(peer["state"], COLOURS.get(peer["state"])),
             ":".join(map(str, peer["layers"])) if peer["layers"] else peer["asked"]["layers"],
             peer["peer_id"][-6:] or "-",
-            f"{peer['memory_mb']} MB",
-            peer["detail"].splitlines()[0][:80] if peer["detail"] not in ("", peer["state"]) else "",
+            f"{peer['memory_mb']} MB" if peer["memory_mb"] else "-",
+            _cut(peer["detail"].splitlines()[0]) if peer["detail"] not in ("", peer["state"]) else "",
         ]
         for peer in peers
     ]
     head = ("name", "state", "layers", "peer", "memory", "")
     return table(head, rows, right=("memory",), coloured=colours_wanted())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_DETAIL else f"{text[: MAX_DETAIL - 3]}..."

@@ -149,6 +149,8 @@ class _Running:
     child: Child
     began: float
     killed: bool = False
+    leaving: bool = False
+    """It was told to leave."""
 
 
 class LocalPeers:
@@ -178,8 +180,8 @@ class LocalPeers:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for running in self._running.values():
-            running.child.signal(signal.SIGTERM, alone=True)
+        for name in self._running:
+            self.drain(name)
         deadline = self._clock() + self._stop_s
         try:
             for running in self._running.values():
@@ -266,9 +268,11 @@ class LocalPeers:
         return self.peer(name)
 
     def drain(self, name: str) -> OwnPeer:
-        """SIGTERM: it hands its sessions over and leaves. Returns at once."""
+        """SIGTERM: it hands its sessions over and leaves. Returns at once; for the second time it does nothing."""
         running = self._find(name)
-        running.child.signal(signal.SIGTERM, alone=True)  # its daemon must live for as long as it drains
+        if running.child.alive and not running.leaving:  # a second signal would have it drop its sessions
+            running.leaving = True
+            running.child.signal(signal.SIGTERM, alone=True)  # its daemon must live for as long as it drains
         return self._now(running)
 
     def kill(self, name: str) -> OwnPeer:
@@ -337,12 +341,16 @@ def _state(running: _Running) -> tuple[str, str, int]:
             return "left", "killed", percent
         if code == 0:
             return "left", "left the swarm", percent
+        if running.leaving and code == -signal.SIGTERM:  # so early that it could not hear it
+            return "left", "ended before it had joined", percent
         said = child.newest("error").get("message") or (child.tail(1) if code and code > 0 else "")
         ended = f"ended by signal {-code}" if code and code < 0 else f"ended with exit code {code}"
         return "failed", str(said or ended), percent
     match last.get("event"):
         case "draining":
             return "draining", f"hands over {last.get('sessions', 0)} sessions", percent
+        case _ if running.leaving:
+            return "draining", "is told to leave", percent
         case "ready" | "staying":
             return "serving", "serving", percent
         case "moving":

@@ -50,6 +50,9 @@ FAKE_PEER = """
 import json, signal, sys, time
 def say(**event): print(json.dumps(event), flush=True)
 going = []
+if "--threads 6" in " ".join(sys.argv[1:]): # deaf for as long as it starts
+    say(event="loading", layers=[0, 10], percent=0)
+    time.sleep(60)
 signal.signal(signal.SIGTERM, lambda *_: going.append(1))
 say(event="loading", layers=[0, 10], percent=50)
 print("it loads", file=sys.stderr, flush=True)
@@ -68,6 +71,10 @@ if "--threads 7" in arguments:
     say(event="loading", layers=[10, 20], percent=100)
     say(event="staying", layers=[0, 10], reason="others have left them meanwhile")
 while not going: time.sleep(0.01)
+if "--threads 5" in arguments: # has sessions to hand over, and drops them when it is told once more
+    deadline = time.monotonic() + 0.5
+    while len(going) < 2 and time.monotonic() < deadline: time.sleep(0.01)
+    if len(going) > 1: sys.exit(1)
 say(event="draining", sessions=0)
 say(event="left")
 """
@@ -522,6 +529,25 @@ async def test_a_peer_that_has_said_much_is_still_known(tmp_path: Path) -> None:
         assert local.names() == {"12D3KooWfake": "p1"}
 
 
+async def test_a_peer_that_is_told_to_leave_is_seen_to_leave_at_once_and_told_but_once(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        local.start(PeerSpec(model="m", threads=5), [])
+        await local.serving("p1", 10.0)
+        told = [local.drain("p1") for _ in range(2)]
+        assert [(peer.state, peer.detail) for peer in told] == [("draining", "is told to leave")] * 2
+        await asyncio.to_thread(local._find("p1").child.wait, 10.0)
+        assert (local.peer("p1").state, local.peer("p1").detail) == ("left", "left the swarm")
+
+
+async def test_a_peer_that_is_stopped_while_it_starts_has_left_and_not_failed(tmp_path: Path) -> None:
+    async with fake_peers(tmp_path) as local:
+        local.start(PeerSpec(model="m", threads=6), [])
+        assert await asyncio.to_thread(local._find("p1").child.event, "loading", 10.0)
+        local.drain("p1")
+        await asyncio.to_thread(local._find("p1").child.wait, 10.0)
+        assert (local.peer("p1").state, local.peer("p1").detail) == ("left", "ended before it had joined")
+
+
 async def test_a_killed_peer_is_gone_at_once_and_nothing_outlives_the_gateway(tmp_path: Path) -> None:
     async with fake_peers(tmp_path) as local:
         assert local.names() == {}
@@ -568,7 +594,10 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             assert (await swarm_peers("stop", "p7"))[0] == 2
             code, _, err = await swarm_peers("stop", "../p1")
             assert (code, err) == (2, "swarm: Invalid URL (POST /api/peers/../p1/drain)\n")
-            assert (await swarm_peers("list", key="wrong"))[0] == 2
+            asked = "the gateway has another API key than --api-key, or SWARM_API_KEY"
+            assert await swarm_peers("list", key="wrong") == (2, "", f"swarm: {asked}\n")
+            code, out, _ = await swarm_peers("stop", "p2", "--json")
+            assert (code, json.loads(out)["state"]) == (0, "failed"), "it is gone, as was asked for"
             code, out, _ = await swarm_peers("stop", "p1", "--json")
             assert (code, json.loads(out)["detail"]) == (0, "left the swarm")
             server.should_exit = True
@@ -576,22 +605,31 @@ async def test_swarm_peers_lists_starts_and_stops_them(tmp_path: Path) -> None:
             assert (await swarm_peers("list"))[0] == 4
 
 
-def test_what_speaks_no_http_is_no_gateway() -> None:
-    """As if the address of a peer was given."""
+NO_HTTP = b"\x13/multistream/1.0.0\n"
+OTHER_SITE = b"HTTP/1.0 404 Not Found\r\n\r\n<h1>Not here</h1>"
+OTHER_MODEL_SERVER = b'HTTP/1.0 404 Not Found\r\n\r\n{"error": {"code": 404, "message": "File Not Found"}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(NO_HTTP, ""), (OTHER_SITE, ": 404 Not Found"), (OTHER_MODEL_SERVER, ": 404 Not Found")],
+    ids=["a peer", "a site", "a model server"],
+)
+def test_what_is_another_server_is_no_gateway(said: bytes, told: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
             connection, _ = server.accept()
             with connection:
                 connection.recv(4096)
-                connection.sendall(b"\x13/multistream/1.0.0\n")
+                connection.sendall(said)
 
         answering = threading.Thread(target=answer)
         answering.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         done = CliRunner().invoke(peers_app, ["list", "--gateway", url])
         answering.join(10)
-    assert (done.exit_code, done.stderr) == (4, f"swarm: what answers at {url} is no gateway\n")
+    assert (done.exit_code, done.stderr) == (4, f"swarm: what answers at {url} is no gateway{told}\n")
 
 
 def test_peers_are_started_and_invited_with_the_model_of_the_swarm(tmp_path: Path) -> None:
