@@ -91,9 +91,12 @@ class Client:
                 if isinstance(event, Token):
                     yield event
 
-    def events(self, prompt: str | Sequence[int], **options: Any) -> Generator[RouteChanged | Token]:
-        """Tokens, and each change of the route."""
-        events = aiter(self._opened().events(prompt, **options))
+    def events(
+        self, prompt: str | Sequence[int], **options: Any
+    ) -> Generator[RouteChanged | Token, None, Generation | None]:
+        """Tokens, and each change of the route; it returns the generation that they make."""
+        stream = self._opened().events(prompt, **options)
+        events = aiter(stream)
 
         async def following() -> RouteChanged | Token:
             return await anext(events)  # on the network's thread, whose loop learns here that it is to end them
@@ -102,7 +105,7 @@ class Client:
             try:
                 event = self.run(following())
             except StopAsyncIteration:
-                return
+                return stream.result
             try:
                 yield event
             except BaseException:  # the reader has left; what is raised above has ended the events already

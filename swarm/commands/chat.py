@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.commands.generate import show_route
+from swarm.commands.generate import show_route, what_cut
 from swarm.commands.options import (
     KV,
     ConfigFile,
@@ -27,9 +27,13 @@ from swarm.commands.options import (
 )
 from swarm.commands.shared import failing_well, prepare, say
 from swarm.errors import SwarmError, TooLong
+from swarm.trace_file import keep_trace
 
 if TYPE_CHECKING:
     from swarm.blocking_client import Client
+    from swarm.generation import Generation
+    from swarm.session import RouteChanged
+    from swarm.types import Token
 
 ANSWER_TOKENS = 512
 """An answer may be longer than what ``generate`` gives by default: it usually ends by itself."""
@@ -97,7 +101,10 @@ def converse(client: Client, options: dict[str, Any], beginning: Messages, limit
             say(error.message)
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": answer})
+        if answer is None:
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _lines() -> Iterator[str]:
@@ -118,6 +125,9 @@ def _lines() -> Iterator[str]:
         except EOFError:
             print(file=sys.stderr)
             return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise
         if line:
             yield line
 
@@ -140,28 +150,41 @@ def fitting(messages: Messages, keep: int, client: Client, limit: int) -> tuple[
         dropped += 2
 
 
-def _answer(client: Client, prompt: list[int], options: dict[str, Any]) -> str:
-    """What was said until the end, or until Ctrl-C."""
-    from swarm.session import RouteChanged
-
+def _answer(client: Client, prompt: list[int], options: dict[str, Any]) -> str | None:
+    """What was said until the end, or until Ctrl-C; None if that was nothing."""
     said: list[str] = []
     try:
-        for event in client.events(prompt, **options):
-            if isinstance(event, RouteChanged):
-                if event.reason != "opened":
-                    show_route(event.epoch, event.route, event.reason, as_json=False)
-                continue
-            said.append(event.text)
-            print(event.text, end="", flush=True)
+        result = _follow(client.events(prompt, **options), said)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
-        print()
+        print(file=sys.stdout if said else sys.stderr)
         say("stopped")
+        return "".join(said) if said else None
     except SwarmError:
         if said:
             print(flush=True)  # what is said of it gets a line of its own
         raise
-    else:
-        print(flush=True)
+    print(flush=True)
+    if result is not None:
+        keep_trace(result.trace)
+        if cut := what_cut(result, options["max_tokens"]):
+            say(cut)
     return "".join(said)
+
+
+def _follow(events: Generator[RouteChanged | Token, None, Generation | None], said: list[str]) -> Generation | None:
+    from swarm.session import RouteChanged
+
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as ended:
+            result: Generation | None = ended.value
+            return result
+        if isinstance(event, RouteChanged):
+            if event.reason != "opened":
+                show_route(event.epoch, event.route, event.reason, as_json=False)
+            continue
+        said.append(event.text)
+        print(event.text, end="", flush=True)

@@ -175,12 +175,19 @@ def _show_result(result: Generation, max_tokens: int, as_json: bool) -> None:
         return
     print()
     rebuilds = f"{len(result.rebuilds)} rebuild{'' if len(result.rebuilds) == 1 else 's'}"
-    limit = "--max-tokens" if len(result.token_ids) >= max_tokens else "of a session, below --max-tokens"
-    cut = f"; cut at the limit of tokens ({limit})" if result.finish_reason == "length" else ""
+    cut = what_cut(result, max_tokens)
     say(
         f"{len(result.token_ids)} tokens, first after {timings.ttft_s:.2f} s, "
-        f"{timings.tokens_per_second:.1f} a second, {rebuilds}{cut}"
+        f"{timings.tokens_per_second:.1f} a second, {rebuilds}{f'; {cut}' if cut else ''}"
     )
+
+
+def what_cut(result: Generation, max_tokens: int) -> str:
+    """Why the text ends where it does, if it did not end by itself."""
+    if result.finish_reason != "length":
+        return ""
+    limit = "--max-tokens" if len(result.token_ids) >= max_tokens else "of a session, below --max-tokens"
+    return f"cut at the limit of tokens ({limit})"
 
 
 def show_route(epoch: int, route: Route, reason: str, as_json: bool) -> None:

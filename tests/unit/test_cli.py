@@ -8,7 +8,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from swarm.models import ModelProfile
 from swarm.plans import Plan, PlannedHop
 from swarm.routing import plan as find_plan
 from swarm.trace import Trace
+from swarm.trace_file import last_trace
 from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Route, Token
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJVPHZ7cXowpf1SihCL5hRdiWtppSv7xETwVwnW2P285F"
@@ -209,15 +210,27 @@ def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system(capsys: pytest.C
         fitting([{"role": "user", "content": "word " * 100}], 0, client, 100)
 
 
+def generation(text: str, tokens: int, finish_reason: str) -> Generation:
+    route = Route((Hop(PeerAddress(PeerId("p")), LayerRange(0, 1)),))
+    timings = Timings(0.1, 20.0, 0.1)
+    return Generation(text, list(range(tokens)), 1, finish_reason, route, [], timings, Trace("m", tokens, ()))
+
+
 class Parrot(Words):
     """Answers with the number of tokens of the prompt."""
 
     def __init__(self) -> None:
         self.prompts: list[int] = []
 
-    def events(self, prompt: list[int], **options: Any) -> Iterator[Token]:
+    def events(self, prompt: list[int], **options: Any) -> Generator[Token, None, Generation | None]:
         self.prompts.append(len(prompt))
         yield Token(0, 1, f"that was {len(prompt)}")
+        return None
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +245,7 @@ def test_what_ends_an_answer_of_a_chat_is_told_on_a_line_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Dying(Parrot):
-        def events(self, prompt: list[int], **options: Any) -> Iterator[Token]:
+        def events(self, prompt: list[int], **options: Any) -> Generator[Token, None, Generation | None]:
             yield from super().events(prompt, **options)
             raise NoRoute("nobody serves layers 10:20")
 
@@ -246,10 +259,6 @@ def test_what_ends_an_answer_of_a_chat_is_told_on_a_line_of_its_own(
 def test_a_chats_prompt_is_not_among_the_answers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     client: Any = Parrot()
     client.profile = profile(30)
     monkeypatch.setattr("sys.stdin", Terminal("one\n"))
@@ -259,11 +268,59 @@ def test_a_chats_prompt_is_not_among_the_answers(
     assert "> " in told.err
 
 
+def test_an_answer_of_a_chat_that_was_cut_says_so_and_is_what_why_explains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Brief(Parrot):
+        def events(self, prompt: list[int], **options: Any) -> Generator[Token, None, Generation | None]:
+            yield from super().events(prompt, **options)
+            return generation("that was 3", len(self.prompts), "length" if len(self.prompts) == 2 else "stop")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    client: Any = Brief()
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/new\none\n"))
+    converse(client, {"max_tokens": 2}, [], 1000)
+    assert capsys.readouterr().err == "swarm: forgotten\nswarm: cut at the limit of tokens (--max-tokens)\n"
+    assert last_trace().prompt_tokens == 2
+
+
+def test_a_message_whose_answer_was_stopped_before_its_first_word_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(Parrot):
+        def events(self, prompt: list[int], **options: Any) -> Generator[Token, None, Generation | None]:
+            if not self.prompts:
+                self.prompts.append(len(prompt))
+                raise KeyboardInterrupt
+            return (yield from super().events(prompt, **options))
+
+    client: Any = Slow()
+    client.profile = profile(30)
+    monkeypatch.setattr("sys.stdin", Terminal("one\ntwo\n"))
+    converse(client, {}, [], 1000)
+    told = capsys.readouterr()
+    assert (client.prompts, told.out) == ([3, 3], "that was 3\n")
+    assert "swarm: stopped\n" in told.err
+
+
+def test_leaving_a_chat_ends_the_line_of_its_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(Terminal):
+        def readline(self, *_: Any) -> str:
+            raise KeyboardInterrupt
+
+    client: Any = Parrot()
+    client.profile = profile(30)
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        converse(client, {}, [], 1000)
+    assert capsys.readouterr().err.endswith("> \n")
+
+
 @pytest.mark.parametrize(("max_tokens", "limit"), [(3, "(--max-tokens)"), (9, "(of a session, below --max-tokens)")])
 def test_the_limit_that_cut_a_text_is_named(max_tokens: int, limit: str, capsys: pytest.CaptureFixture[str]) -> None:
-    route = Route((Hop(PeerAddress(PeerId("p")), LayerRange(0, 1)),))
-    result = Generation("abc", [1, 2, 3], 1, "length", route, [], Timings(0.1, 20.0, 0.1), Trace("m", 1, ()))
-    generate._show_result(result, max_tokens, as_json=False)
+    generate._show_result(generation("abc", 3, "length"), max_tokens, as_json=False)
     assert capsys.readouterr().err.endswith(f"cut at the limit of tokens {limit}\n")
 
 
