@@ -10,14 +10,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from swarm.commands.status import Status, status_of
+from swarm.commands.status import STALE_S, Status, status_of
 from swarm.errors import SwarmError
 from swarm.gateway.answers import STILL_HERE
 from swarm.gateway.console_events import sse
 from swarm.gateway.console_map import SwarmMap, swarm_map
 from swarm.gateway.state import GatewayState
 from swarm.models import BUILT_IN, resolve
-from swarm.types import PeerState
+from swarm.types import Announcement, PeerState
 
 REFRESH_S = 2.0
 """The swarm view is read from the DHT at most this often for all watchers together."""
@@ -58,11 +58,18 @@ class Live:
         return swarm_map(await self.status(), self._state.local_peers.names())
 
     def join_addresses(self) -> list[str]:
-        """By which another machine or peer can join: of live peers, one each; those first that others can dial."""
+        """By which another machine or peer can join: of live peers, one each; those first that others can dial.
+
+        In an order that stays from one announcement to the next: people copy from it.
+        """
         view, gone = self._state.client.view, self._state.local_peers.gone()
+
+        def rank(a: Announcement) -> tuple[bool, bool, str]:
+            return a.peer.relayed, view.age(a.peer.peer_id) > STALE_S, a.peer.peer_id
+
         found = [
             a.peer.multiaddrs[0]
-            for a in sorted(view.announcements(), key=lambda a: (a.peer.relayed, view.age(a.peer.peer_id)))
+            for a in sorted(view.announcements(), key=rank)
             if a.peer.multiaddrs and a.state is PeerState.SERVING and a.peer.peer_id not in gone
         ]
         found.sort(key=_is_local)
@@ -91,10 +98,12 @@ class Live:
         return parts
 
     def join(self) -> dict[str, Any]:
-        addresses, profile = self.join_addresses(), self._state.client.profile
+        """For another machine, to which an address of the loopback is of no use unless there is no other."""
+        known, profile = self.join_addresses(), self._state.client.profile
+        elsewhere = [address for address in known if not _is_local(address)]
         return {
-            "addresses": addresses,
-            "only_here": bool(addresses) and all(_is_local(address) for address in addresses),
+            "addresses": elsewhere or known,
+            "only_here": bool(known) and not elsewhere,
             "reference": self.model_reference(),
             "dtype": profile.dtype,
             "weights": profile.weights,

@@ -328,8 +328,23 @@ def test_join_instructions_warn_where_nobody_else_could_follow_them() -> None:
     here = Live(told_state())
     assert here.join_addresses()[0].startswith("/ip4/127.0.0.1/")
     public = PeerAddress(peer_id("D"), (f"/ip4/93.184.216.34/tcp/31330/p2p/{peer_id('D')}",))
+    assert here.join()["only_here"]
     peers = [announcement("A", 0, 30), announcement("D", 0, 30, peer=public)]
-    assert Live(told_state(peers)).join_addresses()[0] == public.multiaddrs[0]
+    mixed = Live(told_state(peers))
+    assert mixed.join_addresses()[0] == public.multiaddrs[0]
+    assert (mixed.join()["addresses"], mixed.join()["only_here"]) == ([*public.multiaddrs], False), "for elsewhere"
+
+
+def test_the_addresses_to_join_by_stay_in_their_order_as_announcements_are_renewed() -> None:
+    """Somebody is copying them."""
+    state = told_state()
+    ages = {peer_id(letter): age for letter, age in zip("ABC", (3.0, 2.0, 1.0), strict=True)}
+    state.client.view.age = lambda peer: ages[peer]  # type: ignore[method-assign, assignment, misc]
+    before = Live(state).join_addresses()
+    ages[peer_id("A")] = 0.0
+    assert Live(state).join_addresses() == before
+    ages[peer_id("A")] = 31.0
+    assert Live(state).join_addresses() == [*before[1:], before[0]], "who may be gone is named last"
 
 
 # ---- generating -----------------------------------------------------------------------------------------------------
