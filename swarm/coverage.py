@@ -75,7 +75,8 @@ class Coverage:
 
     def sentence(self) -> str:
         if self.complete:
-            return f"all {len(self.counts)} layers are served, each by {min(self.counts)} or more of {self.peers} peers"
+            by = f"each by {min(self.counts)} or more of {self.peers} peers" if self.peers > 1 else "by 1 peer"
+            return f"all {len(self.counts)} layers are served, {by}"
         return f"{nobody_serves(self.missing)}: {self.remedy()}"
 
     def remedy(self) -> str:

@@ -461,4 +461,4 @@ def test_what_is_missing_is_said_in_one_sentence() -> None:
             "(REF: the folder, .gguf file or Hub id of toy)"
         )
     )
-    assert coverage_of([WHOLE], PROFILE).sentence() == "all 30 layers are served, each by 1 or more of 1 peers"
+    assert coverage_of([WHOLE], PROFILE).sentence() == "all 30 layers are served, by 1 peer"
