@@ -1,6 +1,6 @@
 """A gateway's state without a network: a swarm that is only told of, and generations that go as they are written.
 
-``python -m tests.console_world PORT`` serves the console over it, for a look at the pages.
+``python -m tests.console_world PORT [KEY]`` serves the console over it, for a look at the pages.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def told_app(state: GatewayState) -> FastAPI:
     return app
 
 
-async def _serve(port: int) -> None:
+async def _serve(port: int, api_key: str = "") -> None:
     from swarm.gateway.serve import Server, listen
 
     peers = [
@@ -212,7 +212,7 @@ async def _serve(port: int) -> None:
         announcement("E", 0, 6, state=PeerState.JOINING, moving_to=LayerRange(6, 14)),
     ]
     async with LocalPeers() as local:
-        state = told_state(peers, local_peers=local)
+        state = told_state(peers, Access(api_key=api_key), local)
         state.generations.token_s = 0.06  # type: ignore[attr-defined]
         state.generations.lost_at = 60  # type: ignore[attr-defined]
         with listen("127.0.0.1", port) as sock, contextlib.suppress(KeyboardInterrupt):
@@ -223,4 +223,4 @@ async def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(int(sys.argv[1])))
+    asyncio.run(_serve(int(sys.argv[1]), *sys.argv[2:]))

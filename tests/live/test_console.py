@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +61,24 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             finally:
                 process.kill()
                 process.stdout.close()
+
+
+@contextlib.contextmanager
+def told_gateway(port: int, *key: str) -> Iterator[str]:
+    """Address of a gateway of a swarm that is only told of, started again as often as need be."""
+    command = [sys.executable, "-m", "tests.console_world", str(port), *key]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +247,42 @@ def test_a_session_that_waits_for_layers_says_so(page: playwright.Page, gateway:
     page.keyboard.press("Escape")
     page.locator("#transcript .answer .end", has_text="stopped").wait_for()
     assert not page.locator("#chain-empty").is_visible()
+
+
+def test_pages_say_that_the_gateway_is_away_and_go_on_with_one_that_was_started_anew(
+    browser: playwright.Browser,
+) -> None:
+    port = free_port()
+    with browser.new_context() as context:
+        context.set_default_timeout(WAIT_MS)
+        peers, talk = context.new_page(), context.new_page()
+        with told_gateway(port) as url:
+            peers.goto(f"{url}/peers")
+            talk.goto(url)
+        peers.locator("#offline").wait_for()
+        peers.get_by_role("button", name="Start a peer").click()
+        peers.locator("#said", has_text="The gateway does not answer.").wait_for()
+        talk.fill("#prompt", "Why?")
+        talk.press("#prompt", "Enter")
+        talk.locator("#transcript .problem").wait_for()
+        assert talk.input_value("#prompt") == "Why?", "it can be sent again"
+        with told_gateway(port):
+            peers.locator("#offline").wait_for(state="hidden")
+            peers.fill("[name=layers]", "9:3")
+            peers.get_by_role("button", name="Start a peer").click()
+            peers.locator("#said", has_text="layer range 9:3 is empty or negative").wait_for()
+
+
+def test_a_page_asks_for_the_key_once_more_after_a_gateway_was_started_anew(browser: playwright.Browser) -> None:
+    port = free_port()
+    with browser.new_context() as context:
+        context.set_default_timeout(WAIT_MS)
+        page = context.new_page()
+        with told_gateway(port, "secret") as url:
+            page.goto(f"{url}/swarm")
+            page.fill("[name=key]", "secret")
+            page.press("[name=key]", "Enter")
+            page.locator("#composer").wait_for()
+        page.locator("#offline").wait_for()
+        with told_gateway(port, "secret"):
+            page.wait_for_url("**/sign-in")

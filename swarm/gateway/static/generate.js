@@ -168,14 +168,13 @@ class Run {
     button.title = "Kill this peer, as if its power failed: this gateway started it";
     button.addEventListener("click", async () => {
       button.disabled = true;
-      const response = await post(`/api/peers/${encodeURIComponent(hop.own)}/kill`);
-      if (!response.ok) {
-        eventsEmpty.hidden = true;
-        const item = document.createElement("li");
-        item.textContent = await reason(response);
-        events.prepend(item);
-        button.disabled = false;
-      }
+      const response = await post(`/api/peers/${encodeURIComponent(hop.own)}/kill`).catch(() => null);
+      if (response?.ok) return;
+      eventsEmpty.hidden = true;
+      const item = document.createElement("li");
+      item.textContent = response ? await reason(response) : "The gateway does not answer.";
+      events.prepend(item);
+      button.disabled = false;
     });
   }
 
@@ -255,6 +254,7 @@ async function start() {
   running = null;
   busy(false);
   if (run.forgotten) return;
+  if (!run.text && !prompt.value) prompt.value = text; // to be sent again
   if (chat && run.text) messages.push({ role: "assistant", content: run.text });
   else if (chat) messages.pop();
   else messages = [];
