@@ -6,6 +6,7 @@
     ├── PortInUse              port_in_use      another process listens on that port
     ├── NotAdmitted            not_admitted     this machine is below the swarm's policy, or has no room for a layer
     ├── ModelError             model            a checkpoint that can't be read or is inconsistent
+    │   ├── HubUnreachable     hub_unreachable  the Hub does not answer, or not with what was asked for
     │   ├── UnknownModel       unknown_model    a reference that names no model
     │   └── UnsupportedModel   unsupported_model  an architecture that a shard can't run
     ├── BadRequest             bad_request      the request itself is wrong
@@ -67,6 +68,10 @@ class NotAdmitted(SwarmError):
 
 class ModelError(SwarmError):
     code, exit_code = "model", 2
+
+
+class HubUnreachable(ModelError):
+    code, retryable, http_status, exit_code = "hub_unreachable", True, 503, 1
 
 
 class UnknownModel(ModelError):

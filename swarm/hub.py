@@ -13,7 +13,7 @@ from pathlib import Path
 
 from swarm.cache import load_cached, store_cached
 from swarm.checkpoint_files import INDEX, SINGLE, WeightFiles, indexed_files, read_json
-from swarm.errors import ModelError, UnknownModel
+from swarm.errors import HubUnreachable, ModelError, UnknownModel
 
 _DESCRIPTION_FILES = (
     "config.json",
@@ -39,7 +39,7 @@ class HubRepository:
 
 @functools.lru_cache(maxsize=16)  # a process keeps to the commit that it saw first
 def hub_repository(repo: str, revision: str, endpoint: str | None) -> HubRepository:
-    """Raises :class:`UnknownModel` if there is no such repository, :class:`ModelError` if the Hub can't be reached."""
+    """Raises :class:`UnknownModel` if there is no such repository, :class:`HubUnreachable` if the Hub can't be asked."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -51,7 +51,7 @@ def hub_repository(repo: str, revision: str, endpoint: str | None) -> HubReposit
     except _network_errors() as error:
         known = _remembered(key)
         if known is None:
-            raise ModelError(f"the Hub can't be asked for {repo}: {error}") from error
+            raise HubUnreachable(f"the Hub can't be asked for {repo}: {error}") from error
         return known
     siblings = info.siblings or []
     found = HubRepository(
@@ -91,7 +91,7 @@ def fetch_files(repository: HubRepository, names: Iterable[str]) -> Path:
         try:
             found = hf_hub_download(repository.repo, name, revision=repository.commit, endpoint=repository.endpoint)
         except _network_errors() as error:
-            raise ModelError(f"{name} of {repository.repo} can't be fetched from the Hub: {error}") from error
+            raise HubUnreachable(f"{name} of {repository.repo} can't be fetched from the Hub: {error}") from error
         folder = Path(str(found)).parents[len(Path(name).parts) - 1]
     return folder
 
