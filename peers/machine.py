@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from peers.cgroup import allowance
 from peers.compiled import to_compile
 from peers.executor import Executor, SampleRequest, StepRequest, run
 from peers.process_memory import keep_scratch, map_large_blocks, return_freed_heap, use_large_pages
@@ -68,10 +69,12 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses; a CPU's and that of Apple's chips is the machine's."""
+    """Memory of the device that nobody uses; a CPU's and that of Apple's chips is the machine's, or what a container or
+    service may take of it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available, allowed = int(psutil.virtual_memory().available), allowance()
+    return available if allowed is None else min(available, allowed.left_bytes)
 
 
 def gflops(profile: ModelProfile, speed: Speed) -> float:

@@ -78,8 +78,9 @@ class Room:
         return plan if self.capped else plan.with_most_kv(self.most_kv_bytes)
 
     def settings_for(self, settings: Settings, plan: MemoryPlan) -> Settings:
-        """With the KV budget that the plan leaves; never more than ``kv_budget_mb`` where no limit was set."""
-        budget_mb = max(1, plan.kv_bytes // 2**20) if self.capped else settings.peer.kv_budget_mb
+        """With the KV budget that the plan leaves; where no limit was set, that is ``kv_budget_mb`` at most, and just
+        that if the plan leaves too little: what is free changes."""
+        budget_mb = max(1, plan.kv_bytes // 2**20) if self.capped or plan.fits else settings.peer.kv_budget_mb
         return replace(settings, peer=replace(settings.peer, kv_budget_mb=budget_mb))
 
 

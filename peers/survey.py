@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from peers.cgroup import allowance
 from peers.engine import Engine
 from peers.machine import Report, Speed, choose_device, free_bytes, gflops, load_shard, measure
 from peers.reachability import Reachability, find_out
@@ -89,8 +90,10 @@ def devices() -> list[Device]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         found.append(Device(torch.cuda.get_device_name(index), f"cuda:{index}", free // MB, total // MB))
-    memory = psutil.virtual_memory()
-    cpu = Device(device_name(torch.device("cpu")), "cpu", memory.available // MB, memory.total // MB)
+    total, allowed = psutil.virtual_memory().total, allowance()
+    if allowed is not None:
+        total = min(total, allowed.limit_bytes)
+    cpu = Device(device_name(torch.device("cpu")), "cpu", free_bytes(torch.device("cpu")) // MB, total // MB)
     if torch.backends.mps.is_available():
         found.append(Device(device_name(torch.device("mps")), "mps", cpu.free_mb, cpu.total_mb))
     return [*found, cpu]

@@ -39,7 +39,7 @@ class HubRepository:
 
 @functools.lru_cache(maxsize=16)  # a process keeps to the commit that it saw first
 def hub_repository(repo: str, revision: str, endpoint: str | None) -> HubRepository:
-    """Raises :class:`UnknownModel` if there is no such repository, :class:`HubUnreachable` if the Hub can't be asked."""
+    """Raises :class:`UnknownModel` if there is no such repository, :class:`HubUnreachable` if nobody answers."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 

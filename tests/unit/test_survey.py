@@ -76,3 +76,14 @@ def test_a_peer_without_a_limit_takes_no_more_than_its_kv_budget(settings: Setti
     plan = room.divide(profile, LayerRange(1, 3))
     assert plan.kv_bytes == settings.peer.kv_budget_mb * 2**20
     assert plan.given_bytes == plan.weights_bytes + plan.buffers_bytes + plan.kv_bytes
+
+
+def test_a_peer_without_a_limit_keeps_no_more_kv_than_is_free_beside_its_weights(settings: Settings) -> None:
+    """Such as one in a container with little memory, which the kernel ends beyond."""
+    profile = load_profile(resolve(settings.model.name))
+    unlimited = replace(settings, peer=replace(settings.peer, max_memory_mb=0))
+    for free_mb, most_mb in ((600, 600), (200_000, settings.peer.kv_budget_mb)):
+        room = Room.of(unlimited, profile, free_mb * 10**6, on_cpu=True)
+        plan = room.divide(profile, LayerRange(1, 11))
+        assert plan.fits
+        assert room.settings_for(unlimited, plan).peer.kv_budget_mb == plan.kv_bytes // 2**20 <= most_mb
