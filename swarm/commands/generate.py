@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +31,7 @@ from swarm.commands.options import (
 )
 from swarm.commands.shared import print_json, run, say
 from swarm.config import Settings
+from swarm.config_rules import listed
 from swarm.types import Route
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ SILENT_S = 10.0
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it from stdin.")],
     initial_peers: InitialPeers = None,
-    via: Annotated[list[str] | None, typer.Option(help="Peer that runs the generation for us; repeatable.")] = None,
+    via: Annotated[
+        list[str] | None,
+        typer.Option(help="Multiaddr of a peer that runs the generation for us; several with commas, or repeated."),
+    ] = None,
     model: Model = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -80,7 +84,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
 
     async def work(settings: Settings) -> None:
-        await _generate(text, options, chat, settings, model, via or [], trace, as_json)
+        await _generate(text, options, chat, settings, model, listed(via or ()), trace, as_json)
 
     flags = {"speculation": speculation, "wire": wire, "kv": kv}
     run(work, initial_peers, config, as_json=as_json, verbose=verbose, flags=flags)
@@ -92,7 +96,7 @@ async def _generate(
     chat: bool,
     settings: Settings,
     model: str | None,
-    via: list[str],
+    via: Sequence[str],
     trace: Path | None,
     as_json: bool,
 ) -> None:

@@ -210,6 +210,11 @@ def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system(capsys: pytest.C
         fitting([{"role": "user", "content": "word " * 100}], 0, client, 100)
 
 
+def test_several_owners_may_be_given_with_commas() -> None:
+    done = CliRunner().invoke(app, ["generate", "x", "--initial-peers", NOBODY, "--via", f"{NOBODY},there"])
+    assert (done.exit_code, "bad peer address 'there':" in done.stderr) == (2, True)
+
+
 def generation(text: str, tokens: int, finish_reason: str) -> Generation:
     route = Route((Hop(PeerAddress(PeerId("p")), LayerRange(0, 1)),))
     timings = Timings(0.1, 20.0, 0.1)
