@@ -49,7 +49,9 @@ def read_trace(file: Path) -> Trace:
     """Raises :class:`BadRequest` if ``file`` can't be read, or is no trace."""
     try:
         return Trace.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BadRequest(f"can't read {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise BadRequest(f"can't read {file}: {error}") from None
     except BadRequest as error:
         raise BadRequest(f"{file}: {error.message}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -82,8 +81,11 @@ def bench(
         check_length(prompt, tokens, settings)
         if plot is not None:
             check_place(plot)
+        from swarm.bench.openai import model_at
         from swarm.bench.sections import Scale
 
+        if url is not None:
+            url_model = model_at(url, url_model)
         scale = Scale(rounds, tokens, prompt)
         if quick:
             scale = Scale(2, 16, min(prompt, 32), prefill=64, mixed=200, sessions=(1, 8))
@@ -160,11 +162,11 @@ def _measure(
         swarms: dict[str, LocalSwarm] = {}
         reference: Reference | None = None
         name, dtype = settings.model.name, settings.model.dtype
+        num_layers = int(config_dict(resolve(name, dtype))["num_hidden_layers"]) if contenders else 0
         if "transformers" in contenders and set(sections) & COMPARED:
             reference = stack.enter_context(Reference(name, dtype))
             say(f"transformers loads {name}")
             reference.ready()
-        num_layers = int(config_dict(resolve(name, dtype))["num_hidden_layers"]) if contenders else 0
         for contender, title, parts in (("one", ONE, 1), ("three", THREE, 3)):
             if contender in contenders and (contender == contenders[-1] or set(sections) & COMPARED):
                 say(f"starting {title}")
@@ -226,9 +228,9 @@ async def _sections(
             client = await stack.enter_async_context(AsyncClient(initial_peers, None, settings))
             contenders[name] = on_swarm[name] = measure.SwarmContender(client, pids.get(name, []))
         most = list(on_swarm.values())[-1]
-        if around.url is not None:
+        if around.url is not None and around.url_model is not None:
             decode = most.client.tokenizer.decode
-            contenders[measure.SERVER] = await asyncio.to_thread(OpenAIContender, around.url, around.url_model, decode)
+            contenders[measure.SERVER] = OpenAIContender(around.url, around.url_model, decode)
         prompt = sample_prompt(most.client.tokenizer, scale.prompt)
         if "speed" in sections:
             figures += await measure.speed(contenders, prompt, scale, report, around.link_s)

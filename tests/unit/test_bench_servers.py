@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from swarm.bench.openai import OpenAIContender
+from swarm.bench.openai import OpenAIContender, model_at
 from swarm.bench.plot import svg
 from swarm.bench.sections import Figure
 from swarm.errors import BadRequest, SwarmError
@@ -58,7 +58,7 @@ def decode(ids: Any) -> str:
 
 def test_a_server_is_asked_for_a_stream_and_its_parts_are_tokens(url: str) -> None:
     Server.parts = ["one", "", " two", " three"]
-    run = asyncio.run(OpenAIContender(url, None, decode).generate([7, 8], 3))
+    run = asyncio.run(OpenAIContender(url, model_at(url, None), decode).generate([7, 8], 3))
     assert len(run.times) == 3, "a part without text is none"
     assert run.times == sorted(run.times)
     (wish,) = Server.asked
@@ -71,9 +71,9 @@ def test_a_server_that_says_nothing_or_is_not_there_is_named(url: str) -> None:
     with pytest.raises(SwarmError, match="too few"):
         asyncio.run(OpenAIContender(url, "m", decode).generate([7], 3))
     with pytest.raises(SwarmError, match="does not answer"):
-        OpenAIContender("http://127.0.0.1:9/v1", None, decode)
+        model_at("http://127.0.0.1:9/v1", None)
     with pytest.raises(BadRequest):
-        OpenAIContender("file:///etc/passwd", None, decode)
+        model_at("file:///etc/passwd", "m")
 
 
 def test_the_picture_has_a_bar_for_each_figure() -> None:

@@ -369,6 +369,9 @@ def test_names_are_chosen_in_their_own_order() -> None:
         (["bench", "--weights", "tiny"], 2, "expected auto or float32 or bfloat16 or int8 or int4"),
         (["bench", "--only", "colour"], 2, "'colour' is no section; there are: speed"),
         (["bench", "--contenders", "transformers"], 2, "no swarm takes part"),
+        (["bench", "--model", "colour"], 2, "'colour' is no folder, no .gguf file and no Hub id"),
+        (["bench", "--url", "colour"], 2, "'colour' is no http or https URL"),
+        (["bench", "--url", "http://127.0.0.1:9/v1"], 1, "http://127.0.0.1:9/v1/models does not answer"),
         (
             ["bench", "--plot", "/nowhere/figures.svg"],
             2,
