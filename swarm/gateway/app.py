@@ -71,6 +71,10 @@ def _add_health(app: FastAPI, state: GatewayState) -> None:
         return JSONResponse(body, 200 if coverage.complete else 503)
 
 
+class NoTrace(SwarmError):
+    code, http_status = "no_trace", 404
+
+
 def _add_traces(app: FastAPI, state: GatewayState) -> None:
     traces = state.generations.traces
 
@@ -85,7 +89,7 @@ def _add_traces(app: FastAPI, state: GatewayState) -> None:
         check_access(request, state.access)
         trace = traces.get(name.removeprefix("chatcmpl-").removeprefix("cmpl-"))
         if trace is None:
-            raise HTTPException(404)
+            raise NoTrace(f"there is no trace of {name[:60]!r}; /api/traces names those that are kept")
         if format not in ("chrome", "swarm"):
             raise BadRequest("format is chrome or swarm")
         return JSONResponse(chrome_trace(trace) if format == "chrome" else asdict(trace))

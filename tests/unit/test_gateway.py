@@ -1202,7 +1202,9 @@ async def test_traces_open_in_chromes_viewer(make: Make) -> None:
     listed = (await gateway.http.get("/api/traces")).json()["traces"]
     names = [answer["id"].removeprefix("cmpl-") for answer in answers]
     assert listed == [names[2], names[1]]
-    assert (await gateway.http.get(f"/api/traces/{names[0]}")).status_code == 404
+    forgotten = await gateway.http.get(f"/api/traces/{names[0]}")
+    assert (forgotten.status_code, forgotten.json()["error"]["code"]) == (404, "no_trace")
+    assert "/api/traces names those that are kept" in forgotten.json()["error"]["message"]
     trace = (await gateway.http.get(f"/api/traces/{answers[2]['id']}")).json()
     bars = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert [bar["name"] for bar in bars if bar["tid"] == 0] == ["prompt and first token", "token 1", "token 2"]
