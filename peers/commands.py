@@ -202,7 +202,8 @@ def _sentence(event: dict[str, object]) -> str:
         case {"event": "staying", "layers": [start, end], "reason": reason}:
             return f"stays with layers {start}:{end}: {reason}"
         case {"event": "draining", "sessions": sessions}:
-            return f"leaving: {sessions} sessions move to other peers first; once more to end at once"
+            moving = f"{sessions} sessions move" if sessions != 1 else "1 session moves"
+            return f"leaving: {moving} to other peers first; once more to end at once"
         case {"event": "left"}:
             return "left the swarm"
     return str(event)

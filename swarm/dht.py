@@ -169,7 +169,8 @@ class Dht:
             answered = len(known) - len(await self._ping_all(known))
         if others and not answered:
             tried = "\n".join(f"  {', '.join(peer.multiaddrs)}: {failures[peer.peer_id]}" for peer in others)
-            message = f"none of the {len(others)} initial peers answered:\n{tried}"
+            who = f"none of the {len(others)} initial peers" if len(others) > 1 else "the initial peer has not"
+            message = f"{who} answered:\n{tried}"
             if self._client:
                 raise Unreachable(message)
             log.warning("%s", message)

@@ -106,7 +106,7 @@ def named(announcements: Sequence[Announcement], name: str) -> PeerId:
     """The peer whose id is ``name`` or ends with it; raises :class:`BadRequest` unless it is exactly one."""
     found = [a.peer.peer_id for a in announcements if a.peer.peer_id.endswith(name)]
     if len(name) < FEWEST_CHARACTERS or len(found) != 1:
-        count = "no peer's id" if not found else f"the ids of {len(found)} peers"
+        count = ("no peer's id", "one peer's id")[len(found)] if len(found) < 2 else f"the ids of {len(found)} peers"
         least = f"at least {FEWEST_CHARACTERS} characters of "
         raise BadRequest(f"{name!r} is the end of {count}; give {least if len(name) < FEWEST_CHARACTERS else ''}one id")
     return found[0]

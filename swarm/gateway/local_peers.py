@@ -348,7 +348,8 @@ def _state(running: _Running) -> tuple[str, str, int]:
         return "failed", str(said or ended), percent
     match last.get("event"):
         case "draining":
-            return "draining", f"hands over {last.get('sessions', 0)} sessions", percent
+            sessions = int(last.get("sessions", 0))
+            return "draining", f"hands over {sessions} session{'' if sessions == 1 else 's'}", percent
         case _ if running.leaving:
             return "draining", "is told to leave", percent
         case "ready" | "staying":
