@@ -17,6 +17,7 @@ from swarm.network_thread import NetworkThread
 from swarm.session import RouteChanged
 from swarm.stepping import StepSession
 from swarm.tokenizer import TextTokenizer
+from swarm.transcript import GenerationRequest
 from swarm.types import Announcement, Route, Token
 
 T = TypeVar("T")
@@ -73,6 +74,10 @@ class Client:
     @property
     def tokenizer_files(self) -> Mapping[str, bytes]:
         return self._opened().tokenizer_files
+
+    def request(self, prompt: str | Sequence[int], **options: Any) -> GenerationRequest:
+        """See :meth:`AsyncClient.request`."""
+        return self._opened().request(prompt, **options)
 
     def step_session(self, capacity: int) -> StepSession:
         """See :meth:`AsyncClient.step_session`; its methods are for :meth:`run`."""

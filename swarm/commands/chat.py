@@ -84,6 +84,7 @@ def chat(
 
 def converse(client: Client, options: dict[str, Any], beginning: Messages, limit: int) -> None:
     messages = list(beginning)
+    client.request([0], **options)  # what is wrong with these is told now, and not after each message
     if sys.stdin.isatty():
         say(f"talking to {client.profile.name}; Ctrl-C stops an answer, Ctrl-D leaves, /new forgets what was said")
     for line in _lines():

@@ -34,6 +34,7 @@ from swarm.generation import Generation, Timings
 from swarm.models import ModelProfile
 from swarm.plans import Plan, PlannedHop
 from swarm.routing import plan as find_plan
+from swarm.sampling import SamplingParams
 from swarm.trace import Trace
 from swarm.trace_file import last_trace
 from swarm.types import Announcement, Hop, LayerRange, ModelId, PeerAddress, PeerId, PeerState, Route, Token
@@ -227,6 +228,9 @@ class Parrot(Words):
     def __init__(self) -> None:
         self.prompts: list[int] = []
 
+    def request(self, prompt: list[int], *, temperature: float = 0.0, max_tokens: int = 512) -> None:
+        SamplingParams(temperature=temperature)
+
     def events(self, prompt: list[int], **options: Any) -> Generator[Token, None, Generation | None]:
         self.prompts.append(len(prompt))
         yield Token(0, 1, f"that was {len(prompt)}")
@@ -244,6 +248,16 @@ def test_a_chat_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     converse(client, {}, [], 1000)
     assert client.prompts == [3, 3 + 5 + 4, 3]
     assert capsys.readouterr().out == "that was 3\nthat was 12\nthat was 3\n"
+
+
+def test_a_chat_with_options_that_can_not_be_does_not_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client: Any = Parrot()
+    monkeypatch.setattr("sys.stdin", Terminal("one\n"))
+    with pytest.raises(BadRequest, match="temperature must be between"):
+        converse(client, {"temperature": 999.0}, [], 1000)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_ends_an_answer_of_a_chat_is_told_on_a_line_of_its_own(
