@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +20,9 @@ from swarm.config import Settings
 from swarm.errors import ConfigError, SwarmError
 
 if TYPE_CHECKING:
+    from swarm.coverage import Coverage
     from swarm.gateway.local_peers import LocalPeers, OwnPeer, PeerSpec
+    from swarm.gateway.state import Access
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,8 @@ async def _serve(settings: Settings, flags: Flags) -> None:
                     print_json({"event": "ready", "url": url, "model": client.profile.name, "pid": os.getpid()})
                 else:
                     say(f"{client.profile.name} at {url}, OpenAI's API at {url}/v1; Ctrl-C ends")
-                if not (access.on_loopback or access.api_key):
-                    say(f"whoever reaches {flags.host} can use this gateway; --api-key asks for a key")
+                for notice in _notices(access, state.generations.coverage()):
+                    say(notice)
                 if flags.open_browser:
                     _open_browser(url)
 
@@ -127,6 +129,14 @@ async def _serve(settings: Settings, flags: Flags) -> None:
 
             server = Server(create_app(state), settings.gateway, on_ready=ready, on_exit=exiting)
             await server.serve(sockets=[sock])
+
+
+def _notices(access: Access, coverage: Coverage) -> Iterator[str]:
+    """What somebody should know of a gateway that has just begun."""
+    if not coverage.complete:
+        yield f"no answers yet: {coverage.sentence()}"
+    if not (access.on_loopback or access.api_key):
+        yield f"whoever reaches {access.host} can use this gateway; --api-key asks for a key"
 
 
 async def _start_peers(local: LocalPeers, specs: Sequence[PeerSpec], joins: Sequence[str]) -> list[str]:

@@ -26,9 +26,10 @@ from typer.testing import CliRunner
 from swarm import quickstart
 from swarm.commands import gateway as gateway_command
 from swarm.commands.app import app
-from swarm.commands.gateway import Flags, _tell_of_spares
+from swarm.commands.gateway import Flags, _notices, _tell_of_spares
 from swarm.commands.peers import app as peers_app
 from swarm.config import Settings
+from swarm.coverage import Coverage
 from swarm.errors import BadRequest, Busy
 from swarm.gateway import local_peers
 from swarm.gateway.console_events import changes, sse
@@ -717,6 +718,15 @@ async def test_only_peers_of_this_gateway_can_be_stopped_and_not_too_many_starte
         local.start(PeerSpec(model="m"), [])
         with pytest.raises(Busy, match="limit"):
             local.start(PeerSpec(model="m"), [])
+
+
+def test_a_gateway_says_at_its_start_what_is_missing_and_who_may_use_it() -> None:
+    whole, part = Coverage((1, 1), (), 0, 1), Coverage((1, 0), (LayerRange(1, 2),), 7_000_000, 1)
+    assert list(_notices(Access(), whole)) == []
+    told = list(_notices(Access("0.0.0.0"), part))
+    assert told[0].startswith("no answers yet: nobody serves layers 1:2: 1 of 2 layers, 7 MB of weights; a peer")
+    assert "0.0.0.0" in told[1]
+    assert list(_notices(Access("0.0.0.0", api_key="secret"), whole)) == []
 
 
 async def test_a_gateway_tells_when_its_spares_serve_or_why_they_do_not(
