@@ -25,4 +25,16 @@ def config_show(config: ConfigFile = None, as_json: AsJson = False) -> None:
         return
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
-        print(f"{key:<{width}}  {value!s:<24}  {origin}")
+        print(f"{key:<{width}}  {_written(value):<24}  {origin}")
+
+
+def _written(value: object) -> str:
+    """As in a file of settings."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return f"[{', '.join(map(str, value))}]"
+        case "":
+            return '""'
+    return str(value)

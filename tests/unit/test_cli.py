@@ -211,6 +211,14 @@ def test_a_chat_forgets_its_oldest_exchanges_but_not_the_system(capsys: pytest.C
         fitting([{"role": "user", "content": "word " * 100}], 0, client, 100)
 
 
+def test_settings_are_shown_as_a_file_has_them() -> None:
+    shown = CliRunner().invoke(app, ["config", "show"], env={"SWARM_INITIAL_PEERS": NOBODY}).stdout
+    values = {line.split()[0]: line.split()[1] for line in shown.splitlines()}
+    assert values["network.initial_peers"] == f"[{NOBODY}]"
+    assert (values["network.announce_maddrs"], values["network.identity"]) == ("[]", '""')
+    assert (values["network.unix_sockets"], values["network.use_relay"]) == ("true", "false")
+
+
 def test_several_owners_may_be_given_with_commas() -> None:
     done = CliRunner().invoke(app, ["generate", "x", "--initial-peers", NOBODY, "--via", f"{NOBODY},there"])
     assert (done.exit_code, "bad peer address 'there':" in done.stderr) == (2, True)
