@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from swarm.gateway.local_peers import LocalPeers, OwnPeer, PeerSpec
     from swarm.gateway.state import Access
 
+LOOK_S = 1.0
+"""How often it is seen whether the peers that it started are still there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Flags:
@@ -109,7 +112,8 @@ async def _serve(settings: Settings, flags: Flags) -> None:
                 say("joining the swarm")
                 client = await stack.enter_async_context(AsyncClient(initial_peers, flags.model, settings))
                 started = [local.start(spec, initial_peers) for spec in spares]
-            stack.callback(asyncio.create_task(_tell_of_spares(local, started)).cancel)
+            for telling in (_tell_of_spares(local, started), _tell_of_losses(local)):
+                stack.callback(asyncio.create_task(telling).cancel)
             access = Access(flags.host, flags.api_key, flags.allow_remote_control)
             state = GatewayState.of(client, settings, access, tuple(initial_peers), local)
 
@@ -159,6 +163,16 @@ async def _tell_of_spares(local: LocalPeers, spares: Sequence[OwnPeer]) -> None:
             await _serves(local, spare, "spare")
         except SwarmError as error:
             say(f"a spare failed: {error.message.splitlines()[0]}")
+
+
+async def _tell_of_losses(local: LocalPeers) -> None:
+    told: set[str] = set()
+    while True:
+        for peer in local.lost():
+            if peer.name not in told:
+                told.add(peer.name)
+                say(f"peer {peer.name} with layers {peer.layers} is lost: {peer.detail}")
+        await asyncio.sleep(LOOK_S)
 
 
 async def _serves(local: LocalPeers, peer: OwnPeer, kind: str) -> None:

@@ -213,6 +213,11 @@ class LocalPeers:
         ended = [running for running in self._running.values() if not running.child.alive]
         return {str(running.child.newest("ready").get("peer_id", "")) for running in ended}
 
+    def lost(self) -> list[OwnPeer]:
+        """Those that served, and have ended although nobody told them to."""
+        ended = [self._now(running) for running in self._running.values() if not running.child.alive]
+        return [peer for peer in ended if peer.state == "failed" and peer.peer_id]
+
     @property
     def addresses(self) -> list[str]:
         """Of those that serve: others can join through them."""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typer.testing import CliRunner
 from swarm import quickstart
 from swarm.commands import gateway as gateway_command
 from swarm.commands.app import app
-from swarm.commands.gateway import Flags, _notices, _tell_of_spares
+from swarm.commands.gateway import Flags, _notices, _tell_of_losses, _tell_of_spares
 from swarm.commands.peers import app as peers_app
 from swarm.config import Settings
 from swarm.coverage import Coverage
@@ -718,6 +719,24 @@ async def test_only_peers_of_this_gateway_can_be_stopped_and_not_too_many_starte
         local.start(PeerSpec(model="m"), [])
         with pytest.raises(Busy, match="limit"):
             local.start(PeerSpec(model="m"), [])
+
+
+async def test_a_gateway_says_which_of_its_peers_it_has_lost_and_not_which_were_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with fake_peers(tmp_path) as local:
+        for _ in range(3):
+            name = local.start(PeerSpec("m"), []).name
+            await local.serving(name, 10.0)
+        local.kill("p1")
+        local.drain("p2")
+        os.kill(local.peer("p3").pid, signal.SIGKILL)
+        for name in ("p2", "p3"):
+            await asyncio.to_thread(local._find(name).child.wait, 10.0)
+        telling = asyncio.create_task(_tell_of_losses(local))
+        await asyncio.sleep(0)
+        telling.cancel()
+    assert capsys.readouterr().err == "swarm: peer p3 with layers 0:10 is lost: ended by signal 9\n"
 
 
 def test_a_gateway_says_at_its_start_what_is_missing_and_who_may_use_it() -> None:
