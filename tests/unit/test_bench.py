@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from swarm.bench.processes import cpu_s, peak_mb
 from swarm.bench.runs import Run, hop_shares, percentile, ratio, throughput
-from swarm.bench.sections import Figure
+from swarm.bench.sections import ONE, SERVER, TRANSFORMERS, Figure, Scale, speed
 from swarm.commands.bench import rendered
 from swarm.errors import SwarmError
 from swarm.local import even_ranges
@@ -18,6 +20,27 @@ from swarm.types import HopTiming, LayerRange, PeerId
 
 def run(*times: float) -> Run:
     return Run([0] * len(times), list(times))
+
+
+class Steady:
+    pids: tuple[int, ...] = ()
+
+    def __init__(self, token_id: int) -> None:
+        self.token_id = token_id
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Run:
+        return Run([self.token_id] * max_tokens, [0.1 * number for number in range(1, max_tokens + 1)])
+
+
+async def test_texts_of_a_server_that_tells_no_token_ids_are_not_compared() -> None:
+    contenders: dict[str, Any] = {ONE: Steady(7), TRANSFORMERS: Steady(7), SERVER: Steady(0)}
+    figures = await speed(contenders, [1], Scale(2, 4, 1), lambda text: None)
+    found = {figure.name: figure.value for figure in figures}
+    assert found["different texts among all runs"] == 1
+    assert found[f"{ONE} / {SERVER}"] == pytest.approx(1.0)
+    del contenders[TRANSFORMERS]
+    figures = await speed(contenders, [1], Scale(2, 4, 1), lambda text: None)
+    assert "different texts among all runs" not in {figure.name for figure in figures}
 
 
 def test_a_run_counts_from_its_first_token() -> None:
