@@ -12,6 +12,40 @@ from contextlib import contextmanager
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class SharedLine:
+    """The last line of a terminal, to which text on stdout and reports on stderr are both written.
+
+    A report that comes in the middle of a text begins on a line of its own; the text goes on after it.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+        """There is text in it."""
+        self._broken = False
+        """It was left for a report, and no text has come since."""
+
+    def write(self, text: str) -> None:
+        print(text, end="", flush=True)
+        if text:
+            self._open = not text.endswith("\n") and sys.stdout.isatty() and sys.stderr.isatty()
+            self._broken = False
+
+    def end(self) -> None:
+        """After the last of a text."""
+        if not self._broken:
+            print(flush=True)
+        self._open = self._broken = False
+
+    def leave(self) -> None:
+        """Before a report."""
+        if self._open:
+            print(file=sys.stderr, flush=True)
+            self._open, self._broken = False, True
+
+
+shared_line = SharedLine()
+
+
 @contextmanager
 def standard_streams(command: str) -> Iterator[None]:
     """For all that ``command`` does. It ends well if nobody reads on, and a full disk is one line and exit code 1."""

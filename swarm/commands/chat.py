@@ -27,6 +27,7 @@ from swarm.commands.options import (
 )
 from swarm.commands.shared import failing_well, prepare, say
 from swarm.errors import SwarmError, TooLong
+from swarm.terminal import shared_line
 from swarm.trace_file import keep_trace
 
 if TYPE_CHECKING:
@@ -159,14 +160,17 @@ def _answer(client: Client, prompt: list[int], options: dict[str, Any]) -> str |
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
-        print(file=sys.stdout if said else sys.stderr)
+        if said:
+            shared_line.end()
+        else:
+            print(file=sys.stderr)
         say("stopped")
         return "".join(said) if said else None
     except SwarmError:
         if said:
-            print(flush=True)  # what is said of it gets a line of its own
+            shared_line.end()  # what is said of it gets a line of its own
         raise
-    print(flush=True)
+    shared_line.end()
     if result is not None:
         keep_trace(result.trace)
         if cut := what_cut(result, options["max_tokens"]):
@@ -188,4 +192,4 @@ def _follow(events: Generator[RouteChanged | Token, None, Generation | None], sa
                 show_route(event.epoch, event.route, event.reason, as_json=False)
             continue
         said.append(event.text)
-        print(event.text, end="", flush=True)
+        shared_line.write(event.text)

@@ -32,6 +32,7 @@ from swarm.commands.options import (
 from swarm.commands.shared import print_json, run, say
 from swarm.config import Settings
 from swarm.config_rules import listed
+from swarm.terminal import shared_line
 from swarm.types import Route
 
 if TYPE_CHECKING:
@@ -120,11 +121,11 @@ async def _generate(
                         token = {"event": "token", "index": event.index, "token_id": event.token_id, "text": event.text}
                         print_json(token)
                     else:
-                        print(event.text, end="", flush=True)
+                        shared_line.write(event.text)
                         begun = True
         finally:
             if begun and stream.result is None:
-                print(flush=True)  # what is said of the end gets a line of its own
+                shared_line.end()  # what is said of the end gets a line of its own
         if stream.result is not None:
             _show_result(stream.result, stream.request.max_tokens, as_json)
             keep_trace(stream.result.trace)
@@ -177,7 +178,7 @@ def _show_result(result: Generation, max_tokens: int, as_json: bool) -> None:
             }
         )
         return
-    print()
+    shared_line.end()
     rebuilds = f"{len(result.rebuilds)} rebuild{'' if len(result.rebuilds) == 1 else 's'}"
     cut = what_cut(result, max_tokens)
     say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 
 from peers.cli import main as peer_main
 from swarm.cli import main as swarm_main
+from swarm.logs import say
+from swarm.terminal import SharedLine
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWHUw6WaVsZiZnpMQDXrzprqH4Ry3gyp8xC9Gm6psrPPcU"
@@ -29,6 +32,52 @@ def shell(command: str) -> tuple[int, str]:
         check=False,
     )
     return done.returncode, done.stderr
+
+
+class Screen(io.StringIO):
+    """Stdout and stderr of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["air, ", "route", "which "], "air, \nswarm: route\nwhich \n"),
+        (["air\n", "route", "which "], "air\nswarm: route\nwhich \n"),
+        (["air", "route"], "air\nswarm: route\n"),
+        (["route", "air", "route", "route", "", "which"], "swarm: route\nair\nswarm: route\nswarm: route\nwhich\n"),
+    ],
+)
+def test_a_report_in_the_middle_of_a_text_has_a_line_of_its_own(
+    pieces: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    line = SharedLine()
+    monkeypatch.setattr("swarm.logs.shared_line", line)
+    for piece in pieces:
+        if piece == "route":
+            say("swarm", piece)
+        else:
+            line.write(piece)
+    line.end()
+    assert screen.getvalue() == shown
+
+
+def test_a_text_that_goes_to_a_file_is_not_broken_by_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = SharedLine()
+    monkeypatch.setattr("swarm.logs.shared_line", line)
+    line.write("air, ")
+    say("swarm", "route")
+    line.write("which")
+    line.end()
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("air, which\n", "swarm: route\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
