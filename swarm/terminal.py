@@ -30,9 +30,9 @@ class SharedLine:
             self._open = not text.endswith("\n") and sys.stdout.isatty() and sys.stderr.isatty()
             self._broken = False
 
-    def end(self) -> None:
-        """After the last of a text."""
-        if not self._broken:
+    def end(self, *, echoed: bool = False) -> None:
+        """After the last of a text. ``echoed``: the terminal has shown what was typed there, such as ^C."""
+        if echoed or not self._broken:
             print(flush=True)
         self._open = self._broken = False
 

@@ -161,7 +161,7 @@ def _answer(client: Client, prompt: list[int], options: dict[str, Any]) -> str |
         if not sys.stdin.isatty():
             raise
         if said:
-            shared_line.end()
+            shared_line.end(echoed=True)
         else:
             print(file=sys.stderr)
         say("stopped")

@@ -67,6 +67,18 @@ def test_a_report_in_the_middle_of_a_text_has_a_line_of_its_own(
     assert screen.getvalue() == shown
 
 
+def test_what_was_typed_after_a_report_has_its_line_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("sys.stderr", screen)
+    line = SharedLine()
+    line.write("air")
+    line.leave()
+    screen.write("^C")
+    line.end(echoed=True)
+    assert screen.getvalue() == "air\n^C\n"
+
+
 def test_a_text_that_goes_to_a_file_is_not_broken_by_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
