@@ -96,6 +96,8 @@ class DelegatedSession:
             raise BadRequest("a delegated session needs a peer to delegate to")
         self.rebuilds: list[Rebuild] = []
         """As its owners told of them; that one owner followed another is none."""
+        self.reused = 0
+        """An owner does not tell."""
         self.transcript = Transcript(request, length_of(request, profile, settings), profile.vocab_size)
         self._transport = transport
         self._via = list(via)

@@ -46,6 +46,8 @@ class Generation:
     rebuilds: list[Rebuild]
     timings: Timings
     trace: Trace
+    reused_tokens: int = 0
+    """Of the prompt: every stage had them from an earlier session."""
 
 
 @dataclass(slots=True)
@@ -117,4 +119,5 @@ class AsyncStream:
             rebuilds=session.rebuilds,
             timings=clock.timings(),
             trace=Trace(client.profile.model_id, len(request.prompt), tuple(trace), client.predict(route, request)),
+            reused_tokens=session.reused,
         )

@@ -21,7 +21,7 @@ class Format(Protocol):
     @property
     def source(self) -> Source: ...
 
-    def whole(self, texts: Sequence[Text], tokens: int) -> Chunk:
+    def whole(self, texts: Sequence[Text], tokens: int, reused: int) -> Chunk:
         """``tokens``: all that were generated, those of texts left out, too."""
 
     def opening(self, index: int) -> list[Chunk]:
@@ -31,7 +31,7 @@ class Format(Protocol):
 
     def closing(self, index: int, finish_reason: str) -> Chunk: ...
 
-    def usage_chunk(self, tokens: int) -> Chunk: ...
+    def usage_chunk(self, tokens: int, reused: int) -> Chunk: ...
 
 
 class _Common:
@@ -51,13 +51,13 @@ class _Common:
             "system_fingerprint": f"fp_{self._profile.model_id.rpartition('@')[2]}",
         }
 
-    def _usage(self, tokens: int) -> Chunk:
+    def _usage(self, tokens: int, reused: int) -> Chunk:
         prompt = self._asked.prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": tokens,
             "total_tokens": prompt + tokens,
-            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": reused, "audio_tokens": 0},
             "completion_tokens_details": {
                 "reasoning_tokens": 0,
                 "audio_tokens": 0,
@@ -77,7 +77,7 @@ class _Common:
 class ChatFormat(_Common):
     source: Source = "chat"
 
-    def whole(self, texts: Sequence[Text], tokens: int) -> Chunk:
+    def whole(self, texts: Sequence[Text], tokens: int, reused: int) -> Chunk:
         choices: list[Chunk] = [
             {
                 "index": index,
@@ -87,7 +87,7 @@ class ChatFormat(_Common):
             }
             for index, text in enumerate(texts)
         ]
-        return self._head("chatcmpl", "chat.completion") | {"choices": choices, "usage": self._usage(tokens)}
+        return self._head("chatcmpl", "chat.completion") | {"choices": choices, "usage": self._usage(tokens, reused)}
 
     def opening(self, index: int) -> list[Chunk]:
         return [self._chunk(index, {"role": "assistant", "content": "", "refusal": None})]
@@ -101,8 +101,8 @@ class ChatFormat(_Common):
     def closing(self, index: int, finish_reason: str) -> Chunk:
         return self._chunk(index, {}, finish_reason=finish_reason)
 
-    def usage_chunk(self, tokens: int) -> Chunk:
-        return self._head("chatcmpl", "chat.completion.chunk") | {"choices": [], "usage": self._usage(tokens)}
+    def usage_chunk(self, tokens: int, reused: int) -> Chunk:
+        return self._head("chatcmpl", "chat.completion.chunk") | {"choices": [], "usage": self._usage(tokens, reused)}
 
     def _chunk(
         self, index: int, delta: Chunk, *, logprobs: Chunk | None = None, finish_reason: str | None = None
@@ -143,12 +143,12 @@ class CompletionFormat(_Common):
         self._offsets: dict[int, int] = {}
         """Characters of each text that were streamed already."""
 
-    def whole(self, texts: Sequence[Text], tokens: int) -> Chunk:
+    def whole(self, texts: Sequence[Text], tokens: int, reused: int) -> Chunk:
         choices = [
             self._choice(index, self._echoed(index) + text.text, self._logprobs(text.tokens, 0), text.finish_reason)
             for index, text in enumerate(texts)
         ]
-        return self._head("cmpl", "text_completion") | {"choices": choices, "usage": self._usage(tokens)}
+        return self._head("cmpl", "text_completion") | {"choices": choices, "usage": self._usage(tokens, reused)}
 
     def opening(self, index: int) -> list[Chunk]:
         return [self._chunk(index, self._echoed(index))]
@@ -163,8 +163,8 @@ class CompletionFormat(_Common):
     def closing(self, index: int, finish_reason: str) -> Chunk:
         return self._chunk(index, "", finish_reason=finish_reason)
 
-    def usage_chunk(self, tokens: int) -> Chunk:
-        return self._head("cmpl", "text_completion") | {"choices": [], "usage": self._usage(tokens)}
+    def usage_chunk(self, tokens: int, reused: int) -> Chunk:
+        return self._head("cmpl", "text_completion") | {"choices": [], "usage": self._usage(tokens, reused)}
 
     def _echoed(self, index: int) -> str:
         return self._asked.texts[index // self._asked.n] if self._echo else ""

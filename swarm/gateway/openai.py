@@ -17,6 +17,7 @@ from swarm.gateway.bodies import ChatBody, CompletionBody, GenerationBody
 from swarm.gateway.choices import Text, collected, pieces
 from swarm.gateway.failures import BadField
 from swarm.gateway.formats import ChatFormat, CompletionFormat, Format
+from swarm.gateway.generations import LiveGeneration
 from swarm.gateway.hub import Source
 from swarm.gateway.planning import Asked, check_model, plan_chat, plan_completion
 from swarm.gateway.requests import check_access, parsed
@@ -82,29 +83,30 @@ async def _answer(
     if body.stream:
         chunks = _chunks(state, asked, form, with_usage=body.wants_usage)
         return await streamed(request, chunks, state.settings.gateway.slow_reader_s, headers)
-    texts = await while_connected(request, _texts(state, asked, form.source))
+    texts, reused = await while_connected(request, _texts(state, asked, form.source))
     tokens = sum(len(text.tokens) for text in texts)
     if best_of > asked.n and asked.requests:
         texts = _best(texts, best_of, asked.n)
-    return JSONResponse(form.whole(texts, tokens), headers=headers)
+    return JSONResponse(form.whole(texts, tokens, reused), headers=headers)
 
 
-async def _texts(state: GatewayState, asked: Asked, source: Source) -> list[Text]:
+async def _texts(state: GatewayState, asked: Asked, source: Source) -> tuple[list[Text], int]:
+    """And how many tokens of the prompts were kept from before."""
     if not asked.requests:  # max_tokens is 0
-        return [Text(finish_reason="length") for _ in range(len(asked.prompts) * asked.n)]
+        return [Text(finish_reason="length") for _ in range(len(asked.prompts) * asked.n)], 0
     async with state.generations.reserve(len(asked.requests)) as places:
         live = [
             places.stream(one, asked.stops, source=source, generation=asked.generation(index))
             for index, one in enumerate(asked.requests)
         ]
-        return await collected(live, state.settings.gateway)
+        return await collected(live, state.settings.gateway), _reused(asked, live)
 
 
 async def _chunks(
     state: GatewayState, asked: Asked, form: Format, *, with_usage: bool
 ) -> AsyncGenerator[dict[str, Any] | None, None]:
     """None: nothing has come for a while, but it goes on."""
-    tokens = 0
+    tokens = reused = 0
     usage: dict[str, Any] = {"usage": None} if with_usage else {}
     if not asked.requests:
         for index in range(len(asked.prompts) * asked.n):
@@ -130,8 +132,15 @@ async def _chunks(
                         made = form.opening(piece.index)
                     for chunk in made:
                         yield chunk | usage
+            reused = _reused(asked, live)
     if with_usage:
-        yield form.usage_chunk(tokens)
+        yield form.usage_chunk(tokens, reused)
+
+
+def _reused(asked: Asked, live: Sequence[LiveGeneration]) -> int:
+    """Tokens of the prompts, each counted once, that the peers had from earlier sessions."""
+    first = live[:: len(live) // len(asked.prompts)]
+    return sum(one.result.reused_tokens for one in first if one.result is not None)
 
 
 def _best(texts: Sequence[Text], best_of: int, n: int) -> list[Text]:

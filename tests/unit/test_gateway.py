@@ -91,6 +91,7 @@ class ScriptedSession:
         stop_at = len(request.prompt) + request.max_tokens
         self.transcript = Transcript(request, stop_at, vocab_size)
         self.rebuilds: list[Any] = []
+        self.reused = len(request.prompt) // 2
         self._script = script
         self._vocab_size = vocab_size
         script.requests.append(request)
@@ -314,7 +315,10 @@ async def test_several_prompts_and_several_texts(gateway: Gateway, as_ids: bool)
     assert [choice["text"] for choice in answer["choices"]] == wanted
     assert len(set(wanted)) == 4
     assert answer["usage"]["completion_tokens"] == 20
-    assert answer["usage"]["prompt_tokens"] == sum(len(TOKENIZER.encode(text)) for text in texts)
+    lengths = [len(TOKENIZER.encode(text)) for text in texts]
+    assert answer["usage"]["prompt_tokens"] == sum(lengths)
+    # each prompt counts once, and what the peers had of it from before
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == sum(length // 2 for length in lengths)
 
 
 async def test_one_prompt_as_token_ids(gateway: Gateway) -> None:
