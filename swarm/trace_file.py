@@ -30,15 +30,16 @@ def check_place(file: Path) -> None:
 
 def write_trace(file: Path, trace: Trace) -> None:
     """Raises :class:`BadRequest` if ``file`` can't be written."""
-    _write(file, trace.to_json())
+    write_text(file, trace.to_json())
 
 
 def export_trace(file: Path, trace: Trace) -> None:
     """For Chrome's trace viewer and Perfetto. Raises :class:`BadRequest` if ``file`` can't be written."""
-    _write(file, json.dumps(chrome_trace(trace)))
+    write_text(file, json.dumps(chrome_trace(trace)))
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Raises :class:`BadRequest` if ``file`` can't be written."""
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

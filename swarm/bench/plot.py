@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from html import escape
 
@@ -14,14 +13,16 @@ COLOURS = {"tokens/s": "#2a7f9e", "ms": "#c8793a", "x": "#5b8c3e", "MiB": "#7a5c
 
 
 def svg(figures: Sequence[Figure]) -> str:
-    """A document of its own; bars of one group share a scale."""
+    """A document of its own. What has section and unit in common shares a scale, wherever it is among ``figures``."""
     parts: list[str] = []
     y = 0
-    for (section, unit), group in itertools.groupby(figures, key=lambda figure: (figure.section, figure.unit)):
-        bars = list(group)
+    groups: dict[tuple[str, str], list[Figure]] = {}
+    for figure in figures:
+        groups.setdefault((figure.section, figure.unit), []).append(figure)
+    for (section, unit), bars in groups.items():
         y += HEAD
         parts.append(f'<text x="8" y="{y - 8}" class="head">{escape(f"{section}, {unit}" if unit else section)}</text>')
-        most = max((figure.value for figure in bars), default=0.0) or 1.0
+        most = max(figure.value for figure in bars) or 1.0
         for figure in bars:
             length = max(0.0, figure.value) / most * (WIDTH - LABELS - 90)
             middle = y + BAR - 4

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from swarm.bench.runs import Run, percentile, ratio
-from swarm.bench.sections import ONE, THREE, TRANSFORMERS, Contender, Figure, Scale, SwarmContender, turned
+from swarm.bench.sections import RATIOS, Contender, Figure, Scale, SwarmContender, turned
 from swarm.sample_text import sample_prompt
 from swarm.wire import MODEL, WIRES
 
@@ -36,7 +36,7 @@ async def prefill(
         Figure("prefill", f"{name}: {len(prompt)} tokens to the first one", 1e3 * statistics.median(taken), "ms")
         for name, taken in times.items()
     ]
-    for above, below in ((ONE, TRANSFORMERS), (THREE, ONE), (THREE, TRANSFORMERS)):
+    for above, below in RATIOS:
         if above in times and below in times:
             figures.append(Figure("prefill", f"{above} / {below}, time", ratio(times[above], times[below]), "x"))
     return figures
@@ -67,19 +67,24 @@ async def wires(contender: SwarmContender, scale: Scale, report: Callable[[str],
 
 async def mixed(contender: SwarmContender, scale: Scale, report: Callable[[str], None]) -> list[Figure]:
     """Time between the tokens of one session, alone and while the prompt of another one is computed."""
-    tokenizer = contender.client.tokenizer
+    client = contender.client
+    tokenizer = client.tokenizer
+    # What a session may have, a small model's context or the peers' limit, has to do for all of the disturbed one.
+    limit = min(client.profile.max_positions, client.settings.peer.max_cache_tokens_per_session)
+    most, other = min(LONG_ENOUGH, limit // 2), min(scale.mixed, limit - 2)
     alone: list[float] = []
     disturbed: list[float] = []
     took: list[float] = []
     for number in range(scale.rounds):
-        prompt = sample_prompt(tokenizer, scale.prompt, 3 * number)
+        prompt = sample_prompt(tokenizer, min(scale.prompt, limit - most), 3 * number)
         alone += (await contender.generate(prompt, scale.tokens)).gaps
-        gaps, prefill_s = await _disturbed(contender, prompt, sample_prompt(tokenizer, scale.mixed, 5 + number))
+        long_prompt = sample_prompt(tokenizer, other, 5 + number)
+        gaps, prefill_s = await _disturbed(contender, prompt, most, long_prompt)
         disturbed += gaps
         took.append(prefill_s)
         report(f"mixed, round {number + 1} of {scale.rounds}: {len(gaps)} tokens during a prompt of {prefill_s:.1f} s")
-    figures = [Figure("mixed", f"first token of {scale.mixed} tokens beside it", 1e3 * statistics.median(took), "ms")]
-    for share in (0.5, 0.95):
+    figures = [Figure("mixed", f"first token of {other} tokens beside it", 1e3 * statistics.median(took), "ms")]
+    for share in (0.5, 0.95) if disturbed else ():  # a prompt may be computed between two tokens
         calm, busy = percentile(alone, share), percentile(disturbed, share)
         figures += [
             Figure("mixed", f"between tokens alone, p{100 * share:.0f}", 1e3 * calm, "ms"),
@@ -90,12 +95,11 @@ async def mixed(contender: SwarmContender, scale: Scale, report: Callable[[str],
 
 
 async def _disturbed(
-    contender: SwarmContender, prompt: Sequence[int], other: Sequence[int]
+    contender: SwarmContender, prompt: Sequence[int], most: int, other: Sequence[int]
 ) -> tuple[list[float], float]:
     """Gaps of one session that end while ``other`` is computed, and how long that took. Seconds."""
     begun, done = asyncio.Event(), asyncio.Event()
     at: list[float] = []
-    most = min(LONG_ENOUGH, contender.client.profile.max_positions - len(prompt))
 
     def watched(tokens: int) -> bool:
         at.append(time.perf_counter())

@@ -16,6 +16,7 @@ class Run:
     """One generation. ``times`` are seconds from the call to each token."""
 
     token_ids: list[int]
+    """Empty where they are not known: a server sends text."""
     times: list[float]
     hops: list[tuple[HopTiming, ...]] = field(default_factory=list)
     """For each token; empty for a generation without a swarm."""

@@ -25,6 +25,10 @@ from swarm.types import Token
 
 TRANSFORMERS, ONE, THREE, GIVEN, SERVER = "transformers generate", "one peer", "three peers", "swarm", "server"
 """Names of contenders, in this order everywhere."""
+RATIOS = (
+    *((ONE, TRANSFORMERS), (THREE, ONE), (THREE, TRANSFORMERS)),
+    *((ONE, SERVER), (THREE, SERVER), (GIVEN, SERVER)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,19 +149,13 @@ async def speed(
         ]
         if contenders[name].pids:  # hardly moved by what else the machine does; the prompt is shared out
             figures.append(Figure("speed", f"{name}: processor time a token", statistics.median(cpu_ms[name]), "ms"))
-    for above, below in (
-        (ONE, TRANSFORMERS),
-        (THREE, ONE),
-        (THREE, TRANSFORMERS),
-        *((ours, SERVER) for ours in (ONE, THREE, GIVEN)),
-    ):
+    for above, below in RATIOS:
         if above in rates and below in rates:
             figures.append(Figure("speed", f"{above} / {below}", ratio(rates[above], rates[below]), "x"))
             best = max(rates[above]) / max(rates[below])
             figures.append(Figure("speed", f"{above} / {below}, best rounds", best, "x"))
-    told = {name: done for name, done in runs.items() if name != SERVER}  # which says no token ids
-    texts = {tuple(run.token_ids) for done in told.values() for run in done}
-    if len(told) > 1:
+    texts = {tuple(run.token_ids) for done in runs.values() for run in done if run.token_ids}  # a server's aren't known
+    if len(runs) > 1:
         figures.append(Figure("speed", "different texts among all runs", float(len(texts)), ""))
     for name in (THREE, GIVEN):
         if name in runs:

@@ -24,9 +24,10 @@ from swarm.commands.tables import table
 from swarm.config import Settings
 from swarm.config_rules import listed
 from swarm.errors import BadRequest
-from swarm.trace_file import check_place
+from swarm.trace_file import check_place, write_text
 
 if TYPE_CHECKING:
+    from swarm.bench.openai import OpenAIServer
     from swarm.bench.reference import Reference
     from swarm.bench.sections import Figure, Scale
     from swarm.local import LocalSwarm
@@ -42,7 +43,8 @@ CONTENDERS = ("transformers", "one", "three")
 
 def bench(
     initial_peers: Annotated[
-        list[str] | None, typer.Option(help="Measure this swarm, and start none; repeatable.")
+        list[str] | None,
+        typer.Option(help="Measure this swarm, and start none; repeatable. Or SWARM_INITIAL_PEERS."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help=f"Sections: {', '.join(SECTIONS)}; repeatable.")] = None,
     contenders: Annotated[
@@ -51,9 +53,11 @@ def bench(
     model: ModelReference = None,
     dtype: Dtype = None,
     weights: Weights = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Contenders take turns so often; medians count.")] = 5,
-    tokens: Annotated[int, typer.Option(min=4, help="To generate in each run.")] = 48,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 64,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Contenders take turns so often; medians count. 5, or 2 if quick.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=4, help="To generate in each run. 48, or 16 if quick.")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt. 64, or 32 if quick.")] = None,
     link_ms: Annotated[
         float, typer.Option(min=0, help="Make every link of our peers this slow, one way, through a proxy.")
     ] = 0.0,
@@ -62,7 +66,11 @@ def bench(
         str | None, typer.Option(help="An OpenAI-compatible server to compare with, such as http://127.0.0.1:8080/v1.")
     ] = None,
     url_model: Annotated[str | None, typer.Option(help="Its model; otherwise the first that it names.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the figures there as a picture, in SVG.")] = None,
+    url_key: Annotated[
+        str | None,
+        typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="Sent to --url as a bearer token."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the figures there as a picture: FILE.svg.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two short rounds: only to see that it works.")] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -74,33 +82,56 @@ def bench(
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
         taking_part = chosen(contenders or CONTENDERS, CONTENDERS, "contender")
-        if not settings.network.initial_peers and not {"one", "three"} & set(taking_part):
+        running = bool(initial_peers) or (not contenders and bool(settings.network.initial_peers))
+        if running:
+            if contenders:
+                raise BadRequest("--contenders are started here, and --initial-peers run already: name one of the two")
+            if link_ms or link_mbps:
+                raise BadRequest("links of peers that run already can't be slowed; without --initial-peers, ours are")
+            taking_part, sections = [], [name for name in sections if name != "memory"]
+            if not sections:
+                raise BadRequest("memory is measured of peers that are started here, not of --initial-peers")
+        elif not {"one", "three"} & set(taking_part):
             raise BadRequest("no swarm takes part; --contenders names one, three or both, too")
-        if initial_peers:
-            sections, taking_part = [name for name in sections if name != "memory"], []
-        check_length(prompt, tokens, settings)
         if plot is not None:
-            check_place(plot)
-        from swarm.bench.openai import model_at
+            check_picture(plot)
         from swarm.bench.sections import Scale
 
-        if url is not None:
-            url_model = model_at(url, url_model)
-        scale = Scale(rounds, tokens, prompt)
+        scale = Scale(rounds or 5, tokens or 48, prompt or 64)
         if quick:
-            scale = Scale(2, 16, min(prompt, 32), prefill=64, mixed=200, sessions=(1, 8))
-        around = _Around(link_ms / 1e3, link_mbps * 1e6 / 8, url, url_model)
-        figures = _measure(settings, sections, taking_part, scale, around)
+            scale = Scale(rounds or 2, tokens or 16, prompt or 32, prefill=64, mixed=200, sessions=(1, 8))
+        check_length(scale.prompt, scale.tokens, settings)
+        server = None
+        if url is not None:
+            from swarm.bench.openai import OpenAIServer
+
+            server = OpenAIServer(url, url_key or "")
+        around = _Around(link_ms / 1e3, link_mbps * 1e6 / 8, server, url_model)
+        figures: list[Figure] = []
+        try:
+            _measure(settings, sections, taking_part, scale, around, figures)
+        finally:  # Ctrl-C, or a contender that fails: what was measured until then took minutes
+            _show(figures, as_json)
         if plot is not None:
             from swarm.bench.plot import svg
 
-            plot.write_text(svg(figures), encoding="utf-8")
+            write_text(plot, svg(figures))
             say(f"the picture is in {plot}")
-        if as_json:
-            for figure in figures:
-                print_json({"event": "figure", **asdict(figure), "value": round(figure.value, 3)})
-        else:
-            print("\n".join(rendered(figures)))
+
+
+def check_picture(file: Path) -> None:
+    """Before minutes of measuring; raises :class:`BadRequest`."""
+    if file.suffix.lower() not in ("", ".svg"):
+        raise BadRequest(f"the picture is SVG, not {file.suffix}: name it {file.with_suffix('.svg').name}")
+    check_place(file)
+
+
+def _show(figures: Sequence[Figure], as_json: bool) -> None:
+    if as_json:
+        for figure in figures:
+            print_json({"event": "figure", **asdict(figure), "value": round(figure.value, 3)})
+    elif figures:
+        print("\n".join(rendered(figures)))
 
 
 def chosen(names: Sequence[str], known: Sequence[str], what: str) -> list[str]:
@@ -132,7 +163,7 @@ class _Around:
     link_s: float
     """One way; 0: as it is."""
     bytes_per_s: float
-    url: str | None
+    server: OpenAIServer | None
     url_model: str | None
 
     @property
@@ -149,15 +180,22 @@ def _slow_peers(stack: contextlib.ExitStack, peers: int, around: _Around) -> dic
 
 
 def _measure(
-    settings: Settings, sections: Sequence[str], contenders: Sequence[str], scale: Scale, around: _Around
-) -> list[Figure]:
+    settings: Settings,
+    sections: Sequence[str],
+    contenders: Sequence[str],
+    scale: Scale,
+    around: _Around,
+    figures: list[Figure],
+) -> None:
     """Starts what takes part, before there is an event loop: Ctrl-C is heard at once, and stops all of it."""
     from swarm.bench.reference import Reference
     from swarm.bench.sections import ONE, THREE
     from swarm.local import LocalSwarm, even_ranges
     from swarm.models import config_dict, resolve
 
-    figures: list[Figure] = []
+    server_model = around.url_model
+    if around.server is not None and server_model is None:
+        server_model = run_async(around.server.first_model())  # a wrong URL is told before the peers start
     with contextlib.ExitStack() as stack:
         swarms: dict[str, LocalSwarm] = {}
         reference: Reference | None = None
@@ -190,12 +228,11 @@ def _measure(
 
         async def work() -> None:
             try:
-                figures.extend(await _sections(settings, sections, scale, swarms, reference, around))
+                await _sections(settings, sections, scale, swarms, reference, around, server_model, figures)
             finally:
                 stack.close()  # ends a thread that waits for one of them, for which the loop would wait
 
         run_async(work())
-    return figures
 
 
 async def _sections(
@@ -205,7 +242,10 @@ async def _sections(
     swarms: Mapping[str, LocalSwarm],
     reference: Reference | None,
     around: _Around,
-) -> list[Figure]:
+    server_model: str | None,
+    figures: list[Figure],
+) -> None:
+    """Each section's figures are there as soon as it is done."""
     from swarm.bench import sections as measure
     from swarm.bench.drafts import speculation
     from swarm.bench.openai import OpenAIContender
@@ -214,7 +254,6 @@ async def _sections(
     from swarm.sample_text import sample_prompt
 
     report: Callable[[str], None] = say
-    figures: list[Figure] = []
     async with contextlib.AsyncExitStack() as stack:
         contenders: dict[str, measure.Contender] = {}
         if reference is not None:
@@ -228,9 +267,8 @@ async def _sections(
             client = await stack.enter_async_context(AsyncClient(initial_peers, None, settings))
             contenders[name] = on_swarm[name] = measure.SwarmContender(client, pids.get(name, []))
         most = list(on_swarm.values())[-1]
-        if around.url is not None and around.url_model is not None:
-            decode = most.client.tokenizer.decode
-            contenders[measure.SERVER] = OpenAIContender(around.url, around.url_model, decode)
+        if around.server is not None and server_model is not None:
+            contenders[measure.SERVER] = OpenAIContender(around.server, server_model, most.client.tokenizer.decode)
         prompt = sample_prompt(most.client.tokenizer, scale.prompt)
         if "speed" in sections:
             figures += await measure.speed(contenders, prompt, scale, report, around.link_s)
@@ -251,4 +289,3 @@ async def _sections(
             figures += await measure.kv_cache(most, prompt, scale, report)
         if "speculation" in sections:
             figures += await speculation(most, scale, report)
-    return figures

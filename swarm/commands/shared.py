@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +21,7 @@ from swarm.config import Settings
 from swarm.config_loader import LoadedSettings, load_settings
 from swarm.errors import ConfigError, SwarmError, TooLong, Unreachable
 
+T = TypeVar("T")
 Work = Callable[[Settings], Coroutine[Any, Any, None]]
 
 NEXT_STEPS = (
@@ -88,11 +89,11 @@ def check_length(prompt: int, tokens: int, settings: Settings) -> None:
         raise TooLong(f"{prompt} tokens of prompt and {tokens} to generate; the limit is {limit}")
 
 
-def run_async(work: Coroutine[Any, Any, None]) -> None:
+def run_async(work: Coroutine[Any, Any, T]) -> T:
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work)
+        return runner.run(work)
 
 
 def log_to_stderr(verbose: bool, log_format: str = "text", *, stamped: bool = False) -> None:

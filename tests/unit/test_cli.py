@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from peers.commands import app as peer_app
 from swarm import __version__
+from swarm.bench.sections import Figure, Scale
 from swarm.cli import main
 from swarm.commands import bench, generate
 from swarm.commands.app import app
@@ -28,7 +29,7 @@ from swarm.commands.drawing import ASCII, UNICODE, bar, cells, counts_line, pen_
 from swarm.commands.plan import rendered as rendered_plan
 from swarm.commands.status import as_event, rendered, status_of
 from swarm.commands.tables import Cell, table
-from swarm.errors import BadRequest, NoRoute, TooLong
+from swarm.errors import BadRequest, Busy, NoRoute, TooLong
 from swarm.gateway.console_map import swarm_map
 from swarm.generation import Generation, Timings
 from swarm.models import ModelProfile
@@ -351,7 +352,8 @@ def test_the_limit_that_cut_a_text_is_named(max_tokens: int, limit: str, capsys:
     assert capsys.readouterr().err.endswith(f"cut at the limit of tokens {limit}\n")
 
 
-def test_a_lone_contender_takes_part_in_the_sections_of_the_largest_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+def started_by_bench(monkeypatch: pytest.MonkeyPatch, sections: Any, *arguments: str) -> tuple[list[int], Result]:
+    """How many peers each swarm has that ``swarm bench`` starts; ``sections`` measures in its place."""
     started: list[int] = []
 
     @contextlib.contextmanager
@@ -359,13 +361,62 @@ def test_a_lone_contender_takes_part_in_the_sections_of_the_largest_swarm(monkey
         started.append(len(ranges))
         yield
 
-    async def sections(*_: Any) -> list[Any]:
-        return []
-
     monkeypatch.setattr("swarm.local.LocalSwarm", local_swarm)
     monkeypatch.setattr(bench, "_sections", sections)
-    CliRunner().invoke(app, ["bench", "--contenders", "one", "--only", "sessions"], catch_exceptions=False)
-    assert started == [1]
+    result = CliRunner().invoke(app, ["bench", "--only", "sessions", *arguments], catch_exceptions=False)
+    return started, result
+
+
+async def no_sections(*_: Any) -> None:
+    pass
+
+
+def test_a_lone_contender_takes_part_in_the_sections_of_the_largest_swarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started_by_bench(monkeypatch, no_sections, "--contenders", "one")[0] == [1]
+
+
+def test_bench_measures_the_swarm_that_the_environment_names_unless_contenders_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SWARM_INITIAL_PEERS", NOBODY)
+    assert started_by_bench(monkeypatch, no_sections)[0] == []
+    assert started_by_bench(monkeypatch, no_sections, "--contenders", "three")[0] == [3]
+
+
+@pytest.mark.parametrize(("failure", "code"), [(Busy("no room"), 5), (KeyboardInterrupt(), 130)])
+def test_what_was_measured_before_a_section_fails_is_shown(
+    failure: BaseException, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def sections(*arguments: Any) -> None:
+        arguments[-1].append(Figure("speed", "one peer", 40.0, "tokens/s"))
+        raise failure
+
+    _, result = started_by_bench(monkeypatch, sections, "--contenders", "one", "--json")
+    assert result.exit_code == code
+    figure, *errors = [json.loads(line) for line in result.stdout.splitlines()]
+    assert figure == {"event": "figure", "section": "speed", "name": "one peer", "value": 40.0, "unit": "tokens/s"}
+    assert [error["code"] for error in errors] == (["busy"] if code == 5 else [])
+
+
+def test_a_picture_that_does_not_fit_the_disk_is_told_after_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sections(*arguments: Any) -> None:
+        arguments[-1].append(Figure("speed", "one peer", 40.0, "tokens/s"))
+
+    _, result = started_by_bench(monkeypatch, sections, "--contenders", "one", "--plot", "/dev/full")
+    assert result.exit_code == 2
+    assert "one peer" in result.stdout
+    assert result.stderr.splitlines()[-1] == "swarm: can't write /dev/full: No space left on device"
+
+
+def test_quick_leaves_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[Scale] = []
+
+    async def sections(*arguments: Any) -> None:
+        scales.extend(argument for argument in arguments if isinstance(argument, Scale))
+
+    started_by_bench(monkeypatch, sections, "--contenders", "one", "--quick")
+    started_by_bench(monkeypatch, sections, "--contenders", "one", "--quick", "--rounds", "3", "--prompt", "90")
+    assert [(scale.rounds, scale.tokens, scale.prompt) for scale in scales] == [(2, 16, 32), (3, 16, 90)]
 
 
 def test_names_are_chosen_in_their_own_order() -> None:
@@ -398,6 +449,16 @@ def test_names_are_chosen_in_their_own_order() -> None:
             ["bench", "--plot", "/nowhere/figures.svg"],
             2,
             "can't write /nowhere/figures.svg: there is no folder /nowhere",
+        ),
+        (["bench", "--plot", "figures.png"], 2, "the picture is SVG, not .png: name it figures.svg"),
+        (["bench", "--url", "localhost:8080/v1"], 2, "'localhost:8080/v1' is no http or https URL"),
+        (["bench", "--url", "http://127.0.0.1:9/v1"], 1, "http://127.0.0.1:9/v1/models does not answer"),
+        (["bench", "--contenders", "one", "--initial-peers", NOBODY], 2, "--initial-peers run already: name one"),
+        (["bench", "--link-ms", "20", "--initial-peers", NOBODY], 2, "links of peers that run already can't be slowed"),
+        (
+            ["bench", "--only", "memory", "--initial-peers", NOBODY],
+            2,
+            "memory is measured of peers that are started here",
         ),
         (["gateway", "--port", "0", "--api-key", "key\n"], 2, "the API key has spaces around it"),
         (["gateway", "--port", "0", "--api-key", "schl\u00fcssel"], 2, "characters beyond ASCII"),
