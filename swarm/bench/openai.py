@@ -34,8 +34,12 @@ class OpenAIServer:
     """Sent as a bearer token, unless it is empty."""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise BadRequest(f"{self.url!r} is no http or https URL")
+        try:
+            wrong = "" if self.url.startswith(("http://", "https://")) and httpx.URL(self.url).host else "no server"
+        except httpx.InvalidURL as error:
+            wrong = str(error)
+        if wrong:
+            raise BadRequest(f"{self.url!r} is no http or https URL: {wrong}")
         if self.key != self.key.strip() or not (self.key.isascii() and self.key.isprintable()):
             raise BadRequest("the key for --url has spaces around it or characters beyond ASCII: no server takes it")
 
@@ -86,7 +90,7 @@ class OpenAIServer:
                         raise SwarmError(f"{url} answers without end")
                 if response.status_code != 200:
                     raise SwarmError(f"{url} answered {response.status_code}")
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:  # TimeoutError is an OSError
+        except (httpx.HTTPError, OSError, ValueError) as error:  # TimeoutError is an OSError
             raise SwarmError(f"{url} does not answer, or breaks off: {error!r}") from None
 
 

@@ -21,13 +21,17 @@ LONG_ENOUGH = 400
 
 
 async def prefill(
-    contenders: Mapping[str, Contender], prompt: Sequence[int], scale: Scale, report: Callable[[str], None]
+    contenders: Mapping[str, Contender],
+    prompt_of: Callable[[int], Sequence[int]],
+    scale: Scale,
+    report: Callable[[str], None],
 ) -> list[Figure]:
-    """Time to the first token of ``prompt``, contenders in turn."""
+    """Time to the first token of a long prompt, contenders in turn. ``prompt_of``: another one for each number."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
-        await contender.generate(prompt, 2)  # the first run is a warm-up
+        await contender.generate(prompt_of(0), 2)  # the first run is a warm-up
     for number in range(scale.rounds):
+        prompt = prompt_of(number + 1)  # a server may still have what the last round computed
         for name in turned(list(contenders), number):
             run = await contenders[name].generate(prompt, 2)
             times[name].append(run.ttft_s)

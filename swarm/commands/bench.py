@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -278,7 +279,8 @@ async def _sections(
                     await contender.generate(prompt, scale.tokens)
             figures += await measure.memory(swarms, reference)
         if "prefill" in sections:
-            figures += await prefill(contenders, sample_prompt(most.client.tokenizer, scale.prefill), scale, report)
+            prompt_of = functools.partial(sample_prompt, most.client.tokenizer, scale.prefill)
+            figures += await prefill(contenders, prompt_of, scale, report)
         if "wire" in sections:
             figures += await wires(most, scale, report)
         if "mixed" in sections:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from swarm.bench.processes import cpu_s, peak_mb
+from swarm.bench.prompts import prefill
 from swarm.bench.runs import Run, hop_shares, percentile, ratio, throughput
 from swarm.bench.sections import ONE, SERVER, TRANSFORMERS, Figure, Scale, speed
 from swarm.commands.bench import rendered
@@ -112,3 +113,33 @@ def test_a_sample_prompt_has_any_length_and_beginning() -> None:
 def test_figures_are_a_table_by_section() -> None:
     lines = rendered([Figure("a", "x", 1.234, "ms"), Figure("a", "y", 10.0, "MiB"), Figure("b", "z", 2.0, "")])
     assert lines[1:] == ["a        x       1.23  ms", "         y         10  MiB", "b        z          2"]
+
+
+class Recorded:
+    """A contender that is done at once."""
+
+    pids: ClassVar[list[int]] = []
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        self.tokens = list(tokens)
+        self.prompts: list[list[int]] = []
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Run:
+        self.prompts.append(list(prompt))
+        return Run(self.tokens, [0.1, 0.2])
+
+
+async def test_each_round_of_prefill_has_another_prompt_which_no_server_has_kept() -> None:
+    one, other = Recorded(), Recorded()
+    figures = await prefill(
+        {"one peer": one, "server": other}, lambda number: [number, 7, 7], Scale(3, 4, 8), lambda _: None
+    )
+    assert one.prompts == other.prompts
+    assert len({tuple(prompt) for prompt in one.prompts}) == 1 + 3
+    assert [figure.name for figure in figures][-1] == "one peer / server, time"
+
+
+async def test_tokens_of_a_server_are_unknown_and_no_other_text() -> None:
+    one, other = Recorded([5, 6]), Recorded()
+    texts = await speed({"one peer": one, "server": other}, [1], Scale(1, 4, 8), lambda _: None)
+    assert [figure.value for figure in texts if figure.name == "different texts among all runs"] == [1]
