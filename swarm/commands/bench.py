@@ -83,6 +83,8 @@ def bench(
     with failing_well(as_json), ending_on_sigterm():
         sections = chosen(only or BY_DEFAULT, SECTIONS, "section")
         taking_part = chosen(contenders or CONTENDERS, CONTENDERS, "contender")
+        if not sections:
+            raise BadRequest(f"--only names no section; there are: {', '.join(SECTIONS)}")
         running = bool(initial_peers) or (not contenders and bool(settings.network.initial_peers))
         if running:
             if contenders:

@@ -441,6 +441,7 @@ def test_names_are_chosen_in_their_own_order() -> None:
         (["generate", "hi", "--kv", "int3"], 2, "--kv: inference.kv: expected model or int8"),
         (["bench", "--weights", "tiny"], 2, "expected auto or float32 or bfloat16 or int8 or int4"),
         (["bench", "--only", "colour"], 2, "'colour' is no section; there are: speed"),
+        (["bench", "--only", ","], 2, "--only names no section; there are: speed"),
         (["bench", "--contenders", "transformers"], 2, "no swarm takes part"),
         (["bench", "--model", "colour"], 2, "'colour' is no folder, no .gguf file and no Hub id"),
         (["bench", "--url", "colour"], 2, "'colour' is no http or https URL"),
