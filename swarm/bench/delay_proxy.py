@@ -7,6 +7,7 @@ whoever dialled it, so the link is slow if it was dialled through the proxy: sta
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Coroutine
@@ -97,6 +98,11 @@ class DelayProxy:
         task = asyncio.current_task()
         assert task is not None
         self._busy.add(task)
+        with contextlib.suppress(asyncio.CancelledError):  # by _stop; asyncio's server would print it as an error
+            await self._connect(reader, writer)
+        self._busy.discard(task)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers = [writer]
         try:
             far_reader, far_writer = await asyncio.open_connection(HOST, self._target_port, limit=CHUNK_BYTES)
@@ -107,7 +113,6 @@ class DelayProxy:
         except* OSError:
             pass  # one side is gone; so is the other, now
         finally:
-            self._busy.discard(task)
             for each in writers:
                 each.close()  # what was written is still sent
 

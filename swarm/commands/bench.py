@@ -39,6 +39,8 @@ BY_DEFAULT = tuple(name for name in SECTIONS if name != "wire")
 """Without ``--only``; on fast links it makes no difference how hidden states travel."""
 COMPARED = {"speed", "memory", "prefill"}
 """Sections in which all contenders take part; in the others it is the largest swarm alone."""
+MAX_LINK_MS = 10_000
+"""Nobody waits longer for a peer to answer."""
 CONTENDERS = ("transformers", "one", "three")
 
 
@@ -60,7 +62,8 @@ def bench(
     tokens: Annotated[int | None, typer.Option(min=4, help="To generate in each run. 48, or 16 if quick.")] = None,
     prompt: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompt. 64, or 32 if quick.")] = None,
     link_ms: Annotated[
-        float, typer.Option(min=0, help="Make every link of our peers this slow, one way, through a proxy.")
+        float,
+        typer.Option(min=0, max=MAX_LINK_MS, help="Make every link of our peers this slow, one way, through a proxy."),
     ] = 0.0,
     link_mbps: Annotated[float, typer.Option(min=0, help="... and no faster than this; 0: as fast as it is.")] = 0.0,
     url: Annotated[

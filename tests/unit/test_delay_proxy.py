@@ -84,3 +84,17 @@ def test_it_ends_with_connections_open_and_refuses_for_a_dead_target() -> None:
 def test_a_link_from_the_future_is_refused() -> None:
     with pytest.raises(BadRequest):
         DelayProxy(1, delay_s=-0.1)
+
+
+def test_a_proxy_that_ends_with_bytes_on_their_way_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        DelayProxy(server.getsockname()[1], delay_s=60) as proxy,
+        socket.create_connection(("127.0.0.1", proxy.port), 5) as sender,
+    ):
+        sender.sendall(b"never")
+        server.settimeout(5)
+        accepted = server.accept()[0]
+        sender.close()
+    accepted.close()
+    assert not caplog.records
