@@ -176,7 +176,7 @@ class Chain:
                 self._refused.clear()
                 await self._transport.ready()
                 await self.planner.refresh()
-        self.complete = self.planner.begun = True
+        self.complete = True
         self._refused.clear()
         if first:
             self.reused = min(control.came_with or 0 for control in self.controls)

@@ -39,23 +39,25 @@ class HopPlanner:
         self._profile = profile
         self._settings = settings
         self._health = health
-        self.begun = False
-        """The session has had a route."""
 
     def plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop]) -> tuple[Hop, ...]:
         """The best hops over ``layers`` between those that ``route`` has right before and after them, round the ring,
         and between the cuts of the session's wire.
 
-        Of near-equals each session takes others, which spreads the load. A session that has begun asks even peers that
-        announced no room, if there are no others: announcements are seconds old. Raises :class:`NoRoute`.
+        Of near-equals each session takes others, which spreads the load. Even peers that announced no room are asked,
+        if there are no others: announcements are seconds old, and the room may have been that of a session that has
+        ended, such as the last turn of the same chat. Raises :class:`NoRoute`.
         """
-        pieces = self._transcript.wire.pieces(layers)
         try:
-            return tuple(h for piece in pieces for h in self._plan(piece, refused, route, self._transcript.stop_at))
+            return self._hops(layers, refused, route, self._transcript.stop_at)
         except NoRoute:
-            if not self.begun:
-                raise
-            return tuple(hop for piece in pieces for hop in self._plan(piece, refused, route, 0))
+            return self._hops(layers, refused, route, 0)
+
+    def _hops(
+        self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop], room: int
+    ) -> tuple[Hop, ...]:
+        pieces = self._transcript.wire.pieces(layers)
+        return tuple(hop for piece in pieces for hop in self._plan(piece, refused, route, room))
 
     def _plan(self, layers: LayerRange, refused: Collection[PeerId], route: Collection[Hop], room: int) -> list[Hop]:
         """``room``: for so many tokens."""
@@ -108,12 +110,14 @@ class HopPlanner:
             if not isinstance(refusal, PeerLost | Unreachable | Busy | Evicted):
                 raise refusal from None
         await self.refresh()
+        whole = LayerRange(0, self._profile.num_layers)
         try:
-            self.plan(LayerRange(0, self._profile.num_layers), refused, ())
+            self.plan(whole, refused, ())
             return
         except NoRoute as now:
             for refusal in refused.values():
                 if isinstance(refusal, Busy | Evicted):
+                    self._hops(whole, (), (), self._transcript.stop_at)  # says more if nobody has announced room
                     raise Busy(refusal.message) from None
             if refused:
                 raise NoRoute(f"{now.message}; another may be loading these layers: try again in a moment") from None

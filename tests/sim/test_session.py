@@ -636,11 +636,29 @@ def test_refused_by_everybody_says_the_limit() -> None:
     run_virtual(main)
 
 
+def test_a_new_session_asks_peers_that_announced_no_room_while_another_had_it() -> None:
+    """The last turn of the same chat, for example: announcements are seconds old."""
+
+    async def main() -> None:
+        world = World(31)
+        for layers in THIRDS:
+            peer = (await world.add_peer(layers)).node.address.peer_id
+            world.directory.known[peer] = replace(world.directory.known[peer], kv_tokens_free=0)
+        outcome = await world.generate(PROMPT, 12)
+        assert outcome.error is None
+        assert outcome.tokens == world.decoder.generate(PROMPT, 12, 31, frozenset())
+        await world.settle()
+
+    run_virtual(main)
+
+
 def test_a_session_that_is_too_long_for_everybody_says_so_and_not_that_layers_are_missing() -> None:
     async def main() -> None:
         world = World(24)
         for layers in THIRDS:
-            peer = (await world.add_peer(layers)).node.address.peer_id
+            added = await world.add_peer(layers)
+            peer, budget = added.node.address.peer_id, added.service.table.budget
+            budget.limit_bytes = 12 * budget.limit_bytes // added.service.table.kv_tokens_free()
             world.directory.known[peer] = replace(world.directory.known[peer], kv_tokens_free=12)
         outcome = await world.generate(PROMPT, 400)
         assert isinstance(outcome.error, NoRoom)
