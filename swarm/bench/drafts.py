@@ -89,7 +89,10 @@ async def speculation(contender: SwarmContender, scale: Scale, report: Callable[
                     f"speculation, {task.name}, round {number + 1} of {scale.rounds}: {choice} "
                     f"{run.tokens_per_second:.1f} tokens/s, {len(run.token_ids)} tokens"
                 )
-        figures += _of_task(task, runs)
+        if all(len(run.token_ids) > 1 for done in runs.values() for run in done):
+            figures += _of_task(task, runs)
+        else:
+            report(f"speculation, {task.name}: an answer of one token, from which nothing follows")
     return figures
 
 

@@ -31,7 +31,9 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Between the first token and the last."""
+        """Between the first token and the last; 0 if that is the same one."""
+        if len(self.times) < 2:
+            return 0.0
         return (len(self.times) - 1) / (self.times[-1] - self.times[0])
 
 

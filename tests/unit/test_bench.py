@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 
+from swarm.bench.drafts import TASKS, speculation
 from swarm.bench.processes import cpu_s, peak_mb
 from swarm.bench.prompts import prefill
 from swarm.bench.runs import Run, hop_shares, percentile, ratio, throughput
-from swarm.bench.sections import ONE, SERVER, TRANSFORMERS, Figure, Scale, speed
+from swarm.bench.sections import ONE, SERVER, TRANSFORMERS, Figure, Scale, SwarmContender, speed
 from swarm.commands.bench import rendered
 from swarm.errors import SwarmError
 from swarm.local import even_ranges
@@ -101,10 +102,6 @@ def test_ranges_are_even_and_cover_everything() -> None:
 
 
 def test_a_sample_prompt_has_any_length_and_beginning() -> None:
-    class Letters:
-        def encode(self, text: str) -> list[int]:
-            return [ord(letter) for letter in text]
-
     assert bytes(sample_prompt(Letters(), 14)) == b"The lighthouse"
     assert bytes(sample_prompt(Letters(), 10, shift=4)) == b"lighthouse"
     assert len(sample_prompt(Letters(), 5000, shift=999)) == 5000
@@ -115,18 +112,31 @@ def test_figures_are_a_table_by_section() -> None:
     assert lines[1:] == ["a        x       1.23  ms", "         y         10  MiB", "b        z          2"]
 
 
+class Letters:
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+class Client:
+    tokenizer = Letters()
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.tokenizer.encode(messages[0]["content"])
+
+
 class Recorded:
     """A contender that is done at once."""
 
     pids: ClassVar[list[int]] = []
+    client = Client()
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self.tokens = list(tokens)
         self.prompts: list[list[int]] = []
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Run:
+    async def generate(self, prompt: Sequence[int], max_tokens: int, **_: Any) -> Run:
         self.prompts.append(list(prompt))
-        return Run(self.tokens, [0.1, 0.2])
+        return Run(self.tokens, [0.1, 0.2][: len(self.tokens) or 2])
 
 
 async def test_each_round_of_prefill_has_another_prompt_which_no_server_has_kept() -> None:
@@ -143,3 +153,10 @@ async def test_tokens_of_a_server_are_unknown_and_no_other_text() -> None:
     one, other = Recorded([5, 6]), Recorded()
     texts = await speed({"one peer": one, "server": other}, [1], Scale(1, 4, 8), lambda _: None)
     assert [figure.value for figure in texts if figure.name == "different texts among all runs"] == [1]
+
+
+async def test_an_answer_of_one_token_is_no_measure_of_speculation() -> None:
+    """Another model may end its text at once."""
+    told: list[str] = []
+    assert await speculation(cast(SwarmContender, Recorded([5])), Scale(1, 4, 8), told.append) == []
+    assert sum("one token" in line for line in told) == len(TASKS)
