@@ -235,7 +235,13 @@ async def memory(swarms: Mapping[str, LocalSwarm], reference: Reference | None) 
         for peer, peak in zip(swarm.peers, peaks[name], strict=True):
             figures.append(Figure("memory", f"{name}: layers {peer.layers}", peak, "MiB"))
     if ONE in peaks and THREE in peaks:
-        whole = peaks[ONE][0]
-        figures.append(Figure("memory", "largest third / whole", max(peaks[THREE]) / whole, "x"))
-        figures.append(Figure("memory", "middle third / whole", peaks[THREE][1] / whole, "x"))
+        figures += thirds(peaks[ONE][0], peaks[THREE])
+    return figures
+
+
+def thirds(whole: float, parts: Sequence[float]) -> list[Figure]:
+    """What a part takes of the memory of all layers; a model of one or two layers has fewer than three."""
+    figures = [Figure("memory", "largest third / whole", max(parts) / whole, "x")]
+    if len(parts) == 3:
+        figures.append(Figure("memory", "middle third / whole", parts[1] / whole, "x"))
     return figures

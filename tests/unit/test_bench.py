@@ -12,7 +12,7 @@ from swarm.bench.drafts import TASKS, speculation
 from swarm.bench.processes import cpu_s, peak_mb
 from swarm.bench.prompts import prefill
 from swarm.bench.runs import Run, hop_shares, percentile, ratio, throughput
-from swarm.bench.sections import ONE, SERVER, TRANSFORMERS, Figure, Scale, SwarmContender, speed
+from swarm.bench.sections import ONE, SERVER, TRANSFORMERS, Figure, Scale, SwarmContender, speed, thirds
 from swarm.commands.bench import rendered
 from swarm.errors import SwarmError
 from swarm.local import even_ranges
@@ -93,6 +93,11 @@ def test_processor_time_is_counted_with_children() -> None:
     sum(range(3_000_000))
     assert 0 < cpu_s([os.getpid()]) - before_s < 30
     assert cpu_s([]) == 0
+
+
+def test_a_model_of_one_layer_has_no_middle_third() -> None:
+    assert [figure.value for figure in thirds(8.0, [4.0, 2.0, 3.0])] == [0.5, 0.25]
+    assert [figure.value for figure in thirds(8.0, [8.0])] == [1.0]
 
 
 def test_ranges_are_even_and_cover_everything() -> None:
