@@ -154,8 +154,9 @@ async def speed(
             figures.append(Figure("speed", f"{above} / {below}", ratio(rates[above], rates[below]), "x"))
             best = max(rates[above]) / max(rates[below])
             figures.append(Figure("speed", f"{above} / {below}, best rounds", best, "x"))
-    texts = {tuple(run.token_ids) for done in runs.values() for run in done if run.token_ids}  # a server's aren't known
-    if len(runs) > 1:
+    told = [done for done in runs.values() if all(run.token_ids for run in done)]  # a server tells no token ids
+    texts = {tuple(run.token_ids) for done in told for run in done}
+    if len(told) > 1:
         figures.append(Figure("speed", "different texts among all runs", float(len(texts)), ""))
     for name in (THREE, GIVEN):
         if name in runs:
