@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import psutil
 
@@ -26,6 +26,8 @@ from swarm.types import LayerRange, PeerId, PeerState, Route
 
 WAKE_AFTER_TOKENS = 10
 """A frozen peer goes on when this many more tokens have come, or at the end: its late frames must do no harm."""
+KNOWN_S = 0.02
+"""How often it is seen whether a peer that is to be struck has been reported ready."""
 SETTLE_S = 40.0
 """For peers that joined to be seen, and for stages to be freed."""
 
@@ -192,7 +194,7 @@ class _Ordeal:
         fresh = [hop.peer.peer_id for hop in event.route.hops if hop.peer.peer_id not in known]
         if self._hunting is not None and fresh:
             seen, self._hunting = self._hunting, None
-            self._kill(fresh[0], seen, tasks)
+            tasks.create_task(self._hunt(fresh[0], seen, tasks))
 
     def _on_token(self, index: int, tasks: asyncio.TaskGroup) -> None:
         while self._pending and self._pending[0].token <= index:
@@ -210,10 +212,23 @@ class _Ordeal:
 
     async def _later(self, delay_s: float, fault: Fault, tasks: asyncio.TaskGroup) -> None:
         await asyncio.sleep(delay_s)
-        if self._over:
-            self._pending.append(fault)
-        else:
+        if await self._all_known(lambda: [hop.peer.peer_id for hop in self._route.hops] if self._route else []):
             self._strike(fault, tasks)
+        else:
+            self._pending.append(fault)
+
+    async def _hunt(self, victim: PeerId, seen: Observation, tasks: asyncio.TaskGroup) -> None:
+        if await self._all_known(lambda: [victim]):
+            self._kill(victim, seen, tasks)
+
+    async def _all_known(self, peers: Callable[[], Iterable[PeerId]]) -> bool:
+        """Waits until all can be struck: one that was started in the middle may be on the route before those that were
+        started with it are ready. False: the generation is over."""
+        while not self._over:
+            if {peer.peer_id for peer in self._chaos.swarm.peers}.issuperset(peers()):
+                return True
+            await asyncio.sleep(KNOWN_S)
+        return False
 
     def _strike(self, fault: Fault, tasks: asyncio.TaskGroup) -> None:
         assert self._route is not None
