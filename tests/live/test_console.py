@@ -283,6 +283,7 @@ def test_a_page_asks_for_the_key_once_more_after_a_gateway_was_started_anew(brow
             page.fill("[name=key]", "secret")
             page.press("[name=key]", "Enter")
             page.locator("#composer").wait_for()
+            page.wait_for_load_state()  # with its scripts: the page is shown before they have come
         page.locator("#offline").wait_for()
         with told_gateway(port, "secret"):
             page.wait_for_url("**/sign-in")
