@@ -64,10 +64,11 @@ class StepAnswers:
             self._waiting.popleft()
         width = row_bytes(self._profile.dtype, self._profile.hidden_size)
         hidden = reply.hidden[-rows * width :] if step.hidden else b""
-        size = len(reply.logits) + len(hidden) + self._waiting_bytes
+        answer = _Answer(step.number, end - rows, reply.logits, hidden)
+        size = answer.size_bytes + self._waiting_bytes
         if size > self._max_bytes and (rows > 1 or self._waiting):
             raise ProtocolError(f"{size} bytes of logits wait for the owner; the limit is {self._max_bytes}")
-        self._waiting.append(_Answer(step.number, end - rows, reply.logits, hidden))
+        self._waiting.append(answer)
 
     def take(self, epoch: int) -> pb.Output | None:
         """The next message for the owner, who has taken the one before."""

@@ -98,9 +98,11 @@ class DelayProxy:
         task = asyncio.current_task()
         assert task is not None
         self._busy.add(task)
-        with contextlib.suppress(asyncio.CancelledError):  # by _stop; asyncio's server would print it as an error
-            await self._connect(reader, writer)
-        self._busy.discard(task)
+        try:
+            with contextlib.suppress(asyncio.CancelledError):  # by _stop; asyncio's server would print it as an error
+                await self._connect(reader, writer)
+        finally:
+            self._busy.discard(task)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers = [writer]

@@ -29,6 +29,7 @@ RATIOS = (
     *((ONE, TRANSFORMERS), (THREE, ONE), (THREE, TRANSFORMERS)),
     *((ONE, SERVER), (THREE, SERVER), (GIVEN, SERVER)),
 )
+"""Whose figures are divided by whose, where both take part."""
 
 
 @dataclass(frozen=True, slots=True)

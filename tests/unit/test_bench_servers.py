@@ -172,16 +172,21 @@ def test_a_wait_for_a_server_ends_when_it_is_interrupted() -> None:
     assert time.monotonic() - began < 10, "a thread was waited for"
 
 
+def widths(figures: list[Figure]) -> list[float]:
+    """Of the bars in the picture."""
+    root = ElementTree.fromstring(svg(figures))
+    background, *rectangles = root.iter("{http://www.w3.org/2000/svg}rect")
+    assert background.attrib["width"] == "100%"
+    return [float(bar.attrib["width"]) for bar in rectangles]
+
+
 def test_the_picture_has_a_bar_for_each_figure() -> None:
     figures = [
         Figure("speed", "a < b & c", 10.0, "tokens/s"),
         Figure("speed", "d", 5.0, "tokens/s"),
         Figure("e", "f", 0, ""),
     ]
-    root = ElementTree.fromstring(svg(figures))
-    background, *rectangles = root.iter("{http://www.w3.org/2000/svg}rect")
-    assert background.attrib["width"] == "100%"
-    bars = [float(bar.attrib["width"]) for bar in rectangles]
+    bars = widths(figures)
     assert len(bars) == 3
     assert bars[0] == pytest.approx(2 * bars[1], rel=0.01)
     assert bars[2] == 0
@@ -194,7 +199,5 @@ def test_figures_of_one_section_and_unit_share_a_scale_in_the_picture() -> None:
         Figure("speed", "one: first token", 70.0, "ms"),
         Figure("speed", "other", 40.0, "tokens/s"),
     ]
-    root = ElementTree.fromstring(svg(figures))
-    _, *rectangles = root.iter("{http://www.w3.org/2000/svg}rect")
-    one, other, _ = [float(bar.attrib["width"]) for bar in rectangles]
+    one, other, _ = widths(figures)
     assert other == pytest.approx(4 * one, rel=0.01)
